@@ -24,4 +24,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) outputs dist build *.egg-info
+	rm -rf $(VENV) dist build *.egg-info

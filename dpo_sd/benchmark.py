@@ -121,7 +121,7 @@ def _bare_updates(cfg: Any, hardware: Any, model: Any, loss: Any, optimizer: Any
     visits = Visits(data.train, cfg.seed, scheduler.config["num_train_timesteps"])
     order = UpdateOrder(len(data.train), cfg.seed, range(UPDATES + WARM_UP), cfg.pairs_per_update, hardware.micro_batch)
     batches = [stack([visits[visit] for visit in batch]) for batch in order]
-    batches = [type(batch)(*(tensor.to(device) for tensor in batch)) for batch in batches]
+    batches: Any = [type(batch)(*(tensor.to(device) for tensor in batch)) for batch in batches]  # type: ignore
     accumulation = hardware.accumulation(cfg.pairs_per_update)
     parameters = policy_parameters(unet)
     adam, schedule = optimizer.build(parameters, UPDATES + WARM_UP)

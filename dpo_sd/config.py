@@ -6,7 +6,6 @@ Nothing heavy is imported here, so that `--help` and mistakes are answered befor
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import netrc
 import os
@@ -14,7 +13,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -32,11 +30,13 @@ from dpo_sd.mistakes import (
     explain,
     explain_value,
     nearest,
+    no_value,
     options,
     settings_of,
     unknown_setting,
     written,
 )
+from dpo_sd.resume import resume_arguments
 from dpo_sd.schema import CONF_DIR, SCHEMAS, class_attribute, schema
 
 
@@ -59,6 +59,31 @@ class Train:
     logger: Any = field(default_factory=dict)
     sampler: Any = MISSING
     hardware: Any = MISSING
+
+
+@dataclass
+class Generate:
+    """Types of the top level of generate.yaml."""
+
+    out: str = MISSING
+    prompts: Any = field(default=MISSING, metadata={"choices": ()})  # no group: text or a list
+    loras: Any = field(default=MISSING, metadata={"choices": ()})
+    set_size: int = MISSING
+    num_sets: int = MISSING
+    seed: int = MISSING
+    model: Any = MISSING
+    sampler: Any = MISSING
+    hardware: Any = MISSING
+
+
+@dataclass
+class Annotate:
+    """Types of the top level of annotate.yaml."""
+
+    pairs: str = MISSING
+    merge: list[str] = field(default_factory=list)
+    export: str | None = MISSING
+    annotator: Any = MISSING
 
 
 @dataclass
@@ -88,8 +113,7 @@ def check_composition(cfg: DictConfig) -> None:
     check_settings(cfg)
     if cfg.name in ("", ".", "..") or "/" in cfg.name or "\\" in cfg.name:
         raise UserError(f"name must be the name of a folder, got {written(cfg.name)}")
-    if not 0 <= cfg.seed < 2**32:
-        raise UserError(f"seed must be at least 0 and below 2^32, got {cfg.seed}")
+    _check_seed(cfg.seed)
     for key in ("max_steps", "validate_every", "log_every", "devices", "num_nodes"):
         if cfg.trainer[key] < 1:
             raise UserError(f"trainer.{key} must be at least 1, got {cfg.trainer[key]}")
@@ -111,6 +135,28 @@ def check_composition(cfg: DictConfig) -> None:
     accumulation(cfg.pairs_per_update, cfg.hardware.micro_batch, processes)
 
 
+def check_generation(cfg: DictConfig) -> None:
+    """Refuse a drawing that cannot run.
+
+    Raises:
+        UserError: when `check_settings` refuses it, and when a value is out of range.
+    """
+    check_settings(cfg)
+    _check_seed(cfg.seed)
+    for key, least in (("set_size", 2), ("num_sets", 1)):
+        if cfg[key] < least:
+            raise UserError(f"{key} must be at least {least}, got {cfg[key]}")
+    if not (isinstance(cfg.prompts, str) or (isinstance(cfg.prompts, ListConfig) and len(cfg.prompts))):
+        raise UserError(f"prompts must be a text file, a list of prompts, or shapes, got {written(cfg.prompts)}")
+    if not isinstance(cfg.loras, str | ListConfig) or not all(isinstance(lora, str) for lora in cfg.loras):
+        raise UserError(f"loras must be a file or a run folder, or a list of them, got {written(cfg.loras)}")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must be at least 0 and below 2^32, got {seed}")
+
+
 def check_settings(cfg: DictConfig) -> None:
     """Refuse what composition alone lets pass.
 
@@ -119,7 +165,7 @@ def check_settings(cfg: DictConfig) -> None:
             its choices.
     """
     for key in sorted(OmegaConf.missing_keys(cfg)):
-        raise UserError(f"{key} has no value: give {key}={'|'.join(options(key)) or '<value>'}")
+        raise UserError(no_value(key))
     try:
         OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
@@ -155,7 +201,7 @@ def _check_typed(cfg: DictConfig) -> None:
                 )
         if isinstance(value, DictConfig):
             _check_typed(value)
-        elif declared and declared[key].type == "Any":  # a file wrote `loss: dpo`
+        elif declared and declared[key].type == "Any" and choices is None:  # a file wrote `loss: dpo`
             raise UserError(f"{key} must hold settings, got {written(value)}: write it as override /{key}: <option>")
 
 
@@ -174,7 +220,7 @@ def _check_kinds(cfg: DictConfig, shipped: Any) -> None:
             raise UserError(f"{cfg._get_full_key(key)} must be {KINDS[type(old)]}, got {written(new)}")
 
 
-CHECKS = {"train": check_composition}
+CHECKS = {"train": check_composition, "generate": check_generation}
 
 
 def entry_point(
@@ -188,7 +234,7 @@ def entry_point(
     Args:
         config_name: of the file in conf/, without its ending; `CHECKS` has its check, `check_settings` serves the
             others.
-        resumable: understands `resume=<run>`, see `resume_arguments`.
+        resumable: understands `resume=<run>`, see `dpo_sd.resume`.
     """
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[..., Any]:
@@ -244,53 +290,6 @@ def _report(error: BaseException) -> None:
         print(f"error: {message}", file=sys.stderr)
 
 
-def resume_arguments(arguments: list[str]) -> list[str]:
-    """The command line with the settings of the run that `resume=<run>` continues, in that run's folder.
-
-    The settings are the "overrides" of the run's run.json, less those that the command line sets anew.
-
-    Args:
-        arguments: the command line without the program; `resume=` names a run folder or a checkpoint in it.
-
-    Raises:
-        UserError: when there is no such run, when its run.json is unfit, and in a sweep.
-    """
-    given = {_key(argument): argument for argument in arguments}
-    value = given.get("resume", "").partition("=")[2].strip("'\"")
-    if value in ("", "null"):
-        return arguments
-    if not {"-m", "--multirun", "sweep"}.isdisjoint(given):
-        raise UserError(f"resume={value} continues one run and cannot be part of a sweep: leave out -m and sweep=")
-    path = Path(value).expanduser()
-    if not path.exists():
-        raise UserError(f"resume={value}: there is no such run folder or checkpoint")
-    run = next((folder for folder in (path, *path.parents[:2]) if (folder / "run.json").is_file()), None)
-    if run is None:
-        raise UserError(f"resume={value}: no run.json there, so this is no run folder or checkpoint of one")
-    try:
-        overrides = [str(override) for override in json.loads((run / "run.json").read_text("utf-8"))["overrides"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"resume={value}: {run / 'run.json'} is damaged, it does not list the overrides") from error
-
-    # of the sweep that the run was part of, only the run goes on
-    replayed = {_key(override): override for override in overrides if _key(override) not in {*given, "sweep", "resume"}}
-    for key, override in replayed.items():
-        if key.startswith("hydra") or "_target_" in override:  # a file may not choose what is executed
-            raise UserError(f"resume={value}: run.json sets {override}: say that on the command line yourself")
-    folder = [] if "hydra.run.dir" in given else [f"hydra.run.dir={_quoted(run)}"]
-    at = arguments.index(given["resume"])
-    return [*arguments[:at], *replayed.values(), *folder, f"resume={_quoted(path)}", *arguments[at + 1 :]]
-
-
-def _key(argument: str) -> str:
-    return argument.partition("=")[0].lstrip("+~")
-
-
-def _quoted(path: Path) -> str:
-    """The path as a value for Hydra, which would stumble over the = of step=000200.ckpt."""
-    return "'" + str(path).replace("'", r"\'") + "'"
-
-
 def _groups() -> str:
     """Groups and options of conf/, for `--help`."""
     folders = sorted(path for path in CONF_DIR.iterdir() if path.is_dir())
@@ -309,6 +308,8 @@ def _wandb_logged_out() -> bool:
 def _register() -> None:
     store = ConfigStore.instance()
     store.store(group="schema", name="train", node=Train)
+    store.store(group="schema", name="generate", node=Generate)
+    store.store(group="schema", name="annotate", node=Annotate)
     store.store(group="schema", name="trainer", node=Trainer)
     for name, target in SCHEMAS.items():
         group, _, option = f"schema/{name}".rpartition("/")

@@ -60,11 +60,11 @@ class Hardware:
         self.memory_gib = memory_gib
 
     @property
-    def weights_dtype(self) -> torch.dtype:
-        """`weights` as torch knows it."""
+    def device(self) -> torch.device:
+        """Where this process works, one of several when a launcher says so."""
         import torch
 
-        return getattr(torch, self.weights)
+        return torch.device("cpu" if self.accelerator == "cpu" else f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
 
     def accumulation(self, pairs_per_update: int, world_size: int = 1) -> int:
         """How many micro-batches make one update; see `accumulation`."""

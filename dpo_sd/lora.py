@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -86,10 +86,10 @@ class LoRA:
         """Read the header of `init_from`, so that an unusable file fails before any weights load.
 
         Raises:
-            UserError: as `read_lora`.
+            UserError: as `find_lora`.
         """
         if self.init_from is not None:
-            _read_header(_locate(self.init_from))
+            find_lora(self.init_from)
 
     def attach(self, unet: UNet2DConditionModel, seed: int = 0) -> str:
         """Freeze the UNet and add the trainable adapter `policy` and, with `init_from`, the frozen `reference`.
@@ -115,13 +115,7 @@ class LoRA:
 
         file = read_lora(self.init_from)
         _check_base(unet, file)
-        settings = {
-            "r": file.rank,
-            "lora_alpha": file.alpha,
-            "target_modules": file.modules,
-            "rank_pattern": file.rank_pattern,
-            "alpha_pattern": file.alpha_pattern,
-        }
+        settings = _settings(file)
         for name, dropout in (("reference", 0.0), ("policy", self.dropout)):  # the one added last is active
             _add_adapter(unet, name, settings, dropout, seed)
             load_adapter_state(unet, name, file.state)
@@ -130,6 +124,31 @@ class LoRA:
             settings_say = f"rank {self.rank}, alpha {self.alpha:g}, {len(modules)} modules"
             log.warning("%s decides: %s; not the settings: %s", file.path, summary(unet), settings_say)
         return summary(unet)
+
+
+def load_for_drawing(unet: UNet2DConditionModel, loras: Sequence[tuple[str | Path, float]]) -> list[str]:
+    """Attach LoRAs, all active at once, each multiplied by its weight; the UNet is for drawing then, not for training.
+
+    Args:
+        unet: the base, without adapters.
+        loras: file or run folder, and weight: 1 is the strength it was trained at.
+
+    Returns:
+        One line per LoRA: `style.safetensors at 0.8: ` and its summary.
+
+    Raises:
+        UserError: when a file cannot be used on this base.
+    """
+    lines = []
+    for number, (path, weight) in enumerate(loras):
+        file, name = read_lora(path), f"lora_{number}"
+        _check_base(unet, file)
+        _add_adapter(unet, name, _settings(file), dropout=0.0, seed=0)
+        load_adapter_state(unet, name, file.state)
+        lines.append(f"{path} at {weight:g}: {summary(unet, name)}")
+    if loras:
+        unet.set_adapters([f"lora_{number}" for number in range(len(loras))], [weight for _, weight in loras])
+    return lines
 
 
 def summary(unet: UNet2DConditionModel, adapter: str = "policy") -> str:
@@ -348,6 +367,20 @@ class LoRAFile:
         return [key.removesuffix(".lora_A.weight") for key in self.state if key.endswith(".lora_A.weight")]
 
 
+def find_lora(path: str | Path) -> Path:
+    """The LoRA file that a path means, its header read.
+
+    Args:
+        path: a .safetensors file, or the folder of a run.
+
+    Raises:
+        UserError: as `read_lora`.
+    """
+    path = _locate(path)
+    _read_header(path)
+    return path
+
+
 def read_lora(path: str | Path) -> LoRAFile:
     """Read a LoRA in diffusers form or in Kohya form (diffusers names, or SDXL's sgm names).
 
@@ -418,6 +451,16 @@ def _layers(unet: UNet2DConditionModel, adapter: str) -> dict[str, LoraLayer]:
 def _parameters(unet: UNet2DConditionModel, adapter: str) -> list[nn.Parameter]:
     halves = [half for layer in _layers(unet, adapter).values() for half in (layer.lora_A, layer.lora_B)]
     return [parameter for half in halves for parameter in half[adapter].parameters()]
+
+
+def _settings(file: LoRAFile) -> dict[str, Any]:
+    return {
+        "r": file.rank,
+        "lora_alpha": file.alpha,
+        "target_modules": file.modules,
+        "rank_pattern": file.rank_pattern,
+        "alpha_pattern": file.alpha_pattern,
+    }
 
 
 def _add_adapter(unet: UNet2DConditionModel, name: str, settings: dict[str, Any], dropout: float, seed: int) -> None:

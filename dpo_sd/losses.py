@@ -72,7 +72,6 @@ class SFTLoss:
     """
 
     needs_pairs = False
-    needs_reference = False
 
     def __init__(self, min_snr_gamma: float | None = None) -> None:
         self.min_snr_gamma = _checked_gamma(min_snr_gamma)
@@ -101,7 +100,6 @@ class DiffusionDPOLoss:
     """
 
     needs_pairs = True
-    needs_reference = True
 
     def __init__(self, beta: float = 5000.0, label_smoothing: float = 0.0, min_snr_gamma: float | None = None) -> None:
         if not 0 < beta < math.inf:

@@ -40,6 +40,11 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
 
 
+def no_value(key: str) -> str:
+    """What to say of a setting that must be given."""
+    return f"{key} has no value: give {key}={'|'.join(options(key)) or '<value>'}"
+
+
 def written(value: Any) -> str:
     """The value as it is written on a command line."""
     return repr(value) if isinstance(value, str) else json.dumps(value, default=str)
@@ -126,6 +131,10 @@ def explain(error: BaseException) -> str | None:
         group, _, option = error.missing_cfg_file.rpartition("/")
         hint = nearest(option, error.options)
         return f"{group}={option}: no such option{hint} ({group} has: {', '.join(error.options)})"
+    if missing := re.search(r"Missing mandatory value: (\S+)", str(error)):  # hydra.run.dir asks for it first
+        return no_value(missing[1])
+    if (group := re.match(r"Could not override '(.+?)'", str(error))) and options(group[1]):
+        return f"{group[1]} is a group of other commands: --help shows the settings of this one"
     if isinstance(error, CompactHydraException) and not isinstance(error, InstantiationException):
         value = next((cause for cause in causes if isinstance(cause, OmegaConfBaseException)), None)
         place = re.match(r"In '(.+?)': ", str(error))

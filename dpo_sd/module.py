@@ -71,6 +71,7 @@ class DiffusionModule(L.LightningModule):
 
     def pair_errors(self, batch: PairBatch) -> PairErrors:
         """Errors on the chosen and the rejected picture under one noise and one timestep, in one pass of the UNet."""
+        assert batch.rejected is not None  # the composition asks for pairs where a loss needs them
         errors = self.errors(
             torch.cat([batch.chosen, batch.rejected]),
             batch.noise.repeat(2, 1, 1, 1),
@@ -81,17 +82,18 @@ class DiffusionModule(L.LightningModule):
 
     def losses(self, batch: PairBatch) -> dict[str, torch.Tensor]:
         """Loss and what is watched beside it, each (pairs,); only `loss` carries gradients."""
-        if isinstance(self.loss, SFTLoss):
+        loss: Any = self.loss
+        if not loss.needs_pairs:
             errors = self.errors(batch.chosen, batch.noise, batch.timesteps, batch.prompt_embeds)
-            return {"loss": self.loss(errors)}
+            return {"loss": loss(errors)}
         policy = self.pair_errors(batch)
         with torch.no_grad(), reference(self.unet):
             ref = self.pair_errors(batch)
         margin = reward_margin(policy, ref).detach()
         return {
-            "loss": self.loss(policy, ref, batch.label),
+            "loss": loss(policy, ref, batch.label),
             "reward_margin": margin,
-            "reward_accuracy": (margin > 0).float(),
+            "reward_accuracy": torch.heaviside(margin, torch.tensor(0.5, device=margin.device)),  # a tie counts half
             "chosen_drift": (policy.chosen - ref.chosen).detach(),
             "rejected_drift": (policy.rejected - ref.rejected).detach(),
         }
@@ -103,7 +105,7 @@ class DiffusionModule(L.LightningModule):
     def training_step(self, batch: PairBatch, batch_idx: int) -> torch.Tensor:
         values = self.losses(batch)
         self._seen.append({name: value.detach() for name, value in values.items()} | {"index": batch.index})
-        return values["loss"].mean()
+        return (values["loss"] * batch.weight).mean()
 
     def seen(self) -> dict[str, torch.Tensor]:
         """Values of every pair since the last update on this device, by name: (pairs,)."""

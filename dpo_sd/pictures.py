@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from dpo_sd.files import replacing
 
@@ -40,7 +41,14 @@ def comparison(captions: Sequence[str], rows: Mapping[str, Sequence[Image.Image]
     return sheet
 
 
-def save_png(picture: Image.Image, file: Path) -> None:
-    """Writes the file whole or not at all."""
+def save_png(picture: Image.Image, file: Path, text: Mapping[str, str] | None = None) -> None:
+    """Writes the file whole or not at all.
+
+    Args:
+        text: for the file's text chunks, by keyword.
+    """
+    chunks = PngInfo()
+    for keyword, value in (text or {}).items():
+        chunks.add_itxt(keyword, value)  # UTF-8, unlike tEXt
     with replacing(file) as temporary:
-        picture.save(temporary, format="PNG")
+        picture.save(temporary, format="PNG", pnginfo=chunks)

@@ -23,6 +23,8 @@ class Sampler:
         steps: network evaluations per picture, at least 1.
         guidance: scale of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598); 1 is none.
         batch_size: pictures drawn together; it changes pictures by rounding only.
+        negative_prompt: what guidance leads away from, where it is above 1.
+        height, width: of the pictures in pixels, multiples of 8; None takes what the model was trained for.
     """
 
     def __init__(
@@ -31,6 +33,9 @@ class Sampler:
         steps: int = 12,
         guidance: float = 4.0,
         batch_size: int = 32,
+        negative_prompt: str = "",
+        height: int | None = None,
+        width: int | None = None,
     ):
         if steps < 1:
             raise UserError(f"steps must be at least 1, got {steps}")
@@ -38,11 +43,18 @@ class Sampler:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         if not 1 <= guidance < math.inf:
             raise UserError(f"guidance must be at least 1 (1 is without guidance) and finite, got {guidance}")
+        if negative_prompt and guidance == 1:
+            raise UserError(f"negative_prompt={negative_prompt!r} has no effect at guidance 1: raise the guidance")
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels is not None and (pixels < 8 or pixels % 8):
+                raise UserError(f"{name} must be a multiple of 8 pixels, got {pixels}")
         self.scheduler, self.steps, self.guidance, self.batch_size = scheduler, steps, guidance, batch_size
+        self.negative_prompt, self.height, self.width = negative_prompt, height, width
 
     def settings(self) -> dict[str, Any]:
         """What decides the pictures, for caches and records; the batch size does not."""
-        return {"scheduler": self.scheduler, "steps": self.steps, "guidance": self.guidance}
+        names = ("scheduler", "steps", "guidance", "negative_prompt", "height", "width")
+        return {name: getattr(self, name) for name in names}
 
     def draw(
         self, model: StableDiffusion, prompts: Sequence[str], seeds: Sequence[int], progress: str | None = None
@@ -76,6 +88,9 @@ class Sampler:
                         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[batch]],
                         num_inference_steps=self.steps,
                         guidance_scale=self.guidance,
+                        negative_prompt=[self.negative_prompt] * len(prompts[batch]),
+                        height=self.height,
+                        width=self.width,
                     ).images
                     bar.update(len(pictures) - start)
         finally:

@@ -24,6 +24,8 @@ SCHEMAS = {
     "model": "dpo_sd.models.Model",
     "lora": "dpo_sd.lora.LoRA",
     "data/shapes": "dpo_sd.data.shapes.Shapes",
+    "data/renders": "dpo_sd.data.shapes.Renders",
+    "data/pairs": "dpo_sd.data.pairs.Pairs",
     "loss/sft": "dpo_sd.losses.SFTLoss",
     "loss/dpo": "dpo_sd.losses.DiffusionDPOLoss",
     "optimizer/adamw": "dpo_sd.optimization.AdamW",
@@ -35,6 +37,8 @@ SCHEMAS = {
     "callbacks/health": "dpo_sd.callbacks.health.Health",
     "callbacks/export": "dpo_sd.callbacks.export.Export",
     "callbacks/progress": "dpo_sd.callbacks.progress.Progress",
+    "annotator/person": "dpo_sd.annotation.app.Person",
+    "annotator/oracle": "dpo_sd.annotation.simulation.OracleAnnotator",
     "sampler": "dpo_sd.sampling.Sampler",
     "hardware": "dpo_sd.hardware.Hardware",
 }

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_sd.config import entry_point
-from dpo_sd.errors import UserError
+from dpo_sd.resume import check_same, check_same_run, newest_checkpoint
 
 if TYPE_CHECKING:
     import lightning as L
 
 log = logging.getLogger(__name__)
-
-# What may change when a run is continued: where and how it runs and what watches it, but not what it learns from.
-FREE_ON_RESUME = ("resume", "name", "cache_dir", "hardware", "callbacks", "logger", "trainer")
 
 
 @entry_point("train", resumable=True)
@@ -35,7 +34,7 @@ def main(cfg: DictConfig) -> float | None:
     choices = HydraConfig.get().runtime.choices
 
     hardware = instantiate(cfg.hardware)
-    hardware.check(cfg.trainer.devices, preset=choices["hardware"])
+    hardware.check(cfg.trainer.devices, preset=choices.get("hardware"))
     loss, lora, sampler, optimizer, source, base = (
         instantiate(cfg[group]) for group in ("loss", "lora", "sampler", "optimizer", "data", "model")
     )
@@ -82,10 +81,8 @@ def main(cfg: DictConfig) -> float | None:
     )
 
     say(f"run     {run}")
-    for watcher in watchers:
-        if isinstance(watcher, Verdict):
-            say(f"        {watcher.promise()}")
     model = base.load(hardware.weights)
+    model.unet.to(hardware.device)
     if hardware.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     say(f"lora    {lora.attach(model.unet, cfg.seed)}")
@@ -104,6 +101,9 @@ def main(cfg: DictConfig) -> float | None:
             record.begin()
     elif cfg.resume:
         say(f"resume  {cfg.resume} has no checkpoint yet: starting it again from its first update")
+    for watcher in watchers:
+        if isinstance(watcher, Verdict):
+            say(f"verdict {watcher.promise(source.judge, data.held_out_prompts)}")
     micro = f"{accumulation} x {hardware.micro_batch}" + (f" on {world_size} devices" if world_size > 1 else "")
     say(f"update  {cfg.pairs_per_update} pairs ({micro}), {cfg.trainer.max_steps} updates")
     if trainer.is_global_zero:
@@ -138,7 +138,10 @@ def continuable(run: Path) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as end:  # Lightning makes the one the other
-        say(f"stopped; continue with\n  python -m dpo_sd.train resume={run}")
+        own_groups = [
+            f"--config-dir {argument}" for flag, argument in itertools.pairwise(sys.argv) if flag == "--config-dir"
+        ]
+        say(f"stopped; continue with\n  {' '.join(['python -m dpo_sd.train', *own_groups, f'resume={run}'])}")
         raise KeyboardInterrupt from end
 
 
@@ -155,7 +158,8 @@ def conclude(trainer: L.Trainer, record: Any, run: Path) -> float | None:
     pictures = sorted((run / "samples").glob("step=*.png"))
     if pictures:
         say(f"before/after  {pictures[-1]}")
-    say(f"lora          {run / 'lora'}")
+    for file in sorted((run / "lora").glob("*.safetensors")):
+        say(f"lora          {file}")
     return summary["verdict"]["win_rate"] if summary["verdict"] else None
 
 
@@ -166,65 +170,6 @@ def say(text: str) -> None:
     if rank_zero_only.rank == 0:  # every process of DDP has a log of its own
         print(text, flush=True)
     log.info(text)
-
-
-def newest_checkpoint(resume: str | None) -> Path | None:
-    """The checkpoint that `resume=` names, or the last one of the run folder it names; None when there is none yet."""
-    if resume is None:
-        return None
-    path = Path(resume).expanduser()
-    if path.is_file():
-        return path
-    candidates = [path / "checkpoints" / "last.ckpt", *sorted((path / "checkpoints").glob("step=*.ckpt"), reverse=True)]
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    import pickle
-
-    import torch
-
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["identity"]["settings"]
-        return checkpoint
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError, OSError) as error:
-        raise UserError(f"{path} is not a whole checkpoint of dpo_sd ({type(error).__name__}): name another") from error
-
-
-def check_same_run(checkpoint: Path, settings: dict[str, Any]) -> None:
-    """Raises UserError, naming the settings that differ, when a checkpoint comes from another composition."""
-    before = read_checkpoint(checkpoint)["identity"]["settings"]
-    old, new = (
-        {key: value for key, value in flat(tree).items() if key.split(".")[0] not in FREE_ON_RESUME}
-        for tree in (before, settings)
-    )
-    differing = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-    if differing:
-        named = ", ".join(f"{key} (there {old.get(key)!r}, here {new.get(key)!r})" for key in differing[:5])
-        raise UserError(
-            f"{checkpoint} was made with other settings: {named}. Leave them as they were to continue that run, "
-            "or start a new one without resume="
-        )
-
-
-def check_same(checkpoint: Path, what: Literal["model", "data"], fingerprint: str) -> None:
-    """Raises UserError when a checkpoint comes from other weights or other pairs under the same settings."""
-    there = read_checkpoint(checkpoint)["identity"][what]
-    if there != fingerprint:
-        named = {"model": "model weights", "data": "pairs"}[what]
-        raise UserError(
-            f"{checkpoint} was trained with other {named} (fingerprint {there}, now {fingerprint}): "
-            "restore them to continue that run, or start a new one without resume="
-        )
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys."""
-    result: dict[str, Any] = {}
-    for key, value in tree.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return result
 
 
 if __name__ == "__main__":

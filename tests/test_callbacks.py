@@ -69,7 +69,7 @@ class Painter(Sampler):
 class Judge:
     """Likes blue; the first held-out prompt is a tie to it."""
 
-    judge_name = "a judge"
+    name = "a judge"
 
     def judge(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
         return [
@@ -77,8 +77,8 @@ class Judge:
             for image, prompt in zip(images, prompts, strict=True)
         ]
 
-    def properties(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, float]:
-        return {"shape": 0.25 if images[0].getpixel((0, 0)) == (0, 0, 255) else 0.75}
+    def properties(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, list[float]]:
+        return {"shape": [0.25 if image.getpixel((0, 0)) == (0, 0, 255) else 0.75 for image in images]}
 
 
 def make_trainer(folder: Path | str = ".", step: int = 0, **more: Any) -> Any:
@@ -91,7 +91,7 @@ def make_trainer(folder: Path | str = ".", step: int = 0, **more: Any) -> Any:
         is_global_zero=True,
         world_size=1,
         should_stop=False,
-        datamodule=SimpleNamespace(sampler=Painter(), source=Judge(), data=data),
+        datamodule=SimpleNamespace(sampler=Painter(), source=SimpleNamespace(judge=Judge()), data=data),
         **more,
     )
 
@@ -366,7 +366,8 @@ def test_the_win_rate_counts_ties_as_half(module):
     assert result["n_prompts"] == 5
     assert result["judge"] == "a judge"
     assert (result["score_before"], result["score_after"]) == pytest.approx((0.1, 0.9))
-    assert (result["properties_before"], result["properties_after"]) == ({"shape": 0.75}, {"shape": 0.25})
+    change = {"before": 0.75, "after": 0.25, "mean": -0.5, "low": -0.5, "high": -0.5, "n": 5}
+    assert result["properties"] == {"shape": change}
     assert result["a_a"]["rate"] == 0.5
 
 
@@ -395,17 +396,22 @@ def test_the_report_says_rate_interval_number_judge_scores_and_control(module):
 
 
 def test_a_verdict_says_beforehand_what_it_can_show():
-    few, many = (Verdict(n_prompts=n).promise() for n in (16, 512))
-    assert "on 16 held-out prompts" in few and "on 512 held-out prompts" in many
-    assert few.partition("from ")[2][:2] > many.partition("from ")[2][:2]
+    prompts = [str(i) for i in range(512)]
+    judge: Any = Judge()
+    few, many, all_there_are = (Verdict(n_prompts=n).promise(judge, prompts) for n in (16, 512, 600))
+    assert "on 16 held-out prompts, a win rate of 8" in few
+    assert "on 512 held-out prompts, a win rate of 56 %" in many.replace("%", " %").replace("  ", " ")
+    assert "on 512 held-out prompts (there are no 600)" in all_there_are
+    assert "4 held-out prompts cannot tell any win rate" in Verdict(n_prompts=4).promise(judge, prompts)
+    assert "only people can judge" in Verdict().promise(None, prompts)
 
 
 # ----------------------------------------------------------------------------------------------------- export and recor
 
 
-def test_a_checkpoint_brings_both_lora_files_named_after_the_run(tmp_path, module):
+def test_a_checkpoint_brings_both_lora_files(tmp_path, module):
     folder = tmp_path / "quickstart" / "2026-01-01_00-00-00"
-    Export().on_save_checkpoint(make_trainer(folder, 6), module, {})
+    Export("quickstart").on_save_checkpoint(make_trainer(folder, 6), module, {})
     files = {file.name: file for file in (folder / "lora").iterdir()}
     assert set(files) == {"pytorch_lora_weights.safetensors", "quickstart.safetensors"}
     with safe_open(files["quickstart.safetensors"], "pt") as file:
@@ -417,8 +423,8 @@ def test_a_checkpoint_brings_both_lora_files_named_after_the_run(tmp_path, modul
     }
 
 
-def test_a_name_of_ones_own_names_the_kohya_file(tmp_path, module):
-    Export(name="mine").on_save_checkpoint(make_trainer(tmp_path), module, {})
+def test_the_end_brings_the_lora_files_without_checkpoints_too(tmp_path, module):
+    Export("mine").on_train_end(make_trainer(tmp_path), module)
     assert (tmp_path / "lora" / "mine.safetensors").is_file()
 
 

@@ -58,8 +58,10 @@ def test_values_out_of_range_are_refused_by_name(values, message):
         Hardware(**values)
 
 
-def test_weights_dtype_is_torchs():
-    assert Hardware(precision="bf16-mixed", weights="bfloat16").weights_dtype is torch.bfloat16
+def test_every_process_of_a_launcher_has_a_device_of_its_own(monkeypatch):
+    assert Hardware().device == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert Hardware("cuda", "bf16-mixed", "bfloat16").device == torch.device("cuda:1")
 
 
 def test_a_cpu_needs_no_check(monkeypatch):

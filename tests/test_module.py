@@ -64,6 +64,7 @@ def make_batch(dtype: torch.dtype = torch.float32) -> PairBatch:
         noise=normal(4, 8, 8),
         timesteps=torch.tensor(TIMESTEPS),
         label=torch.ones(PAIRS),
+        weight=torch.ones(PAIRS),
         index=torch.arange(PAIRS),
     )
 

@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from dpo_sd.errors import UserError
 from dpo_sd.shapes.captions import caption, parse
-from dpo_sd.shapes.oracle import UTILITIES, measure, score, style_score, utility
+from dpo_sd.shapes.oracle import UTILITIES, Oracle, centred, faithful, large, measure, score, style_score
 from dpo_sd.shapes.render import render, render_array
 from dpo_sd.shapes.scenes import BACKGROUNDS, COLOURS, KINDS, POSITIONS, SHAPES, SIZES, STYLES, Scene, random_scene
 
@@ -184,16 +184,16 @@ def test_a_colour_further_from_the_named_one_scores_lower():
 
 
 def test_centred_falls_with_the_distance_from_the_middle():
-    values = [utility("centred")(render(Scene(*RED_CIRCLE, x=x, radius=12)), PROMPT) for x in (32, 34, 38, 44, 50)]
+    values = [centred(render(Scene(*RED_CIRCLE, x=x, radius=12)), PROMPT) for x in (32, 34, 38, 44, 50)]
     np.testing.assert_allclose(values, [0, -2, -6, -12, -18], atol=0.1)
 
 
 def test_centred_ignores_the_place_that_the_caption_names():
     image = render(Scene(*RED_CIRCLE, radius=12))
-    assert utility("centred")(image, caption(RED_CIRCLE, "top left")) == pytest.approx(0, abs=0.1)
+    assert centred(image, caption(RED_CIRCLE, "top left")) == pytest.approx(0, abs=0.1)
 
 
-@pytest.mark.parametrize("name", UTILITIES)
+@pytest.mark.parametrize("name", sorted({*UTILITIES} - {"style"}))
 def test_a_picture_in_wrong_colours_or_without_object_ranks_below_all_others(name: str):
     small = ("small", *RED_CIRCLE[1:])
     prompt = caption(small)
@@ -203,27 +203,29 @@ def test_a_picture_in_wrong_colours_or_without_object_ranks_below_all_others(nam
         render(Scene("small", "blue", "circle", "white", radius=7)),
         render(Scene("small", "red", "circle", "black", radius=7)),
     ]
-    assert all(utility(name)(image, prompt) < utility(name)(corner, prompt) for image in unfaithful)
+    assert all(UTILITIES[name](image, prompt, "flat") < UTILITIES[name](corner, prompt, "flat") for image in unfaithful)
 
 
 def test_what_is_liked_in_a_place_does_not_depend_on_the_shape():
     square = render(Scene("large", "red", "square", "white", x=38, radius=12))
-    assert utility("centred")(square, PROMPT) == pytest.approx(-6, abs=0.2)
+    assert centred(square, PROMPT) == pytest.approx(-6, abs=0.2)
 
 
 def test_large_is_the_radius():
     image = render(Scene(*RED_CIRCLE, radius=12))
-    assert utility("large")(image, caption(("small", *RED_CIRCLE[1:]))) == pytest.approx(12, abs=0.1)
+    assert large(image, caption(("small", *RED_CIRCLE[1:]))) == pytest.approx(12, abs=0.1)
 
 
 def test_faithful_prefers_the_crisper_of_two_pictures():
     scene = Scene(*RED_CIRCLE, radius=12)
-    assert utility("faithful")(render(scene), PROMPT) > utility("faithful")(picture(blurred(scene, 1)), PROMPT)
+    assert faithful(render(scene), PROMPT) > faithful(picture(blurred(scene, 1)), PROMPT)
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():
     with pytest.raises(UserError, match=r"unknown preference 'centered' \(did you mean centred\?\)"):
-        utility("centered")
+        Oracle("centered")
+    with pytest.raises(UserError, match=r"unknown style 'outline' \(did you mean outlined\?\)"):
+        Oracle("centred", "outline")
     with pytest.raises(UserError, match=r"unknown style 'pastell' \(did you mean pastel\?\)"):
         style_score(Image.new("RGB", (64, 64)), "pastell")
     with pytest.raises(UserError, match="unknown style 'x': write one of flat"):
@@ -266,3 +268,25 @@ def test_the_demand_of_a_prompt_is_what_is_scored():
     named = score(render(Scene(*RED_CIRCLE, radius=12)), text).named
     asked = {name for name, value in asdict(parse(text)).items() if value is not None}
     assert set(named) == asked | {"clean"} and not any(math.isnan(value) for value in named.values())
+
+
+def test_the_oracle_judges_by_its_utility_and_scores_every_picture():
+    oracle = Oracle("large")
+    scenes = random_scenes(count=4)
+    pictures, prompts = [render(scene) for scene in scenes], [caption(scene.kind) for scene in scenes]
+    assert oracle.name == "oracle: large"
+    assert oracle.judge(pictures, prompts) == [large(*pair) for pair in zip(pictures, prompts, strict=True)]
+    right, wrong = oracle.properties(pictures, prompts), oracle.properties(pictures, prompts[1:] + prompts[:1])
+    assert right["faithful"] == [1] * 4 and min(min(values) for values in right.values()) > 0.9
+    assert sum(wrong["faithful"]) < 4
+
+
+def test_an_oracle_of_a_style_reads_pictures_in_it_and_scores_it_too():
+    scenes = random_scenes("outlined", count=20)
+    pictures, prompts = [render(scene) for scene in scenes], [caption(scene.kind) for scene in scenes]
+    properties = Oracle("centred", "outlined").properties(pictures, prompts)
+    assert np.mean(properties["faithful"]) >= 0.95 and np.mean(properties["style"]) > 0.9
+    likes_style = Oracle("style", "outlined")
+    flat = [render(replace(scene, style="flat")) for scene in scenes]
+    assert min(likes_style.judge(pictures, prompts)) > max(likes_style.judge(flat, prompts))
+    assert likes_style.name == "oracle: style, in the outlined style"

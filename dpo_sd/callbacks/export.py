@@ -13,27 +13,34 @@ from dpo_sd.module import DiffusionModule
 
 
 class Export(L.Callback):
-    """At checkpoints, writes `lora/pytorch_lora_weights.safetensors` (diffusers) and `lora/<name>.safetensors` (Kohya).
+    """Writes `lora/pytorch_lora_weights.safetensors` (diffusers) and `lora/<name>.safetensors` (Kohya).
+
+    At every checkpoint and at the end.
 
     Args:
-        name: of the Kohya file and of what it calls itself; None takes the name of the run.
+        name: of the Kohya file and of what it calls itself.
     """
 
-    def __init__(self, name: str | None = None):
-        if name is not None and (not name or "/" in name):
+    def __init__(self, name: str = "lora"):
+        if not name or "/" in name:
             raise UserError(f"name must be a file name without folder or ending, got {name!r}")
         self.name = name
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.write(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.write(trainer, pl_module)
+
+    def write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, DiffusionModule)
         folder, model = Path(trainer.default_root_dir) / "lora", pl_module.model
-        name = self.name or Path(trainer.default_root_dir).parent.name
         save_diffusers(model.unet, folder)
         save_kohya(
             model.unet,
-            folder / f"{name}.safetensors",
+            folder / f"{self.name}.safetensors",
             resolution=model.resolution,
             prediction_type=model.noise_scheduler.config["prediction_type"],
             extra={

@@ -74,7 +74,7 @@ class Metrics(L.Callback):
 
     Args:
         log_every: updates between rows, at least 1.
-        validate_every: updates between validations; 0 never validates.
+        validate_every: updates between validations; 0 never validates, for measurements of speed.
     """
 
     def __init__(self, log_every: int = 1, validate_every: int = 100):
@@ -141,7 +141,7 @@ class Metrics(L.Callback):
         if "reward_margin" in columns:
             # of a whole pair, not of one noise: what the annotator's choice was about
             by_pair = columns["reward_margin"].view(-1, len(data.grid)).mean(dim=1)
-            metrics["val/reward_accuracy"] = float((by_pair > 0).float().mean())
+            metrics["val/reward_accuracy"] = float(torch.heaviside(by_pair, by_pair.new_tensor(0.5)).mean())
             for timestep in data.grid:
                 bin_ = columns["reward_margin"][torch.cat(timesteps) == timestep]
                 metrics[f"val/reward_margin/t{timestep:03d}"] = float(bin_.mean())

@@ -48,6 +48,12 @@ def device_name(accelerator: Literal["cpu", "cuda"]) -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
+def _peak_memory() -> float:
+    """Of this process so far, in GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB elsewhere
+
+
 class RunRecord(L.Callback):
     """Writes the record of a run into its folder.
 
@@ -110,7 +116,7 @@ class RunRecord(L.Callback):
             "steps": trainer.global_step,
             "metrics": metrics.latest if isinstance(metrics, Metrics) else {},
             "wall_time_s": round(self.wall_time_s, 1),
-            "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+            "peak_memory_gib": round(_peak_memory(), 2),
             "peak_gpu_memory_gib": gpu,
             "verdict": verdict.result if isinstance(verdict, Verdict) else None,
         }

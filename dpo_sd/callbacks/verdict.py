@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 import numpy as np
 
+from dpo_sd.data.source import Judge
 from dpo_sd.errors import UserError
 from dpo_sd.lora import using
 from dpo_sd.module import DiffusionModule
 from dpo_sd.noise import image_seed
-from dpo_sd.statistics import WinRate, minimal_detectable_rate, win_rate, win_shares
+from dpo_sd.statistics import WinRate, mean_difference, minimal_detectable_rate, win_rate, win_shares
 
 
 class Verdict(L.Callback):
@@ -32,26 +34,36 @@ class Verdict(L.Callback):
         self.n_prompts, self.seeds_per_prompt, self.seed = n_prompts, seeds_per_prompt, seed
         self.result: dict[str, Any] | None = None
 
-    def promise(self) -> str:
-        """What this many prompts can show, to be said before anything is drawn."""
-        rate = minimal_detectable_rate(self.n_prompts)
-        return f"verdict: on {self.n_prompts} held-out prompts, win rates from {rate:.0%} on are told from chance"
+    def promise(self, judge: Judge | None, held_out_prompts: Sequence[str]) -> str:
+        """What so many prompts can show, to be said before the training."""
+        if judge is None:
+            return "none: only people can judge this data; see val/reward_accuracy and the samples"
+        n = min(self.n_prompts, len(held_out_prompts))
+        fewer = "" if n == self.n_prompts else f" (there are no {self.n_prompts})"
+        rate = minimal_detectable_rate(n)
+        if rate > 0.995:
+            return f"{n} held-out prompts{fewer} cannot tell any win rate from chance"
+        return f"on {n} held-out prompts{fewer}, a win rate of {rate:.0%} is told from chance with 80 % power"
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step < trainer.max_steps or not trainer.is_global_zero:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        judge: Judge | None = data.source.judge
+        if trainer.global_step < trainer.max_steps or not trainer.is_global_zero or judge is None:
             return
         assert isinstance(pl_module, DiffusionModule)
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        source, held_out = data.source, data.data.held_out_prompts[: self.n_prompts]
+        held_out = data.data.held_out_prompts[: self.n_prompts]
         prompts = [prompt for prompt in held_out for _ in range(self.seeds_per_prompt)]
         seeds = [image_seed(self.seed, prompt, 1, k) for prompt in held_out for k in range(self.seeds_per_prompt)]
         pictures = {}
         for which in ("reference", "policy"):
             with using(pl_module.unet, which):
                 pictures[which] = data.sampler.draw(pl_module.model, prompts, seeds, f"verdict: {which}")
-        before, after = (
-            np.array(source.judge(pictures[which], prompts)).reshape(len(held_out), -1) for which in pictures
-        )
+
+        def by_prompt(scores: list[float]) -> np.ndarray:
+            return np.array(scores).reshape(len(held_out), -1)
+
+        before, after = (by_prompt(judge.judge(pictures[which], prompts)) for which in pictures)
+        first, second = (judge.properties(pictures[which], prompts) for which in pictures)
         rate = win_rate(win_shares(after, before))
         self.result = {
             "win_rate": rate.rate,
@@ -59,11 +71,14 @@ class Verdict(L.Callback):
             "high": rate.high,
             "n_prompts": len(held_out),
             "seeds_per_prompt": self.seeds_per_prompt,
-            "judge": source.judge_name,
+            "judge": judge.name,
             "score_before": float(before.mean()),
             "score_after": float(after.mean()),
-            "properties_before": source.properties(pictures["reference"], prompts),
-            "properties_after": source.properties(pictures["policy"], prompts),
+            "properties": {
+                name: {"before": float(np.mean(first[name])), "after": float(np.mean(second[name]))}
+                | mean_difference(by_prompt(first[name]), by_prompt(second[name]))._asdict()
+                for name in first
+            },
         }
         if self.seeds_per_prompt > 1:
             # each picture against another seed of its own prompt and model
@@ -85,8 +100,9 @@ class Verdict(L.Callback):
             f"  judge         {r['judge']}",
             f"  score         {r['score_before']:.2f} → {r['score_after']:.2f}",
         ]
-        for name, before in r["properties_before"].items():
-            lines.append(f"  {name:<13} {before:.3f} → {r['properties_after'][name]:.3f}")
+        for name, p in r["properties"].items():
+            change = f"{p['mean']:+.3f} [{p['low']:+.3f}, {p['high']:+.3f}]"
+            lines.append(f"  {name:<13} {p['before']:.3f} → {p['after']:.3f}  change {change}")
         if "a_a" in r:
             lines.append(f"  A/A control   {WinRate(**r['a_a'])}: the reference against itself, other seeds")
         return "\n".join(lines)

@@ -15,22 +15,25 @@ from dpo_sd import noise
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """A preference dataset as the UNet sees it.
+    """A dataset as the UNet sees it.
 
     Args:
-        chosen, rejected: latents of the better and the worse picture, (n, 4, h, w), scaled.
+        chosen: latents of the better picture of each pair, or of single pictures, (n, 4, h, w), scaled.
+        rejected: latents of the worse ones, shaped alike; None for single pictures.
         prompt_embeds: (n, tokens, width).
         empty_embeds: those of the empty prompt, (tokens, width).
         label: P(chosen is better), (n,), in [0.5, 1].
+        weight: share of each sample in the loss, (n,), 1 on average.
         sample_ids: content ids that key the randomness, one per pair.
         prompts: for messages.
     """
 
     chosen: torch.Tensor
-    rejected: torch.Tensor
+    rejected: torch.Tensor | None
     prompt_embeds: torch.Tensor
     empty_embeds: torch.Tensor
     label: torch.Tensor
+    weight: torch.Tensor
     sample_ids: list[int]
     prompts: list[str]
 
@@ -42,20 +45,22 @@ class PairBatch(NamedTuple):
     """What one micro-step trains on.
 
     Args:
-        chosen, rejected: latents, (pairs, 4, h, w), scaled.
+        chosen, rejected: latents, (pairs, 4, h, w), scaled; of single pictures there are no rejected ones.
         prompt_embeds: (pairs, tokens, width); of the empty prompt where the caption was dropped.
         noise: (pairs, 4, h, w), standard normal, shared by chosen and rejected.
         timesteps: (pairs,), int64, shared by chosen and rejected.
         label: P(chosen is better), (pairs,).
+        weight: share of each pair in the loss, (pairs,).
         index: row of each pair in its dataset, (pairs,).
     """
 
     chosen: torch.Tensor
-    rejected: torch.Tensor
+    rejected: torch.Tensor | None
     prompt_embeds: torch.Tensor
     noise: torch.Tensor
     timesteps: torch.Tensor
     label: torch.Tensor
+    weight: torch.Tensor
     index: torch.Tensor
 
 
@@ -63,7 +68,6 @@ class Visits(Dataset):
     """Pair `index` at its `draw`-th visit, with the noise, timestep and caption dropout that belong to that visit.
 
     Args:
-        min_timestep: drawn timesteps begin here.
         timesteps: None draws them uniformly from the schedule; otherwise the grid on which visit k takes entry k.
     """
 
@@ -73,33 +77,31 @@ class Visits(Dataset):
         seed: int,
         num_train_timesteps: int,
         caption_dropout: float = 0.0,
-        min_timestep: int = 0,
         timesteps: list[int] | None = None,
     ):
         self.pairs, self.seed, self.num_train_timesteps = pairs, seed, num_train_timesteps
-        self.caption_dropout, self.min_timestep, self.timesteps = caption_dropout, min_timestep, timesteps
+        self.caption_dropout, self.timesteps = caption_dropout, timesteps
 
     def __getitem__(self, visit: tuple[int, int]) -> PairBatch:
         index, draw = visit
         pairs, key = self.pairs, (self.seed, self.pairs.sample_ids[index], draw)
         dropped = self.caption_dropout > 0 and noise.uniform(*key, "caption") < self.caption_dropout
-        if self.timesteps is None:
-            timestep = self.min_timestep + noise.timestep(*key, self.num_train_timesteps - self.min_timestep)
-        else:
-            timestep = self.timesteps[draw]
+        timestep = noise.timestep(*key, self.num_train_timesteps) if self.timesteps is None else self.timesteps[draw]
         return PairBatch(
             chosen=pairs.chosen[index],
-            rejected=pairs.rejected[index],
+            rejected=None if pairs.rejected is None else pairs.rejected[index],
             prompt_embeds=pairs.empty_embeds if dropped else pairs.prompt_embeds[index],
             noise=torch.from_numpy(noise.noise(*key, tuple(pairs.chosen.shape[1:]))),
             timesteps=torch.tensor(timestep),
             label=pairs.label[index],
+            weight=pairs.weight[index],
             index=torch.tensor(index),
         )
 
 
 def stack(visits: list[PairBatch]) -> PairBatch:
-    return PairBatch(*(torch.stack(column) for column in zip(*visits, strict=True)))
+    columns = zip(*visits, strict=True)
+    return PairBatch(*(None if column[0] is None else torch.stack(column) for column in columns))  # type: ignore[arg-type]
 
 
 class UpdateOrder(Sampler[list[tuple[int, int]]]):

@@ -6,7 +6,7 @@ import lightning as L
 from torch.utils.data import DataLoader
 
 from dpo_sd.data.batches import PairBatch, UpdateOrder, Visits, stack
-from dpo_sd.data.shapes import PreparedData, Shapes
+from dpo_sd.data.source import PreparedData, Source
 from dpo_sd.sampling import Sampler
 
 GRID = 4  # noises and timesteps of the fixed validation grid, spread evenly over the schedule
@@ -16,7 +16,7 @@ class PairData(L.LightningDataModule):
     """Batches of the pairs in the order of training, beginning at whatever update the trainer stands at.
 
     Args:
-        data, source: the prepared pairs and where they come from, which is also their judge.
+        data, source: the prepared pairs and where they come from.
         sampler: how callbacks draw pictures.
         pairs_per_update, micro_batch: pairs behind one optimiser update, and per micro-step on one device.
         seed: of order, noise, timesteps and caption dropout.
@@ -27,7 +27,7 @@ class PairData(L.LightningDataModule):
     def __init__(
         self,
         data: PreparedData,
-        source: Shapes,
+        source: Source,
         sampler: Sampler,
         pairs_per_update: int,
         micro_batch: int,
@@ -38,7 +38,7 @@ class PairData(L.LightningDataModule):
         super().__init__()
         self.data, self.source, self.sampler, self.num_workers = data, source, sampler, num_workers
         self.pairs_per_update, self.micro_batch, self.seed = pairs_per_update, micro_batch, seed
-        self.visits = Visits(data.train, seed, num_train_timesteps, source.caption_dropout, source.min_timestep)
+        self.visits = Visits(data.train, seed, num_train_timesteps, source.caption_dropout)
         self.grid = [round((k + 0.5) * num_train_timesteps / GRID) for k in range(GRID)]
         self.validation_visits = Visits(data.validation, seed, num_train_timesteps, timesteps=self.grid)
 

@@ -1,48 +1,28 @@
-"""Preference pairs of the shapes world: the model draws them itself, a simulated annotator chooses by the oracle."""
+"""The shapes world as training data: pairs that the model draws and the oracle judges, and pictures in a style."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dpo_sd.annotator import SimulatedAnnotator
+from dpo_sd.data.source import PreparedData, checked_dropout, encode, too_long
 from dpo_sd.errors import UserError
 from dpo_sd.lora import adapter_state, reference
-from dpo_sd.noise import image_seed, order, sample_id
-from dpo_sd.preferences import SimulatedAnnotator
+from dpo_sd.noise import generator, image_seed, sample_id
+from dpo_sd.shapes.captions import PromptSplit, split_prompts
+from dpo_sd.shapes.scenes import RESOLUTION
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
     from dpo_sd.data.batches import EncodedPairs
     from dpo_sd.models import StableDiffusion
     from dpo_sd.sampling import Sampler
 
-log = logging.getLogger(__name__)
-
 CHUNK = 64  # pictures kept together: what a killed run has to draw again at most
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """What a source hands to training.
-
-    Args:
-        train, validation: encoded pairs with disjoint prompts.
-        held_out_prompts: in neither of them, for the verdict.
-        fingerprint: hash of the pairs and their labels.
-        report: what was used and what was not, one line each.
-    """
-
-    train: EncodedPairs
-    validation: EncodedPairs
-    held_out_prompts: list[str]
-    fingerprint: str
-    report: list[str]
 
 
 class Shapes:
@@ -54,10 +34,9 @@ class Shapes:
         n_pairs: training pairs; prompts come again with new pictures when there are more pairs than prompts.
         n_validation: pairs of the fixed validation grid.
         preference: what the annotator likes, a name in `dpo_sd.shapes.oracle.UTILITIES`.
+        style: that the pictures are drawn in, one of `dpo_sd.shapes.scenes.STYLES`.
         temperature, tie_band, side_bias, flip_rate: of the `SimulatedAnnotator`.
         caption_dropout: share of visits that train on the empty prompt, in [0, 1].
-        min_timestep: training draws timesteps from here to the schedule's end, in [0, 1000). Places are settled
-            at large ones; at small ones the errors are larger and tell of single pixels.
         seed: of the split, the pictures and the annotator.
     """
 
@@ -68,107 +47,120 @@ class Shapes:
         n_pairs: int = 256,
         n_validation: int = 32,
         preference: str = "centred",
+        style: str = "flat",
         temperature: float = 0.0,
         tie_band: float = 0.0,
         side_bias: float = 0.0,
         flip_rate: float = 0.0,
         caption_dropout: float = 0.0,
-        min_timestep: int = 0,
         seed: int = 0,
     ):
-        from dpo_sd.shapes.captions import all_prompts
-        from dpo_sd.shapes.oracle import utility
+        from dpo_sd.shapes.oracle import Oracle
 
         if n_pairs < 1:
             raise UserError(f"n_pairs must be at least 1, got {n_pairs}")
-        if not 0 <= caption_dropout <= 1:
-            raise UserError(f"caption_dropout must be between 0 and 1, got {caption_dropout}")
-        self.n_pairs, self.n_validation = n_pairs, n_validation
-        if not 0 <= min_timestep < 1000:
-            raise UserError(f"min_timestep must be at least 0 and below 1000, got {min_timestep}")
-        self.preference, self.seed = preference, seed
-        self.caption_dropout, self.min_timestep = caption_dropout, min_timestep
-        self.utility = utility(preference)
+        self.n_pairs, self.n_validation, self.seed = n_pairs, n_validation, seed
+        self.judge = Oracle(preference, style)
         self.annotator = SimulatedAnnotator(temperature, tie_band, side_bias, flip_rate, seed)
-        prompts = all_prompts()
-        prompts = [prompts[i] for i in order(seed, 0, len(prompts))]
-        first, second = round(0.6 * len(prompts)), round(0.7 * len(prompts))
-        self.train_prompts, self.held_out_prompts = prompts[:first], prompts[second:]
-        self.validation_prompts = prompts[first:second]
-        if not 1 <= n_validation <= len(self.validation_prompts):
-            raise UserError(f"n_validation must be between 1 and {len(self.validation_prompts)}, got {n_validation}")
-
-    @property
-    def judge_name(self) -> str:
-        return f"oracle: {self.preference}"
-
-    def judge(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """How much the annotator would like each picture, without his whims; higher is better."""
-        return [self.utility(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
-
-    def properties(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, float]:
-        """Mean scores of what the captions demand, each in [0, 1]: what must not fall while the preference rises."""
-        from dpo_sd.shapes.oracle import score
-
-        scores = [score(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
-        names = ("shape", "colour", "size", "background", "clean", "overall", "faithful")
-        return {name: sum(float(getattr(s, name)) for s in scores) / len(scores) for name in names}
+        self.caption_dropout = checked_dropout(caption_dropout)
+        self.prompts = split_prompts(seed)
+        check_validation(n_validation, self.prompts)
 
     def prepare(self, model: StableDiffusion, sampler: Sampler, cache_dir: Path) -> PreparedData:
         """Draws, judges and encodes the pairs; pictures already in the cache are read."""
-        train, report = self._pairs(model, sampler, cache_dir, self.train_prompts, self.n_pairs, "training")
+        if model.resolution != RESOLUTION:
+            raise UserError(
+                f"data=shapes measures pictures of {RESOLUTION} pixels, but {model.name} draws {model.resolution}: "
+                "use model=tiny, or data=pairs"
+            )
+        train, report = self._pairs(model, sampler, cache_dir, self.prompts.train, self.n_pairs, "training")
         validation, more = self._pairs(
-            model, sampler, cache_dir, self.validation_prompts, self.n_validation, "validation"
+            model, sampler, cache_dir, self.prompts.validation, self.n_validation, "validation"
         )
-        digest = hashlib.sha256(
-            repr([(p.sample_ids, p.prompts, p.label.tolist()) for p in (train, validation)]).encode()
-        )
-        digest.update(train.chosen.numpy().tobytes())
-        return PreparedData(train, validation, self.held_out_prompts, digest.hexdigest()[:16], report + more)
+        return PreparedData(train, validation, self.prompts.held_out, report + more)
 
     def _pairs(
         self, model: StableDiffusion, sampler: Sampler, cache_dir: Path, prompts: list[str], n: int, what: str
     ) -> tuple[EncodedPairs, list[str]]:
-        import torch
-
-        from dpo_sd.data.batches import EncodedPairs
-
         wanted = [(prompts[i % len(prompts)], i // len(prompts)) for i in range(n)]
         captions = [prompt for prompt, _ in wanted for _ in range(2)]
         seeds = [image_seed(self.seed, prompt, set_index, k) for prompt, set_index in wanted for k in range(2)]
         images = _drawn(model, sampler, cache_dir, captions, seeds, f"drawing {what} pairs")
-        scores = self.judge(images, captions)
-        choices, chosen, rejected, ids, kept = Counter(), [], [], [], []
+        scores = self.judge.judge(images, captions)
+        ties, chosen, rejected, ids, kept = 0, [], [], [], []
         for i, (prompt, _) in enumerate(wanted):
             first, second = 2 * i, 2 * i + 1
-            identity = sample_id(prompt, images[first].tobytes(), images[second].tobytes())
+            identity = sample_id(prompt, str(seeds[first]), str(seeds[second]))  # not of pixels, which round
             choice = self.annotator.choose(str(identity), scores[first], scores[second])
-            choices[choice] += 1
-            if choice != "tie":
-                winner, loser = (first, second) if choice == "image_0" else (second, first)
-                chosen.append(images[winner])
-                rejected.append(images[loser])
-                ids.append(identity)
-                kept.append(prompt)
+            if choice == "tie":
+                ties += 1
+                continue
+            winner, loser = (first, second) if choice == "image_0" else (second, first)
+            chosen.append(images[winner])
+            rejected.append(images[loser])
+            ids.append(identity)
+            kept.append(prompt)
         if not kept:
             raise UserError(f"all {n} {what} pairs are ties: lower data.tie_band ({self.annotator.tie_band})")
-        long = model.truncated(kept)
-        report = [
-            f"{what}: {len(kept)} pairs on {len(set(kept))} prompts, {choices['tie']} ties left out"
-            + (f", {len(long)} prompts cut at the text encoder's limit, such as {long[0]!r}" if long else "")
-        ]
-        unique = sorted(set(kept))
-        embeds = model.encode_prompts([*unique, ""])
-        pairs = EncodedPairs(
-            chosen=model.encode_images(chosen),
-            rejected=model.encode_images(rejected),
-            prompt_embeds=embeds[[unique.index(prompt) for prompt in kept]],
-            empty_embeds=embeds[-1],
-            label=torch.ones(len(kept)),
-            sample_ids=ids,
-            prompts=kept,
-        )
-        return pairs, report
+        report = [f"{what}: {len(kept)} pairs on {len(set(kept))} prompts, {ties} ties left out"]
+        return encode(model, kept, chosen, rejected, ids), [*report, *too_long(model, kept)]
+
+
+class Renders:
+    """Rendered pictures of the shapes world in one style, with captions: what a style LoRA is trained on.
+
+    Args:
+        style: one of `dpo_sd.shapes.scenes.STYLES`.
+        n_pictures: for training.
+        n_validation: pictures of the fixed validation grid.
+        caption_dropout: share of visits that train on the empty prompt, in [0, 1].
+        seed: of the split of the captions, as in `Shapes`, and of the pictures.
+    """
+
+    has_pairs: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        style: str = "outlined",
+        n_pictures: int = 512,
+        n_validation: int = 32,
+        caption_dropout: float = 0.1,
+        seed: int = 0,
+    ):
+        from dpo_sd.shapes.oracle import Oracle
+
+        if n_pictures < 1:
+            raise UserError(f"n_pictures must be at least 1, got {n_pictures}")
+        self.style, self.n_pictures, self.n_validation, self.seed = style, n_pictures, n_validation, seed
+        self.judge = Oracle("style", style)
+        self.caption_dropout = checked_dropout(caption_dropout)
+        self.prompts = split_prompts(seed)
+        check_validation(n_validation, self.prompts)
+
+    def prepare(self, model: StableDiffusion, sampler: Sampler, cache_dir: Path) -> PreparedData:
+        """Renders and encodes the pictures."""
+        train = self._pictures(model, self.prompts.train, self.n_pictures)
+        validation = self._pictures(model, self.prompts.validation, self.n_validation)
+        report = [f"{len(train)} rendered pictures in the {self.style} style on {len(set(train.prompts))} prompts"]
+        return PreparedData(train, validation, self.prompts.held_out, report)
+
+    def _pictures(self, model: StableDiffusion, prompts: list[str], n: int) -> EncodedPairs:
+        from dpo_sd.shapes.captions import kind
+        from dpo_sd.shapes.render import render
+        from dpo_sd.shapes.scenes import random_scene
+
+        captions = [prompts[i % len(prompts)] for i in range(n)]
+        pictures = []
+        for i, prompt in enumerate(captions):
+            rng = generator(self.seed, sample_id(prompt), i // len(prompts), "render")
+            pictures.append(render(random_scene(rng, kind(prompt), None, self.style)))
+        ids = [sample_id(prompt, picture.tobytes()) for prompt, picture in zip(captions, pictures, strict=True)]
+        return encode(model, captions, pictures, None, ids)
+
+
+def check_validation(n_validation: int, prompts: PromptSplit) -> None:
+    if not 1 <= n_validation <= len(prompts.validation):
+        raise UserError(f"n_validation must be between 1 and {len(prompts.validation)}, got {n_validation}")
 
 
 def _drawn(
@@ -187,6 +179,7 @@ def _drawn(
         return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
 
     settings: dict[str, Any] = {"model": model.fingerprint, "lora": _reference_key(model), **sampler.settings()}
+    settings["arithmetic"] = f"{model.unet.dtype} on {model.unet.device.type}"
     images = []
     with tqdm(total=len(prompts), desc=what, unit="picture") as bar:
         for start in range(0, len(prompts), CHUNK):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from dpo_sd.errors import UserError
+from dpo_sd.noise import order
 from dpo_sd.shapes.scenes import BACKGROUNDS, COLOURS, KINDS, SHAPES, SIZES, Scene
 
 
@@ -97,6 +99,33 @@ def _known(text: str, colour: str | None, colours: Iterable[str], what: str) -> 
         raise UserError(f"{text!r}: no {what} of the shapes world is {colour}: write one of {', '.join(colours)}")
 
 
-def all_prompts() -> list[str]:
-    """One full caption, place left open, for every kind of scene: the prompts of the quickstart."""
-    return [caption(kind) for kind in KINDS]
+def kind(text: str) -> tuple[str, str, str, str]:
+    """The combination that a full caption describes.
+
+    Raises:
+        UserError: when the caption cannot be read or leaves something open.
+    """
+    demand = parse(text)
+    named = demand.size, demand.colour, demand.shape, demand.background
+    if None in named:
+        raise UserError(f"{text!r} leaves the size, the colour or the background open: write {caption(KINDS[0])!r}")
+    return named  # type: ignore[return-value]
+
+
+class PromptSplit(NamedTuple):
+    """Full captions in three parts that share none."""
+
+    train: list[str]
+    validation: list[str]
+    held_out: list[str]
+
+
+def split_prompts(seed: int) -> PromptSplit:
+    """The full captions of all kinds of scenes, places left open: 60 % for training, 10 % to validate, 30 % to judge.
+
+    Args:
+        seed: of the split, in [0, 2^64).
+    """
+    prompts = [caption(KINDS[i]) for i in order(seed, 0, len(KINDS))]
+    first, second = round(0.6 * len(prompts)), round(0.7 * len(prompts))
+    return PromptSplit(prompts[:first], prompts[first:second], prompts[second:])

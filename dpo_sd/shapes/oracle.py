@@ -24,7 +24,7 @@ from __future__ import annotations
 import difflib
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -213,41 +213,76 @@ def style_score(image: Image.Image, style: str) -> float:
     return _truth(errors, style)
 
 
-def centred(image: Image.Image, prompt: str) -> float:
+def centred(image: Image.Image, prompt: str, style: str = "flat") -> float:
     """Minus the distance in pixels of the object from the middle of the picture, whatever place the caption names."""
-    return _if_kept(image, prompt, lambda seen: -math.hypot(seen.x - _MIDDLE, seen.y - _MIDDLE))
+    return _if_kept(image, prompt, style, lambda seen: -math.hypot(seen.x - _MIDDLE, seen.y - _MIDDLE))
 
 
-def large(image: Image.Image, prompt: str) -> float:
+def large(image: Image.Image, prompt: str, style: str = "flat") -> float:
     """Radius of the object in pixels, whatever size the caption names."""
-    return _if_kept(image, prompt, lambda seen: seen.radius)
+    return _if_kept(image, prompt, style, lambda seen: seen.radius)
 
 
-def faithful(image: Image.Image, prompt: str) -> float:
+def faithful(image: Image.Image, prompt: str, style: str = "flat") -> float:
     """The overall score against the caption, in [0, 1]."""
-    return score(image, prompt).overall
+    return score(image, prompt, style).overall
 
 
-UTILITIES: dict[str, Callable[[Image.Image, str], float]] = {"centred": centred, "faithful": faithful, "large": large}
+def in_style(image: Image.Image, prompt: str, style: str = "flat") -> float:
+    """The style's score, in [0, 1], whatever the caption says."""
+    return style_score(image, style)
 
 
-def utility(name: str) -> Callable[[Image.Image, str], float]:
-    """What a simulated annotator prefers: a function of a flat picture and its prompt, higher being better.
+UTILITIES: dict[str, Callable[[Image.Image, str, str], float]] = {
+    "centred": centred,
+    "faithful": faithful,
+    "large": large,
+    "style": in_style,
+}
+
+
+class Oracle:
+    """A taste in pictures of the shapes world: what a simulated annotator goes by, and what a verdict is judged by.
+
+    Args:
+        preference: what is better, a name in `UTILITIES`.
+        style: that pictures are read in, one of `STYLES`.
 
     Raises:
-        UserError: when `UTILITIES` has no such name.
+        UserError: when either is unknown.
     """
-    _known(name, UTILITIES, "preference")
-    return UTILITIES[name]
+
+    def __init__(self, preference: str = "centred", style: str = "flat"):
+        _known(preference, UTILITIES, "preference")
+        _known(style, STYLES, "style")
+        self.preference, self.style = preference, style
+
+    @property
+    def name(self) -> str:
+        return f"oracle: {self.preference}" + ("" if self.style == "flat" else f", in the {self.style} style")
+
+    def judge(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+        """How good each picture is to this taste; higher is better."""
+        utility = UTILITIES[self.preference]
+        return [utility(image, prompt, self.style) for image, prompt in zip(images, prompts, strict=True)]
+
+    def properties(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, list[float]]:
+        """What captions demand, and the style: scores of each picture by name, each in [0, 1]."""
+        scores = [score(image, prompt, self.style) for image, prompt in zip(images, prompts, strict=True)]
+        names = ("shape", "colour", "size", "background", "clean", "overall", "faithful")
+        found = {name: [float(getattr(s, name)) for s in scores] for name in names}
+        if self.style != "flat":
+            found["style"] = [style_score(image, self.style) for image in images]
+        return found
 
 
-def _if_kept(image: Image.Image, prompt: str, value: Callable[[Measurement], float]) -> float:
+def _if_kept(image: Image.Image, prompt: str, style: str, value: Callable[[Measurement], float]) -> float:
     """The value of what is seen, where colour, background and cleanness are right; below all such values where not.
 
     A taste must not unlearn the caption, but it should not be drowned by it either: of a small model's pictures a third
     miss their shape, and a label that speaks of the shape says nothing about the taste.
     """
-    seen = measure(image)
+    seen = measure(image, style)
     scores = replace(_score(seen, parse(prompt)), shape=1.0, size=None, position=None)
     if seen.found and scores.faithful:
         return value(seen)

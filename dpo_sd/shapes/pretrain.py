@@ -40,7 +40,8 @@ from dpo_sd.shapes.scenes import (
 SEEN_KINDS = [kind for kind in KINDS if not held_out(kind)]
 CAPTION_DROPOUT = 0.1  # what classifier-free guidance needs (Ho & Salimans 2022, arXiv:2207.12598)
 MAX_TOKENS = 32
-VAE_STEPS, UNET_STEPS, DECODER_STEPS = 5000, (2500, 3600, 2400), 4000  # updates
+EMA_DECAY = 0.999
+VAE_STEPS, UNET_STEPS, DECODER_STEPS = 5000, 12000, 10000  # updates
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures
@@ -85,26 +86,16 @@ def to_tensor(pictures: np.ndarray) -> torch.Tensor:
 
 
 class Stage:
-    """What both stages share: an optimiser with warm-up and cosine decay, an average of the weights, exact resume."""
+    """What the stages share: an optimiser with warm-up and cosine decay, an average of the weights, exact resume."""
 
-    def __init__(
-        self,
-        name: str,
-        model: nn.Module,
-        folder: Path,
-        steps: int,
-        lr: float,
-        ema_decay: float = 0.999,
-        decay_steps: int | None = None,
-    ):
-        self.name, self.model, self.steps, self.ema_decay = name, model, steps, ema_decay
+    def __init__(self, name: str, model: nn.Module, folder: Path, steps: int, lr: float):
+        self.name, self.model, self.steps = name, model, steps
         self.file, self.metrics = folder / f"{name}.ckpt", folder / f"{name}.csv"
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.999), weight_decay=0.01)
-        decay = decay_steps or steps
-        warm_up = min(200, decay // 10 + 1)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
+        warm_up = min(200, steps // 10 + 1)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
-            lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(step / decay, 1.0))) + 1e-3,
+            lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / steps)) + 1e-3,
         )
         self.average = {name: value.clone() for name, value in model.state_dict().items()}
         self.step = 0
@@ -143,7 +134,7 @@ class Stage:
             self.optimizer.step()
             self.schedule.step()
             self.step = step + 1
-            decay = min(self.ema_decay, (1 + step) / (10 + step))
+            decay = min(EMA_DECAY, (1 + step) / (10 + step))
             with torch.no_grad():
                 for name, value in self.model.state_dict().items():
                     self.average[name].lerp_(value, 1 - decay) if value.is_floating_point() else None
@@ -307,19 +298,13 @@ def build_denoiser(tokenizer: Any) -> nn.ModuleDict:
 
 
 def train_denoiser(
-    vae: Any, folder: Path, seed: int, steps: tuple[int, int, int], device: torch.device, n_pictures: int = 32768
+    vae: Any, folder: Path, seed: int, steps: int, device: torch.device, n_pictures: int = 32768
 ) -> tuple[Any, Any, float]:
-    """UNet and text encoder on cached latents: first on the plain error, then on what decides the composition.
+    """UNet and text encoder on cached latents; returns both and the latents' scaling factor.
 
-    At little noise the plain error is largest and the caption matters least, so that shapes and places come late. The
-    other stages weight it by 1 / (0.1 + SNR), after the perception-prioritised weighting of Choi et al. 2022
-    (arXiv:2204.00227), which puts the weight where the caption decides.
-
-    Args:
-        steps: updates of the three stages.
-
-    Returns:
-        UNet, text encoder and the latents' scaling factor.
+    At little noise the plain error is largest and the caption matters least, so that shapes and places would come late.
+    Weights of 1 / (0.1 + SNR), after the perception-prioritised weighting of Choi et al. 2022 (arXiv:2204.00227), put
+    the attention where the caption decides.
     """
     from diffusers import DDIMScheduler, DDPMScheduler
     from diffusers.training_utils import compute_snr
@@ -328,6 +313,7 @@ def train_denoiser(
     tokenizer = build_tokenizer()
     model = build_denoiser(tokenizer).to(device)
     unet, text_encoder = (cast(Any, model[part]) for part in ("unet", "text_encoder"))
+    unet.to(memory_format=torch.channels_last)  # 9 % faster on a CPU
     scheduler: Any = DDPMScheduler.from_config(DDIMScheduler(**NOISE_SCHEDULE).config)
     pictures, captions = zip(*_many(scene_picture, seed, n_pictures, "captioned pictures"), strict=True)
     latents = encode(vae, np.stack(pictures), device)
@@ -336,35 +322,19 @@ def train_denoiser(
     ids = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids.to(device)
 
-    def errors(step: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Squared errors of n pictures, (n,), and their timesteps."""
-        index = torch.from_numpy(batch_indices(seed, step, n_pictures, n)).to(device)
+    def losses(step: int) -> dict[str, torch.Tensor]:
+        index = torch.from_numpy(batch_indices(seed, step, n_pictures, 32)).to(device)
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
         noise = torch.randn(latents[index].shape, generator=generator, device=device)
-        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (n,), generator=generator, device=device)
-        dropped = torch.rand(n, generator=generator, device=device) < CAPTION_DROPOUT
+        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (32,), generator=generator, device=device)
+        dropped = torch.rand(32, generator=generator, device=device) < CAPTION_DROPOUT
         tokens = torch.where(dropped[:, None], empty, ids[index])
         states = text_encoder(tokens).last_hidden_state
         noisy = scheduler.add_noise(latents[index], noise, timesteps)
-        prediction = unet(noisy, timesteps, states).sample
-        return (prediction - noise).square().mean(dim=(1, 2, 3)), timesteps
+        squared = (unet(noisy, timesteps, states).sample - noise).square().mean(dim=(1, 2, 3))
+        return {"weighted": (squared / (0.1 + compute_snr(scheduler, timesteps))).mean()}
 
-    def plain(step: int) -> dict[str, torch.Tensor]:
-        return {"mse": errors(step, 64)[0].mean()}
-
-    def weighted(first: int) -> Callable[[int], dict[str, torch.Tensor]]:
-        def losses(step: int) -> dict[str, torch.Tensor]:
-            squared, timesteps = errors(first + step, 32)
-            return {"weighted": (squared / (0.1 + compute_snr(scheduler, timesteps))).mean()}
-
-        return losses
-
-    # the rate falls towards a later end than the stage's own, because the second stage goes on
-    Stage("denoiser", model, folder, steps[0], lr=1e-3, ema_decay=0.9995, decay_steps=steps[0] * 9 // 5).run(plain)
-    # a rate that starts again finds what the first fall has missed: shapes come in one, places in the other
-    for name, first, n in (("composition", steps[0], steps[1]), ("refinement", steps[0] + steps[1], steps[2])):
-        Stage(name, model.requires_grad_(True), folder, n, lr=6e-4, ema_decay=0.998).run(weighted(first))
-    model.eval().requires_grad_(False)
+    Stage("denoiser", model, folder, steps, lr=8e-4).run(losses)
     return unet, text_encoder, scaling_factor
 
 

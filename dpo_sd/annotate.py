@@ -1,0 +1,29 @@
+"""Opens the annotation app on a pair folder: `python -m dpo_sd.annotate pairs=pairs/style`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from dpo_sd.config import entry_point
+
+
+@entry_point("annotate")
+def main(cfg: DictConfig) -> None:
+    """Annotates the folder `pairs`, or merges other logs into its own, or exports what is decided."""
+    folder = Path(cfg.pairs).expanduser()
+    if cfg.merge or cfg.export is not None:
+        from dpo_sd.preferences import export_pickapic, merge
+
+        if cfg.merge:
+            print(f"{folder}: {merge(folder, [Path(log).expanduser() for log in cfg.merge])} new events")
+        if cfg.export is not None:
+            print(f"{cfg.export}: {export_pickapic(folder, Path(cfg.export).expanduser())} pairs")
+        return
+    instantiate(cfg.annotator).annotate(folder)
+
+
+if __name__ == "__main__":
+    main()

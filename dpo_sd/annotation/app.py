@@ -1,0 +1,156 @@
+"""Annotation by people: the server on this computer, with a route for the pictures."""
+
+from __future__ import annotations
+
+import getpass
+import ipaddress
+import logging
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from dpo_sd.errors import UserError
+
+if TYPE_CHECKING:
+    from starlette.routing import Route
+
+    from dpo_sd.annotation.desk import Desk
+
+log = logging.getLogger(__name__)
+
+
+class Person:
+    """Annotation by people, in a browser.
+
+    Args:
+        name: of who annotates, to begin with; the page lets it be changed. None takes the login name.
+        mode: "pairs", or "best_worst" for sets of four.
+        repeats: share of the items that come back with the sides swapped, in [0, 1].
+        port: of the server, in [1, 65535].
+        address: that the server listens on.
+        allow_remote: lets `address` be one that other computers reach; whoever reaches it can read and vote.
+        browser: opens a browser window.
+
+    Raises:
+        UserError: when a value is out of range or `address` is not of this computer alone.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        mode: Literal["pairs", "best_worst"] = "pairs",
+        repeats: float = 0.05,
+        port: int = 8501,
+        address: str = "127.0.0.1",
+        allow_remote: bool = False,
+        browser: bool = True,
+    ) -> None:
+        if name is not None and not name.strip():
+            raise UserError("name must not be empty")
+        if not 0 <= repeats <= 1:
+            raise UserError(f"repeats must be in [0, 1], got {repeats}")
+        if not 1 <= port <= 65535:
+            raise UserError(f"port must be in [1, 65535], got {port}")
+        if not (allow_remote or _is_loopback(address)):
+            raise UserError(
+                f"address={address} can be reached from other computers, and anyone there could read and vote: "
+                "use 127.0.0.1, or give allow_remote=true as well"
+            )
+        self.name = (name or getpass.getuser()).strip()
+        self.mode = mode
+        self.repeats = repeats
+        self.port = port
+        self.address = address
+        self.browser = browser
+
+    def annotate(self, folder: Path) -> None:
+        """Serves the app until it is stopped; every vote is on the disk when the page says so.
+
+        Raises:
+            UserError: when the folder cannot be annotated or the port is taken.
+        """
+        from dpo_sd.annotation.desk import Desk
+
+        desk = Desk(folder, self.repeats)
+        if not desk.items[self.mode]:
+            raise UserError(f"{folder} has no complete sets of four: draw them with set_size=4, or use mode=pairs")
+        self._check_port()
+
+        import streamlit as st
+
+        from dpo_sd.annotation import views
+
+        views.setting = views.Setting(desk, self.name, self.mode)
+        for note in desk.log.notes:
+            print(f"note: {note}")
+        print(f"Annotating {folder} ({len(desk.log.pairs)} pairs) as {self.name}: http://{self.address}:{self.port}")
+        print("Every vote is saved at once. Ctrl-C ends the server.", flush=True)
+
+        @asynccontextmanager
+        async def lifespan(_: st.App) -> AsyncIterator[None]:
+            yield
+            desk.log.close()
+
+        page = Path(views.__file__).with_name("page.py")
+        sys.argv = [str(page)]  # Streamlit puts the folder of this file on the path of modules
+        st.App(page, lifespan=lifespan, routes=[_image_route(desk)]).run(
+            config={
+                "server.address": self.address,
+                "server.port": self.port,
+                "server.headless": not self.browser,
+                "server.fileWatcherType": "none",
+                "browser.gatherUsageStats": False,
+                "client.toolbarMode": "viewer",
+                "logger.hideWelcomeMessage": True,
+                "theme.light.primaryColor": "#4a56c8",
+                "theme.dark.primaryColor": "#8f9bff",
+            }
+        )
+
+    def _check_port(self) -> None:
+        family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just left is free
+            try:
+                probe.bind((self.address, self.port))
+            except OSError as error:
+                raise UserError(
+                    f"cannot listen on {self.address}, port {self.port} ({error.strerror}): if the app runs already, "
+                    f"use that one, otherwise take another port, annotator.port={self.port + 1}"
+                ) from error
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
+def _image_route(desk: Desk) -> Route:
+    from starlette.concurrency import run_in_threadpool
+    from starlette.requests import Request
+    from starlette.responses import FileResponse, PlainTextResponse, Response
+    from starlette.routing import Route
+
+    headers = {
+        "Cache-Control": "private, max-age=31536000, immutable",
+        "Content-Security-Policy": "default-src 'none'",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "X-Content-Type-Options": "nosniff",
+    }
+
+    async def picture(request: Request) -> Response:
+        try:
+            file = await run_in_threadpool(desk.image, request.path_params["token"])
+        except UserError as error:
+            log.warning("%s", error)  # the page must not name the file: that would say which picture is which
+            return PlainTextResponse("cannot be read", status_code=415, headers={"Cache-Control": "no-store"})
+        if file is None:
+            return PlainTextResponse("no such picture", status_code=404, headers={"Cache-Control": "no-store"})
+        return FileResponse(file, headers=headers)
+
+    return Route("/pair-image/{token}", picture)

@@ -1,0 +1,194 @@
+"""What the votes say about the models, about the annotators, and about how far to trust them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dpo_sd.preferences import Event, Preference, counting, fold, standing
+from dpo_sd.pairs import Pair
+from dpo_sd.statistics import (
+    WinRate,
+    flip_rate,
+    krippendorff_alpha,
+    position_bias,
+    votes_to_detect,
+    wilson,
+)
+
+TOO_FAST_MS = 400  # nobody compares two pictures in less
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """One annotator's votes.
+
+    Args:
+        name: theirs.
+        votes: pairs that they voted on, repeats not among them.
+        skips: pairs that they only skipped.
+        seconds: median time for a decision, None where none was measured.
+        too_fast: votes given in less than `TOO_FAST_MS`.
+        left: share of the left image among votes for an image, with its exact interval; None without votes.
+        left_p: of the exact test that both sides are as good, None without votes.
+        steady: share of repeats that chose the same image as at first, None without repeats.
+    """
+
+    name: str
+    votes: int
+    skips: int
+    seconds: float | None
+    too_fast: int
+    left: WinRate | None
+    left_p: float | None
+    steady: WinRate | None
+
+    @property
+    def flip_rate(self) -> float | None:
+        """Share of the votes that are slips, in [0, ½]; None without repeats."""
+        return None if self.steady is None else flip_rate(self.steady.rate)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the votes of a folder say.
+
+    Args:
+        statuses: pairs by what was decided.
+        annotators: by votes, most first; with more than one, `together` has all their votes.
+        together: all annotators as one.
+        models: win rates against all others, best first; empty where all pairs were drawn by one.
+        agreement: Krippendorff's α between annotators, None where no pair has two.
+        shared: pairs that more than one annotator voted on.
+    """
+
+    statuses: Counter[str]
+    annotators: list[Annotator]
+    together: Annotator
+    models: list[tuple[str, WinRate]]
+    agreement: float | None
+    shared: int
+
+    @property
+    def decided(self) -> int:
+        return self.statuses["image_0"] + self.statuses["image_1"]
+
+
+def summarise(pairs: Collection[Pair], events: Collection[Event]) -> Summary:
+    """What the votes say.
+
+    Args:
+        pairs: of the folder.
+        events: of its log.
+    """
+    votes = [event for event in standing(events) if event.event_type == "vote"]
+    by_annotator: defaultdict[str, list[Event]] = defaultdict(list)
+    for vote in votes:
+        by_annotator[vote.annotator_id].append(vote)
+    preferences = fold(pairs, events)
+    agreement, shared = _agreement(counting(events).values())
+    return Summary(
+        statuses=Counter(each.status for each in preferences),
+        annotators=sorted((_annotator(*each) for each in by_annotator.items()), key=lambda who: (-who.votes, who.name)),
+        together=_annotator("all", votes),
+        models=_models(preferences),
+        agreement=agreement,
+        shared=shared,
+    )
+
+
+def _annotator(name: str, votes: Sequence[Event]) -> Annotator:
+    counted = [vote for vote in counting(votes).values()]
+    given = [vote for vote in votes if vote.choice != "skip"]
+    # a set of four is one decision, and the simulated annotator takes no time
+    times = {vote.presentation_id: vote.duration_ms for vote in given if vote.duration_ms > 0}
+    chosen = [vote for vote in given if vote.choice in ("image_0", "image_1")]
+    left = sum(vote.choice == vote.left_image for vote in chosen)
+    share, p, low, high = position_bias(left, len(chosen) - left) if chosen else (None, None, 0.0, 0.0)
+    first = {vote.event_id: vote.choice for vote in chosen}
+    same = [vote.choice == first[vote.repeat_of] for vote in chosen if vote.repeat_of in first]
+    return Annotator(
+        name=name,
+        votes=sum(vote.choice != "skip" for vote in counted),
+        skips=sum(vote.choice == "skip" for vote in counted),
+        seconds=statistics.median(times.values()) / 1000 if times else None,
+        too_fast=sum(time < TOO_FAST_MS for time in times.values()),
+        left=None if share is None else WinRate(share, low, high, len(chosen)),
+        left_p=p,
+        steady=wilson(sum(same), len(same)) if same else None,
+    )
+
+
+def _models(preferences: Iterable[Preference]) -> list[tuple[str, WinRate]]:
+    wins: Counter[str] = Counter()
+    votes: Counter[str] = Counter()
+    for each in preferences:
+        model_0, model_1 = each.pair.model_0, each.pair.model_1
+        if model_0 is None or model_1 is None or model_0 == model_1:
+            continue
+        directed = each.votes_0 + each.votes_1 + each.votes_tie
+        votes.update({model_0: directed, model_1: directed})
+        wins.update({model_0: each.votes_0 + each.votes_tie / 2, model_1: each.votes_1 + each.votes_tie / 2})
+    rates = [(model, wilson(wins[model], votes[model])) for model in votes if votes[model]]
+    return sorted(rates, key=lambda each: (-each[1].rate, each[0]))
+
+
+def _agreement(votes: Iterable[Event]) -> tuple[float | None, int]:
+    by_pair: defaultdict[str, dict[str, Event]] = defaultdict(dict)
+    for vote in votes:
+        if vote.choice != "skip":
+            by_pair[vote.pair_id][vote.annotator_id] = vote
+    shared = [given for given in by_pair.values() if len(given) > 1]
+    if not shared:
+        return None, 0
+    rows = {name: row for row, name in enumerate(sorted({name for given in shared for name in given}))}
+    choices = ("image_0", "image_1", "tie", "both_bad")
+    values = np.full((len(rows), len(shared)), np.nan)
+    for column, given in enumerate(shared):
+        for name, vote in given.items():
+            values[rows[name], column] = choices.index(str(vote.choice))
+    return krippendorff_alpha(values), len(shared)
+
+
+def position_words(who: Annotator) -> str:
+    """What can be said about a preference for one side."""
+    needed = votes_to_detect()
+    if who.left is None or who.left_p is None:
+        return f"No votes yet; to see a 60/40 habit takes {needed}."
+    seen = f"Left was chosen in {who.left}, p = {who.left_p:.2g}: "
+    if who.left_p < 0.05:
+        return seen + "one side is favoured. Blind sides keep that out of the labels; it costs accuracy."
+    if who.left.n < needed:
+        return seen + f"nothing to see yet, and a 60/40 habit would take {needed} votes to see."
+    return seen + "no habit to be seen."
+
+
+def smoothing_override(who: Annotator) -> str | None:
+    """The setting that tells the loss how often these votes are slips; None where that is not known."""
+    rate = who.flip_rate
+    return None if rate is None or rate >= 0.5 else f"loss.label_smoothing={rate:.3f}"
+
+
+def train_command(folder: Path) -> str:
+    """The command that trains on the preferences of a folder, from the LoRA that drew its images if it was one."""
+    words = ["python", "-m", "dpo_sd.train", "experiment=style_dpo", _override("data.pairs", str(folder))]
+    try:
+        loras = json.loads((folder / "generate.json").read_text(encoding="utf-8")).get("loras", [])
+        if len(loras) == 1:
+            words.append(_override("lora.init_from", str(loras[0]["path"])))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # the images came from elsewhere
+    return shlex.join(words)
+
+
+def _override(key: str, value: str) -> str:
+    plain = all(letter.isalnum() or letter in "/._-~" for letter in value)
+    # a value with other characters must be quoted for Hydra too, and a backslash before its quotes doubled
+    return f"{key}={value}" if plain else f"{key}='" + value.replace("'", r"\'") + "'"

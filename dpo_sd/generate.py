@@ -1,0 +1,245 @@
+"""Draws sets of pictures as a pair folder: `python -m dpo_sd.generate prompts=prompts.txt out=pairs/style`."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from dpo_sd.config import entry_point
+from dpo_sd.errors import UserError
+from dpo_sd.files import write_json
+from dpo_sd.lora import find_lora, load_for_drawing
+from dpo_sd.noise import image_seed
+from dpo_sd.pairs import PAIRS, Pair, pair_id, read_pairs, write_pairs
+from dpo_sd.pictures import save_png
+from dpo_sd.shapes.captions import split_prompts
+
+if TYPE_CHECKING:
+    from dpo_sd.models import StableDiffusion
+    from dpo_sd.sampling import Sampler
+
+RECORD = "generate.json"  # how the pictures of a folder are drawn
+
+
+@entry_point("generate")
+def main(cfg: DictConfig) -> None:
+    """Draws what is missing in the folder `out`, and lists the pairs."""
+    folder = Path(cfg.out).expanduser()
+    prompts = read_prompts(cfg.prompts)
+    loras = [parse_lora(text) for text in ([cfg.loras] if isinstance(cfg.loras, str) else cfg.loras)]
+    hardware, sampler, base = (instantiate(cfg[group]) for group in ("hardware", "sampler", "model"))
+    hardware.check()
+    made_by = {
+        "model": base.name,
+        "model_fingerprint": base.fingerprint(),
+        "loras": [lora._asdict() for lora in loras],
+        "weights": hardware.weights,
+        "seed": cfg.seed,
+        "set_size": cfg.set_size,
+        **sampler.settings(),
+    }
+    check_same_folder(folder, made_by)
+    pictures = [
+        Picture(prompt, set_index, k, image_seed(cfg.seed, prompt, set_index, k))
+        for prompt in prompts
+        for set_index in range(cfg.num_sets)
+        for k in range(cfg.set_size)
+    ]
+    missing = [picture for picture in pictures if not (folder / picture.file).exists()]
+    print(f"{folder}: {len(prompts)} prompts, {len(pictures)} pictures, {len(pictures) - len(missing)} drawn before")
+    write_json(folder / RECORD, made_by)
+    try:
+        if missing:
+            model = base.load(hardware.weights)
+            model.unet.to(hardware.device)
+            draw(model, loras, sampler, missing, folder, made_by)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on")
+        raise
+    finally:
+        earlier = read_pairs(folder) if (folder / PAIRS).exists() else []
+        pairs = {pair.pair_id: pair for pair in [*earlier, *listed(folder, pictures, made_by)]}
+        write_pairs(folder, list(pairs.values()))
+    print(f"{len(pairs)} pairs; choose the better pictures with\n  python -m dpo_sd.annotate pairs={folder}")
+
+
+class Picture(NamedTuple):
+    """One picture of a set of pictures of one prompt."""
+
+    prompt: str
+    set_index: int
+    k: int
+    seed: int
+
+    @property
+    def set_id(self) -> str:
+        prompt_id = hashlib.sha256(self.prompt.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        return f"{prompt_id}/{self.set_index:03d}"
+
+    @property
+    def file(self) -> str:
+        """Where it lies in the pair folder."""
+        return f"images/{self.set_id}-{self.k}.png"
+
+
+class WeightedLoRA(NamedTuple):
+    """A LoRA to draw with."""
+
+    path: str
+    weight: float
+    sha256: str
+
+
+def read_prompts(prompts: str | Sequence[str]) -> list[str]:
+    """Prompts of a text file (one a line; blank lines and those that begin with # are none), a list, or "shapes".
+
+    Each comes once, in the order of its first appearance.
+
+    Raises:
+        UserError: when there is no such file, it is no text, or there are no prompts.
+    """
+    if prompts == "shapes":
+        return split_prompts(0).train
+    if isinstance(prompts, str):
+        file = Path(prompts).expanduser()
+        if not file.is_file():
+            raise UserError(
+                f"prompts={prompts}: no such file: name a text file with a prompt a line, a list such as "
+                "prompts='[a red fox,a blue bird]', or shapes"
+            )
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except (UnicodeDecodeError, OSError) as error:
+            raise UserError(f"prompts={prompts} is no text in UTF-8 ({error}): save it as such") from error
+        found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    else:
+        found = [str(prompt).strip() for prompt in prompts]
+    if not found or not all(found):
+        raise UserError(f"prompts={prompts}: {'an empty prompt is among them' if found else 'there are none'}")
+    return list(dict.fromkeys(found))
+
+
+def parse_lora(text: str) -> WeightedLoRA:
+    """Reads `file`, `run folder`, or either with its weight as in `style.safetensors:0.8`.
+
+    Raises:
+        UserError: when the weight is not finite or the file cannot be used.
+    """
+    path, colon, weight = text.rpartition(":")
+    try:
+        strength = float(weight)
+    except ValueError:
+        path, colon, strength = text, "", 1.0  # a colon of the path itself
+    if not colon:
+        path = text
+        strength = 1.0
+    if not math.isfinite(strength):
+        raise UserError(f"loras={text}: the weight must be a finite number, got {weight}")
+    file = find_lora(path)
+    return WeightedLoRA(str(path), strength, hashlib.sha256(file.read_bytes()).hexdigest())
+
+
+def check_same_folder(folder: Path, made_by: dict[str, Any]) -> None:
+    """Raises UserError, naming the settings, when the folder holds pictures that were drawn with others."""
+    file = folder / RECORD
+    if not file.exists():
+        if (folder / PAIRS).exists() or (folder / "images").exists():
+            raise UserError(f"{folder} holds pairs that this command did not draw: choose another folder with out=")
+        return
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} is damaged ({error}): choose another folder with out=") from error
+
+    def shown(record: dict[str, Any], key: str) -> Any:
+        return [f"{lora['path']}:{lora['weight']:g}" for lora in record[key]] if key == "loras" else record[key]
+
+    def differs(key: str) -> bool:
+        if key == "loras":  # a moved file is the same LoRA
+            return [(lora["sha256"], lora["weight"]) for lora in before[key]] != [
+                (lora["sha256"], lora["weight"]) for lora in made_by[key]
+            ]
+        return before[key] != made_by[key]
+
+    if sorted(before) != sorted(made_by):
+        raise UserError(f"{file} was written by another version of this program: choose another folder with out=")
+    if differing := [key for key in made_by if differs(key)]:
+        named = ", ".join(f"{key} (there {shown(before, key)!r}, here {shown(made_by, key)!r})" for key in differing)
+        raise UserError(
+            f"{folder} was drawn with other settings: {named}. Leave them as they were to go on with that folder, "
+            "or choose another one with out="
+        )
+
+
+def draw(
+    model: StableDiffusion,
+    loras: Sequence[WeightedLoRA],
+    sampler: Sampler,
+    pictures: Sequence[Picture],
+    folder: Path,
+    made_by: dict[str, Any],
+) -> None:
+    """Draws the pictures, batch by batch, each with what it was drawn with in its text chunk."""
+    from tqdm import tqdm
+
+    for line in load_for_drawing(model.unet, [(lora.path, lora.weight) for lora in loras]):
+        print(f"lora    {line}")
+    for prompt in model.truncated(list(dict.fromkeys(picture.prompt for picture in pictures)))[:5]:
+        print(f"cut at the text encoder's limit: {prompt!r}")
+    started = time.monotonic()
+    with tqdm(total=len(pictures), desc="drawing", unit="picture") as bar:
+        for start in range(0, len(pictures), sampler.batch_size):
+            batch = pictures[start : start + sampler.batch_size]
+            drawn = sampler.draw(model, [picture.prompt for picture in batch], [picture.seed for picture in batch])
+            for picture, image in zip(batch, drawn, strict=True):
+                text = {"prompt": picture.prompt, "seed": str(picture.seed), "dpo_sd": json.dumps(made_by)}
+                save_png(image, folder / picture.file, text)
+            bar.update(len(batch))
+    print(f"{len(pictures) / (time.monotonic() - started):.1f} pictures a second")
+
+
+def listed(folder: Path, pictures: Sequence[Picture], made_by: dict[str, Any]) -> list[Pair]:
+    """All pairs of the sets that are complete on disk; those of a larger set share a `ranking_id`."""
+    drawn_by = made_by["model"]
+    for lora in made_by["loras"]:
+        drawn_by += f" + {Path(lora['path']).name}" + (f":{lora['weight']:g}" if lora["weight"] != 1 else "")
+    settings = {key: value for key, value in made_by.items() if key not in ("loras", "seed")}
+    pairs = []
+    for _, group in itertools.groupby(pictures, key=lambda picture: (picture.prompt, picture.set_index)):
+        members = list(group)
+        files = [folder / member.file for member in members]
+        if not all(file.exists() for file in files):
+            continue
+        uids = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        ranking_id = members[0].set_id if len(members) > 2 else None
+        for a, b in itertools.combinations(range(len(members)), 2):
+            pairs.append(
+                Pair(
+                    pair_id=pair_id(members[a].prompt, uids[a], uids[b]),
+                    prompt=members[a].prompt,
+                    image_0=members[a].file,
+                    image_1=members[b].file,
+                    image_0_uid=uids[a],
+                    image_1_uid=uids[b],
+                    ranking_id=ranking_id,
+                    model_0=drawn_by,
+                    model_1=drawn_by,
+                    seed_0=members[a].seed,
+                    seed_1=members[b].seed,
+                    settings=settings,
+                )
+            )
+    return pairs
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""A folder of candidate pairs: which two images were drawn for which prompt, and reading those images safely."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from types import NoneType
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from dpo_sd.errors import UserError
+from dpo_sd.files import write_text
+
+PAIRS = "pairs.jsonl"
+MAX_PIXELS = 8192 * 8192
+FORMATS = ("PNG", "JPEG", "WEBP")  # those that every browser shows and that hold no script
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two images of one prompt.
+
+    Args:
+        pair_id: what `pair_id` makes of the prompt and the two uids.
+        prompt: its text, of any length.
+        image_0, image_1: POSIX paths relative to the folder.
+        image_0_uid, image_1_uid: SHA-256 of the files' bytes, hexadecimal; "" where nobody recorded it.
+        ranking_id: shared by the pairs of one set of more than two images.
+        model_0, model_1: what drew each, in words: "tiny", "tiny + style:0.8".
+        seed_0, seed_1: what each was drawn from.
+        settings: how both were drawn (scheduler, steps, guidance, …), for the record only.
+
+    Raises:
+        ValueError: when a value is of another type.
+    """
+
+    pair_id: str
+    prompt: str
+    image_0: str
+    image_1: str
+    image_0_uid: str
+    image_1_uid: str
+    ranking_id: str | None = None
+    model_0: str | None = None
+    model_1: str | None = None
+    seed_0: int | None = None
+    seed_1: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key, types in _TYPES.items():
+            if type(getattr(self, key)) not in types:
+                raise ValueError(f"{key} must be {types[0].__name__}, got {getattr(self, key)!r:.100}")
+
+
+_REQUIRED = {each.name for each in fields(Pair) if each.default is MISSING and each.default_factory is MISSING}
+_TYPES: dict[str, tuple[type, ...]] = dict.fromkeys(_REQUIRED, (str,)) | {
+    "ranking_id": (str, NoneType),
+    "model_0": (str, NoneType),
+    "model_1": (str, NoneType),
+    "seed_0": (int, NoneType),
+    "seed_1": (int, NoneType),
+    "settings": (dict,),
+}
+
+
+def pair_id(prompt: str, image_0_uid: str, image_1_uid: str) -> str:
+    """Identity of a pair by its content: 16 hexadecimal digits."""
+    # JSON keeps ("a", "bc") apart from ("ab", "c")
+    return hashlib.sha256(json.dumps([prompt, image_0_uid, image_1_uid]).encode()).hexdigest()[:16]
+
+
+def read_pairs(folder: str | Path) -> list[Pair]:
+    """The pairs of a folder in the order of its pairs.jsonl; the images are not looked at.
+
+    Raises:
+        UserError: when the folder, its pairs.jsonl or pairs in it are missing, and on a line that is not a pair or
+            repeats one.
+    """
+    folder = Path(folder)
+    file = folder / PAIRS
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}: draw pairs into it with python -m dpo_sd.generate out={folder}")
+    if not file.is_file():
+        raise UserError(f"no {PAIRS} in {folder}: draw pairs with python -m dpo_sd.generate out={folder}")
+    pairs: dict[str, Pair] = {}
+    for number, record in read_records(file):
+        try:
+            pair = _pair(record)
+            if pair.pair_id in pairs:
+                raise ValueError(f"pair {pair.pair_id} stands here a second time: remove one of the two lines")
+        except ValueError as error:
+            raise UserError(f"{file}, line {number}: {error}") from error
+        pairs[pair.pair_id] = pair
+    if not pairs:
+        raise UserError(f"{file} is empty: draw pairs with python -m dpo_sd.generate out={folder}")
+    return list(pairs.values())
+
+
+def write_pairs(folder: str | Path, pairs: Iterable[Pair]) -> None:
+    """Writes pairs.jsonl, whole or not at all; the same pairs give the same bytes.
+
+    Raises:
+        OSError: when the folder cannot be written.
+    """
+    write_text(Path(folder) / PAIRS, "".join(json_line(asdict(pair)) for pair in pairs))
+
+
+def image_file(folder: str | Path, relative: str) -> Path:
+    """The file of an image in a folder, resolved.
+
+    Args:
+        folder: that holds the images.
+        relative: POSIX path inside the folder.
+
+    Raises:
+        UserError: when the path is an address, absolute or leads out of the folder, by ".." or by a link, and when
+            no plain file is there.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", relative):
+        raise UserError(f"image {relative[:200]!r} is an address: give the path of a file in {folder}")
+    path = PurePosixPath(relative)
+    if path.is_absolute():
+        raise UserError(f"image {relative[:200]!r} is an absolute path: give one relative to {folder}")
+    if ".." in path.parts:
+        raise UserError(f"image {relative[:200]!r} leads out of {folder}: give a path inside, without '..'")
+    try:
+        root, file = Path(folder).resolve(), (Path(folder) / path).resolve(strict=True)
+    except (OSError, ValueError, RuntimeError) as error:  # missing, NUL in the name, circle of links
+        raise UserError(f"image {relative[:200]!r} is not in {folder}: {error}") from error
+    if not file.is_relative_to(root):
+        raise UserError(f"image {relative[:200]!r} is a link out of {folder}: put the file itself there")
+    if not file.is_file():
+        raise UserError(f"image {relative[:200]!r} in {folder} is not a plain file")
+    return file
+
+
+def check_image(file: Path) -> tuple[int, int]:
+    """Width and height in pixels, from the header alone.
+
+    Raises:
+        UserError: when the file is not a PNG, JPEG or WebP by its first bytes, its header cannot be read, or it has
+            more than `MAX_PIXELS` pixels.
+    """
+    with _opened(file) as image:
+        return image.size
+
+
+def load_image(folder: str | Path, relative: str) -> Image.Image:
+    """The image decoded whole, in RGB, turned as its EXIF orientation says.
+
+    Args:
+        folder, relative: as for `image_file`.
+
+    Raises:
+        UserError: when the file is not there or not an image that can be read to its end.
+    """
+    file = image_file(folder, relative)
+    with _opened(file) as image:
+        try:
+            return ImageOps.exif_transpose(image).convert("RGB")
+        except Exception as error:  # decoders raise nearly anything on broken data
+            raise UserError(f"image {file} cannot be read to its end ({error}): draw it again or delete it") from error
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """A record as one line of JSON with its newline: readable, and with lone surrogates escaped so that UTF-8 holds it.
+
+    Raises:
+        ValueError: when a number in it is not finite.
+    """
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode() + "\n"
+
+
+def read_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers from 1 and the JSON objects on those lines; blank lines are passed over.
+
+    Raises:
+        UserError: on a line that is not a JSON object, naming it.
+    """
+    # by newlines only: prompts may hold the other separators at which str.splitlines cuts
+    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+        if line.strip():
+            try:
+                yield number, parse_object(line)
+            except ValueError as error:
+                raise UserError(f"{file}, line {number}: {error}") from error
+
+
+def parse_object(line: bytes | str) -> dict[str, Any]:
+    """The JSON object on a line.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    try:
+        record = json.loads(line if isinstance(line, str) else line.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error}): restore or remove the line") from error
+    if not isinstance(record, dict):
+        raise ValueError("not a JSON object: restore or remove the line")
+    return record
+
+
+def _pair(record: dict[str, Any]) -> Pair:
+    if missing := _REQUIRED - record.keys():
+        raise ValueError(f"the key {min(missing)!r} is missing")
+    if unknown := record.keys() - _TYPES.keys():
+        raise ValueError(f"unknown key {min(unknown)!r}; there are {', '.join(each.name for each in fields(Pair))}")
+    pair = Pair(**record)
+    expected = pair_id(pair.prompt, pair.image_0_uid, pair.image_1_uid)
+    if pair.pair_id != expected:
+        raise ValueError(
+            f"pair_id {pair.pair_id!r:.100} does not belong to this prompt and these images: {expected} does"
+        )
+    return pair
+
+
+def _opened(file: Path) -> Image.Image:
+    # Pillow tries these formats only, each by its magic bytes first, and reads no more than the header
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise UserError(f"image {file} has more than {MAX_PIXELS} pixels: {error}") from error
+    except Image.UnidentifiedImageError as error:
+        raise UserError(f"image {file} is no PNG, JPEG or WebP image, or its beginning is damaged") from error
+    except Exception as error:
+        raise UserError(f"image {file} cannot be read: {error}") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        image.close()
+        raise UserError(f"image {file} has {width} × {height} pixels, more than {MAX_PIXELS}: make it smaller")
+    return image

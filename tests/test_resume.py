@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dpo_sd.errors import UserError
+from dpo_sd.resume import resume_arguments
+
+
+@pytest.fixture
+def finished_run(tmp_path):
+    """Folder of a run that was started with three overrides."""
+    folder = tmp_path / "it's a=run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "step=000004.ckpt").write_text("")
+    overrides = ["experiment=quickstart", "loss.beta=500", "~callbacks.samples"]
+    (folder / "run.json").write_text(json.dumps({"overrides": overrides}))
+    return folder
+
+
+def quoted(path: Path) -> str:
+    return "'" + str(path).replace("'", "\\'") + "'"
+
+
+def test_resume_replays_the_overrides_in_the_runs_own_folder(finished_run):
+    assert resume_arguments([f"resume={finished_run}"]) == [
+        "experiment=quickstart",
+        "loss.beta=500",
+        "~callbacks.samples",
+        f"hydra.run.dir={quoted(finished_run)}",
+        f"resume={quoted(finished_run)}",
+    ]
+
+
+def test_resume_takes_a_checkpoint_of_the_run(finished_run):
+    checkpoint = finished_run / "checkpoints" / "step=000004.ckpt"
+    resumed = resume_arguments([f"resume={checkpoint}"])
+    assert resumed[-2:] == [f"hydra.run.dir={quoted(finished_run)}", f"resume={quoted(checkpoint)}"]
+
+
+def test_what_the_command_line_sets_anew_is_not_replayed(finished_run):
+    resumed = resume_arguments(["loss.beta=9", f"resume={finished_run}", "seed=1", "hydra.run.dir=elsewhere"])
+    assert [argument for argument in resumed if argument.startswith("loss.beta")] == ["loss.beta=9"]
+    assert [argument for argument in resumed if argument.startswith("hydra")] == ["hydra.run.dir=elsewhere"]
+
+
+def test_resuming_a_resumed_command_line_changes_nothing(finished_run, monkeypatch):
+    # the processes of DDP are started with the rewritten command line
+    monkeypatch.chdir(finished_run.parent)
+    plain = finished_run.rename("plain")
+    resumed = resume_arguments([f"resume={plain}"])
+    assert resume_arguments(resumed) == resumed
+
+
+@pytest.mark.parametrize("arguments", [[], ["loss.beta=3"], ["resume=null"]])
+def test_without_resume_the_command_line_stays(arguments):
+    assert resume_arguments(arguments) == arguments
+
+
+def test_a_job_of_a_sweep_file_resumes_alone(finished_run):
+    (finished_run / "run.json").write_text(json.dumps({"overrides": ["sweep=beta", "loss.beta=500"]}))
+    assert "sweep=beta" not in resume_arguments([f"resume={finished_run}"])
+
+
+@pytest.mark.parametrize("sweep", ["-m", "--multirun", "sweep=beta"])
+def test_a_sweep_cannot_resume(finished_run, sweep):
+    with pytest.raises(UserError, match="cannot be part of a sweep"):
+        resume_arguments([sweep, f"resume={finished_run}"])
+
+
+def test_resume_refuses_what_is_no_run(tmp_path):
+    with pytest.raises(UserError, match="nowhere: there is no such run folder or checkpoint"):
+        resume_arguments([f"resume={tmp_path / 'nowhere'}"])
+    with pytest.raises(UserError, match=r"no run\.json there"):
+        resume_arguments([f"resume={tmp_path}"])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"overrides": 3}'])
+def test_resume_refuses_a_damaged_record(finished_run, text):
+    (finished_run / "run.json").write_text(text)
+    with pytest.raises(UserError, match="damaged"):
+        resume_arguments([f"resume={finished_run}"])
+
+
+@pytest.mark.parametrize("override", ["loss._target_=os.system", "+hydra.callbacks.x=1", "hydra/launcher=joblib"])
+def test_a_record_cannot_choose_what_is_executed(finished_run, override):
+    (finished_run / "run.json").write_text(json.dumps({"overrides": [override]}))
+    with pytest.raises(UserError, match="say that on the command line yourself"):
+        resume_arguments([f"resume={finished_run}"])
