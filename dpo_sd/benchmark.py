@@ -24,13 +24,19 @@ def main(cfg: DictConfig) -> None:
     """
     import torch
 
+    from dpo_sd.errors import UserError
     from dpo_sd.files import write_json
+    from dpo_sd.losses import DiffusionDPOLoss
 
     hardware = instantiate(cfg.hardware)
-    hardware.check(preset=HydraConfig.get().runtime.choices["hardware"])
+    hardware.check(preset=HydraConfig.get().runtime.choices.get("hardware"))
     loss, lora, sampler, optimizer, source, base = (
         instantiate(cfg[group]) for group in ("loss", "lora", "sampler", "optimizer", "data", "model")
     )
+    if type(loss) is not DiffusionDPOLoss or loss.min_snr_gamma or cfg.trainer.gradient_clip is None:
+        raise UserError(
+            "the bare loop is plain Diffusion-DPO with clipped gradients: use loss=dpo"
+        )
     torch.manual_seed(cfg.seed)
     model = base.load(hardware.weights)
     lora.attach(model.unet, cfg.seed)

@@ -111,6 +111,8 @@ def check_composition(cfg: DictConfig) -> None:
             are none, and when pairs_per_update does not divide into micro-batches.
     """
     check_settings(cfg)
+    if not cfg.cache_dir:
+        raise UserError("cache_dir is empty: name a folder, or leave it out")
     if cfg.name in ("", ".", "..") or "/" in cfg.name or "\\" in cfg.name:
         raise UserError(f"name must be the name of a folder, got {written(cfg.name)}")
     _check_seed(cfg.seed)
@@ -220,7 +222,7 @@ def _check_kinds(cfg: DictConfig, shipped: Any) -> None:
             raise UserError(f"{cfg._get_full_key(key)} must be {KINDS[type(old)]}, got {written(new)}")
 
 
-CHECKS = {"train": check_composition, "generate": check_generation}
+CHECKS = {"train": check_composition, "benchmark": check_composition, "generate": check_generation}
 
 
 def entry_point(

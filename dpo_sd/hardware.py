@@ -124,7 +124,7 @@ def accumulation(pairs_per_update: int, micro_batch: int, world_size: int = 1) -
     """
     for name, value in (
         ("pairs_per_update", pairs_per_update),
-        ("micro_batch", micro_batch),
+        ("hardware.micro_batch", micro_batch),
         ("world_size", world_size),
     ):
         if value < 1:

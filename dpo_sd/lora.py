@@ -108,6 +108,9 @@ class LoRA:
             UserError: when a target matches no module, or `init_from` cannot be used on this base.
         """
         modules = _match(unet, self.target_modules)
+        widest = max(max(module.weight.shape[:2]) for name, module in _adaptable(unet).items() if name in modules)
+        if self.rank > widest:
+            raise UserError(f"rank {self.rank} is above the width of every module ({widest}): nothing is gained by it")
         if self.init_from is None:
             settings = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": self.target_modules}
             _add_adapter(unet, "policy", settings, self.dropout, seed)
@@ -139,10 +142,12 @@ def load_for_drawing(unet: UNet2DConditionModel, loras: Sequence[tuple[str | Pat
     Raises:
         UserError: when a file cannot be used on this base.
     """
-    lines = []
-    for number, (path, weight) in enumerate(loras):
-        file, name = read_lora(path), f"lora_{number}"
+    files = [read_lora(path) for path, _ in loras]
+    for file in files:  # all of them before the first changes the names of the modules
         _check_base(unet, file)
+    lines = []
+    for number, (file, (path, weight)) in enumerate(zip(files, loras, strict=True)):
+        name = f"lora_{number}"
         _add_adapter(unet, name, _settings(file), dropout=0.0, seed=0)
         load_adapter_state(unet, name, file.state)
         lines.append(f"{path} at {weight:g}: {summary(unet, name)}")
@@ -415,6 +420,9 @@ def read_lora(path: str | Path) -> LoRAFile:
         return convert_unet_state_dict_to_peft({key.removeprefix("unet."): value for key, value in named.items()})
 
     state = dotted(tensors)
+    for key, tensor in state.items():
+        if tensor.ndim < 2 or not tensor.is_floating_point() or not tensor.numel() or not tensor.isfinite().all():
+            raise UserError(f"{path}: {key} is no matrix of finite numbers ({tensor.dtype}, {tuple(tensor.shape)})")
     ranks = {key.removesuffix(".lora_A.weight"): len(a) for key, a in state.items() if key.endswith(".lora_A.weight")}
     stated = {key.removesuffix(".alpha"): alpha for key, alpha in (network_alphas or {}).items()}
     alphas = {key.removesuffix(".lora_A.weight"): alpha for key, alpha in dotted(stated).items()}
@@ -426,6 +434,8 @@ def read_lora(path: str | Path) -> LoRAFile:
             # rank-stabilised LoRA divides by the root of the rank
             alphas[module] = alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
     rank, rank_pattern = _most_common(ranks)
+    if any(not 0 < float(alpha) < math.inf for alpha in alphas.values()):
+        raise UserError(f"{path} has an alpha that is not positive: it would change nothing")
     alpha, alpha_pattern = _most_common({module: float(alphas.get(module, rank)) for module, rank in ranks.items()})
     return LoRAFile(path, form, state, rank, alpha, rank_pattern, alpha_pattern, metadata)
 
@@ -560,7 +570,9 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _locate(path: str | Path) -> Path:
-    path = Path(path)
+    if not str(path):
+        raise UserError("the path of the LoRA is empty: name a .safetensors file or a run folder")
+    path = Path(path).expanduser()
     if path.is_dir():
         inside = [path / "lora" / WEIGHTS_NAME, path / WEIGHTS_NAME]
         found = next((file for file in inside if file.is_file()), None)
@@ -601,8 +613,11 @@ def _read_header(path: Path) -> tuple[Form, dict[str, str]]:
     try:
         with safe_open(path, framework="numpy") as file:
             keys, metadata = sorted(file.keys()), file.metadata() or {}
-            json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except (SafetensorError, json.JSONDecodeError) as error:
+            settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+            numbers = [settings.get(f"{part}lora_alpha", 1) for part in ("", "unet.")]
+            if not all(isinstance(number, int | float) for number in numbers):
+                raise ValueError(f"lora_alpha is {numbers}")
+    except (SafetensorError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is corrupt or no safetensors file ({error}): fetch or export it again") from error
     return _check_keys(path, keys), metadata
 

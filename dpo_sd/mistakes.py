@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import Field, fields, is_dataclass
 from difflib import get_close_matches
@@ -31,6 +32,8 @@ _UNWRITABLE = (
     errno.EDQUOT,
     errno.ENOTDIR,
     errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
 )
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
 
@@ -142,7 +145,11 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, InterpolationResolutionError):
         return explain_value(error)
     cause = causes[-1]
-    if isinstance(cause, OSError) and cause.errno in _UNWRITABLE:
+    # /proc and its like say that what cannot be made is not there
+    unmade = isinstance(cause, FileNotFoundError) and any(
+        f.name == "mkdir" for f in traceback.extract_tb(cause.__traceback__)
+    )
+    if isinstance(cause, OSError) and (cause.errno in _UNWRITABLE or unmade):
         place = f"cannot write {cause.filename}" if cause.filename else "cannot write"
         return f"{place}: {cause.strerror}; hydra.run.dir=<folder> and cache_dir=<folder> choose other places"
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import CLIPTextModel, CLIPTokenizer
 
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 TINY = Path(__file__).parent / "assets" / "tiny-sd"
 
 
@@ -134,6 +136,9 @@ class Model:
         self.path = TINY if path is None else Path(path).expanduser()
         if not (self.path / "model_index.json").is_file():
             raise UserError(f"model.path={path}: no diffusers pipeline there (a folder with a model_index.json)")
+        missing = [part for part in PARTS if not (self.path / part).is_dir()]
+        if missing:
+            raise UserError(f"model.path={path} lacks {', '.join(missing)}: copy the whole pipeline folder")
 
     def fingerprint(self) -> str:
         """Hash of the files with weights, settings and vocabulary: 16 hexadecimal digits."""
@@ -148,27 +153,38 @@ class Model:
         """Loads all parts, frozen, the UNet in the precision `weights` and the small parts in fp32.
 
         Raises:
-            UserError: when the UNet predicts neither noise nor velocity.
+            UserError: when a part cannot be loaded, or the UNet predicts neither noise nor velocity.
         """
         import torch
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+        from safetensors import SafetensorError
         from transformers import CLIPTextModel, CLIPTokenizer
 
         quiet_libraries()
 
-        def part(cls: Any, name: str, dtype: torch.dtype = torch.float32) -> Any:
-            return cls.from_pretrained(self.path, subfolder=name, torch_dtype=dtype).eval().requires_grad_(False)
+        def part(cls: Any, name: str, **how: Any) -> Any:
+            try:
+                config = json.loads((self.path / name / "config.json").read_text()) if how else {}
+                if config.get("_class_name", cls.__name__) != cls.__name__:
+                    raise ValueError(f"it is a {config['_class_name']}, not a {cls.__name__}")
+                return cls.from_pretrained(self.path / name, local_files_only=True, **how)
+            except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise UserError(f"{self.path / name} cannot be loaded: {reason}") from error
 
-        noise_scheduler: Any = DDPMScheduler.from_pretrained(self.path, subfolder="scheduler")
+        def network(cls: Any, name: str, dtype: torch.dtype = torch.float32) -> Any:
+            return part(cls, name, torch_dtype=dtype).eval().requires_grad_(False)
+
+        noise_scheduler: Any = part(DDPMScheduler, "scheduler")
         prediction_type = noise_scheduler.config["prediction_type"]
         if prediction_type not in ("epsilon", "v_prediction"):
             raise UserError(f"{self.path} predicts {prediction_type!r}: only epsilon and v_prediction can be trained")
         return StableDiffusion(
             name=self.name,
-            unet=part(UNet2DConditionModel, "unet", getattr(torch, weights)),
-            vae=part(AutoencoderKL, "vae"),
-            text_encoder=part(CLIPTextModel, "text_encoder"),
-            tokenizer=CLIPTokenizer.from_pretrained(self.path / "tokenizer"),
+            unet=network(UNet2DConditionModel, "unet", getattr(torch, weights)),
+            vae=network(AutoencoderKL, "vae"),
+            text_encoder=network(CLIPTextModel, "text_encoder"),
+            tokenizer=part(CLIPTokenizer, "tokenizer"),
             noise_scheduler=noise_scheduler,
             fingerprint=self.fingerprint(),
         )

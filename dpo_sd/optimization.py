@@ -58,6 +58,15 @@ class AdamW:
         self.schedule: Schedule = schedule
         self.warmup_steps = warmup_steps
 
+    def check(self, max_steps: int) -> None:
+        """Refuse a warm-up that takes all updates.
+
+        Raises:
+            UserError: when it does.
+        """
+        if self.warmup_steps >= max_steps:
+            raise UserError(f"warmup_steps must be below max_steps={max_steps}, got {self.warmup_steps}")
+
     def build(self, parameters: Iterable[Parameter], max_steps: int) -> tuple[Optimizer, LRScheduler]:
         """The optimiser of these parameters and its schedule, which is stepped once an update.
 
@@ -65,12 +74,11 @@ class AdamW:
             max_steps: updates until the schedule ends, at least 1.
 
         Raises:
-            UserError: when the warm-up takes all of them.
+            UserError: as `check`.
         """
         from diffusers.optimization import get_scheduler
 
-        if self.warmup_steps >= max_steps:
-            raise UserError(f"warmup_steps must be below max_steps={max_steps}, got {self.warmup_steps}")
+        self.check(max_steps)
         optimizer = self._optimizer(list(parameters))
         # diffusers' "constant" overlooks the warm-up
         schedule = "constant_with_warmup" if self.schedule == "constant" else self.schedule

@@ -28,9 +28,11 @@ def resume_arguments(arguments: list[str]) -> list[str]:
         UserError: when there is no such run, when its run.json is unfit, and in a sweep.
     """
     given = {_key(argument): argument for argument in arguments}
-    value = given.get("resume", "").partition("=")[2].strip("'\"")
-    if value in ("", "null"):
+    value = given.get("resume", "=null").partition("=")[2].strip("'\"")
+    if value == "null":
         return arguments
+    if not value:
+        raise UserError("resume= is empty: name a run folder or a checkpoint, or leave it out")
     if not {"-m", "--multirun", "sweep"}.isdisjoint(given):
         raise UserError(f"resume={value} continues one run and cannot be part of a sweep: leave out -m and sweep=")
     path = Path(value).expanduser()
@@ -40,7 +42,9 @@ def resume_arguments(arguments: list[str]) -> list[str]:
     if run is None:
         raise UserError(f"resume={value}: no run.json there, so this is no run folder or checkpoint of one")
     try:
-        overrides = [str(override) for override in json.loads((run / "run.json").read_text("utf-8"))["overrides"]]
+        overrides = json.loads((run / "run.json").read_text("utf-8"))["overrides"]
+        if not all(isinstance(override, str) and not override.startswith("-") for override in [*overrides]):
+            raise TypeError
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"resume={value}: {run / 'run.json'} is damaged, it does not list the overrides") from error
 
@@ -51,7 +55,8 @@ def resume_arguments(arguments: list[str]) -> list[str]:
             raise UserError(f"resume={value}: run.json sets {override}: say that on the command line yourself")
     folder = [] if "hydra.run.dir" in given else [f"hydra.run.dir={_quoted(run)}"]
     at = arguments.index(given["resume"])
-    return [*arguments[:at], *replayed.values(), *folder, f"resume={_quoted(path)}", *arguments[at + 1 :]]
+    whence = f"resume={_quoted(path if path.is_file() else run)}"  # a folder inside the run means the run
+    return [*arguments[:at], *replayed.values(), *folder, whence, *arguments[at + 1 :]]
 
 
 def _key(argument: str) -> str:
@@ -71,7 +76,10 @@ def newest_checkpoint(resume: str | None) -> Path | None:
     if path.is_file():
         return path
     candidates = [path / "checkpoints" / "last.ckpt", *sorted((path / "checkpoints").glob("step=*.ckpt"), reverse=True)]
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
+    checkpoint = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if checkpoint is None and (path / "summary.json").exists():
+        raise UserError(f"resume={resume}: that run is finished and its checkpoints are gone; start a new one")
+    return checkpoint
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -81,7 +89,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["identity"]["settings"]
+        if not isinstance(checkpoint["identity"]["settings"], dict):
+            raise TypeError("identity")
+        for key in ("identity", "global_step", "adapters", "optimizer_states", "loops"):
+            checkpoint[key]
         return checkpoint
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError, OSError) as error:
         raise UserError(f"{path} is not a whole checkpoint of dpo_sd ({type(error).__name__}): name another") from error
@@ -89,7 +100,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def check_same_run(checkpoint: Path, settings: dict[str, Any]) -> None:
     """Raises UserError, naming the settings that differ, when a checkpoint comes from another composition."""
-    before = read_checkpoint(checkpoint)["identity"]["settings"]
+    state = read_checkpoint(checkpoint)
+    before = state["identity"]["settings"]
+    if settings["trainer"]["max_steps"] < state["global_step"]:
+        raise UserError(
+            f"{checkpoint} has {state['global_step']} updates behind it, and trainer.max_steps is "
+            f"{settings['trainer']['max_steps']}: raise it, or continue from an earlier checkpoint"
+        )
     free = {f"trainer.{name}" for name in FREE_TRAINER}
     if settings["optimizer"]["schedule"] != "constant":
         free.remove("trainer.max_steps")  # the learning rate falls towards that update

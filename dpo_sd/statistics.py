@@ -164,6 +164,101 @@ def minimal_detectable_rate(n_prompts: int, confidence: float = 0.95, power: flo
     return optimize.root_scalar(surplus, bracket=(0.5, 1.0)).root if surplus(1.0) > 0 else 1.0
 
 
+class PositionBias(NamedTuple):
+    """How often the left image was chosen.
+
+    Args:
+        share: in [0, 1].
+        p: of the exact binomial test that both sides are as good, two-sided.
+        low, high: 95 % interval of the share (Clopper and Pearson 1934).
+    """
+
+    share: float
+    p: float
+    low: float
+    high: float
+
+
+def position_bias(left: int, right: int) -> PositionBias:
+    """Whether an annotator favours a side, from votes on images whose sides were drawn at random.
+
+    Args:
+        left, right: votes for the image on that side, at least one in all.
+
+    Raises:
+        UserError: when there are no votes.
+    """
+    if left < 0 or right < 0 or left + right < 1:
+        raise UserError(f"position_bias needs votes, got {left} and {right}")
+    test = stats.binomtest(left, left + right)
+    interval = test.proportion_ci(0.95, "exact")
+    return PositionBias(left / (left + right), float(test.pvalue), float(interval.low), float(interval.high))
+
+
+def votes_to_detect(share: float = 0.6, confidence: float = 0.95, power: float = 0.8) -> int:
+    """How many votes it takes to see that the left image is chosen with this probability (normal approximation).
+
+    Args:
+        share: true probability of the left image, in [0, 1] and not 1/2.
+        confidence: in (0, 1).
+        power: in [0.5, 1).
+
+    Raises:
+        UserError: when a value is out of range.
+    """
+    if not 0 <= share <= 1 or share == 0.5:
+        raise UserError(f"share must be in [0, 1] and not 1/2, got {share}")
+    if not 0.5 <= power < 1:
+        raise UserError(f"power must be in [0.5, 1), got {power}")
+    _check_confidence(confidence)
+    z_confidence, z_power = special.ndtri((1 + confidence) / 2), special.ndtri(power)
+    spread = z_confidence * 0.5 + z_power * math.sqrt(share * (1 - share))
+    return math.ceil((spread / (share - 0.5)) ** 2)
+
+
+def flip_rate(consistency: float) -> float:
+    """Share of votes that are slips, in [0, 1/2], from how often an annotator repeats their choice on the same pair.
+
+    Two votes agree when both or neither are slips: s = (1 - e)² + e². At s = 1/2 and below it is all chance.
+
+    Args:
+        consistency: s, share of the repeats with the same choice, in [0, 1].
+
+    Raises:
+        UserError: when it is out of range.
+    """
+    if not 0 <= consistency <= 1:
+        raise UserError(f"consistency must be in [0, 1], got {consistency}")
+    return (1 - math.sqrt(max(2 * consistency - 1, 0.0))) / 2
+
+
+def krippendorff_alpha(values: ArrayLike) -> float:
+    """Agreement of annotators beyond chance on unordered categories: 1 is perfect, 0 is chance (Krippendorff 2004).
+
+    Args:
+        values: (annotators, items), a number per category, nan where an annotator did not judge an item.
+
+    Returns:
+        At most 1; nan where no item has two judgements, 1 where all judgements are the same.
+
+    Raises:
+        UserError: when the values are no table.
+    """
+    table = np.asarray(values, dtype=np.float64)
+    if table.ndim != 2:
+        raise UserError(f"values must have the shape (annotators, items), got {table.shape}")
+    categories = np.unique(table[~np.isnan(table)])
+    counts = (table[:, :, None] == categories).sum(axis=0)  # (items, categories)
+    counts = counts[counts.sum(axis=1) > 1]
+    n = counts.sum()
+    if n == 0:
+        return math.nan
+    judged = counts.sum(axis=1)
+    observed = ((judged**2 - (counts**2).sum(axis=1)) / (judged - 1)).sum() / n
+    expected = (n**2 - (counts.sum(axis=0) ** 2).sum()) / (n * (n - 1))
+    return float(1 - observed / expected) if expected > 0 else 1.0
+
+
 def _all_equal(values: np.ndarray, scale: float) -> bool:
     # up to the rounding of sums of numbers as large as scale, on which BCa ends in 0/0
     return bool(np.ptp(values) <= 1e-12 * scale)

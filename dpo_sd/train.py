@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_sd.config import entry_point
+from dpo_sd.errors import UserError
 from dpo_sd.resume import check_same, check_same_run, newest_checkpoint
 
 if TYPE_CHECKING:
@@ -39,6 +41,9 @@ def main(cfg: DictConfig) -> float | None:
         instantiate(cfg[group]) for group in ("loss", "lora", "sampler", "optimizer", "data", "model")
     )
     lora.check()
+    optimizer.check(cfg.trainer.max_steps)
+    if cfg.resume is None and (run / "run.json").exists() and "LOCAL_RANK" not in os.environ:
+        raise UserError(f"{run} holds a run already: continue it with resume={run}, or choose another hydra.run.dir")
     world_size = cfg.trainer.devices * cfg.trainer.num_nodes
     accumulation = hardware.accumulation(cfg.pairs_per_update, world_size)
     checkpoint = newest_checkpoint(cfg.resume)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import time
@@ -75,28 +76,27 @@ def run_forked(work: Callable[[], object], folder: Path, timeout: float = 500) -
 
 @pytest.fixture(scope="session")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ended]:
-    """`command(*arguments, patch=f)`: `python -m dpo_sd.train *arguments` in a forked process that calls f() first."""
+    """`command(*arguments, patch=f)`: `python -m dpo_sd.train *arguments` in a forked process that calls f() first.
+
+    `program="generate"` or `"annotate"` is another command.
+    """
     import diffusers
     import torch
     import transformers
-
-    import dpo_sd.callbacks.export
-    import dpo_sd.callbacks.health
-    import dpo_sd.callbacks.progress
-    import dpo_sd.callbacks.samples
-    import dpo_sd.train
 
     # what they import when they are first asked for
     _ = diffusers.StableDiffusionPipeline, diffusers.DPMSolverMultistepScheduler, transformers.CLIPTextModel
     folder = tmp_path_factory.mktemp("output")
 
-    def command(*arguments: str, patch: Callable[[], object] = lambda: None, timeout: float = 500) -> Ended:
+    def command(
+        *arguments: str, patch: Callable[[], object] = lambda: None, timeout: float = 500, program: str = "train"
+    ) -> Ended:
         def work() -> None:
             torch.set_num_threads(1)  # the threads of OpenMP are not copied
             os.chdir(folder)
-            sys.argv = ["train", *arguments]
+            sys.argv = [program, *arguments]
             patch()
-            dpo_sd.train.main()
+            importlib.import_module(f"dpo_sd.{program}").main()
 
         return run_forked(work, folder, timeout)
 

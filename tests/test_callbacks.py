@@ -198,6 +198,7 @@ def test_a_checkpoint_of_a_former_attempt_that_is_further_on_is_not_the_last(tmp
     save_steps(tmp_path, range(1, 4))
     save_steps(tmp_path, range(2, 3))
     assert (tmp_path / "checkpoints" / "last.ckpt").read_text() == "step=000002.ckpt"
+    assert not (tmp_path / "checkpoints" / "step=000003.ckpt").exists()
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import resource
 import subprocess
@@ -570,6 +571,42 @@ def refused(path: Path, message: str) -> None:
     for read in (lambda: LoRA(init_from=str(path)).check(), lambda: read_lora(path)):
         with pytest.raises(UserError, match=message):
             read()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda value: value * math.nan, "no matrix of finite numbers"),
+        (lambda value: value.to(torch.int32), "no matrix of finite numbers"),
+        (lambda value: value[:0], "no matrix of finite numbers"),
+        (lambda value: value.flatten(), "no matrix of finite numbers"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused(start: Path, tmp_path: Path, spoil: Any, message: str) -> None:
+    state = load_file(start / "lora" / "pytorch_lora_weights.safetensors")
+    state[next(iter(state))] = spoil(state[next(iter(state))])
+    save_file(state, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=message):
+        read_lora(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("metadata", ["[1, 2]", '{"unet.lora_alpha": "y"}', "{"])
+def test_damaged_metadata_is_refused(start: Path, tmp_path: Path, metadata: str) -> None:
+    state = load_file(start / "lora" / "pytorch_lora_weights.safetensors")
+    save_file(state, tmp_path / "x.safetensors", metadata={"lora_adapter_metadata": metadata})
+    refused(tmp_path / "x.safetensors", "is corrupt")
+
+
+def test_an_alpha_of_zero_is_refused_because_it_would_change_nothing(start: Path, tmp_path: Path) -> None:
+    state = load_file(start / "lora" / "pytorch_lora_weights.safetensors")
+    save_file(state, tmp_path / "x.safetensors", metadata={"lora_adapter_metadata": '{"unet.lora_alpha": 0}'})
+    with pytest.raises(UserError, match="an alpha that is not positive"):
+        read_lora(tmp_path / "x.safetensors")
+
+
+def test_a_rank_above_every_width_is_refused() -> None:
+    with pytest.raises(UserError, match="rank 1000000 is above the width of every module"):
+        LoRA(rank=1_000_000).attach(make_unet())
 
 
 def test_a_missing_file_names_the_nearest(start: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from dpo_sd.errors import UserError
-from dpo_sd.models import TINY, Model, StableDiffusion
+from dpo_sd.models import PARTS, TINY, Model, StableDiffusion
 
 PROMPTS = ["a small red circle on a blue background", "", "star", "Ünïcödé 漢字 🔴 مرحبا"]
 
@@ -123,7 +124,8 @@ def test_a_model_that_predicts_something_else_is_refused(tmp_path):
 def test_the_fingerprint_depends_on_weights_and_settings_and_not_on_the_place_or_the_card(tmp_path):
     def fingerprint(place: str, **content: str) -> str:
         folder = tmp_path / place
-        (folder / "unet").mkdir(parents=True)
+        for part in PARTS:
+            (folder / part).mkdir(parents=True)
         (folder / "model_index.json").write_text("{}")
         (folder / "README.md").write_text(content.get("card", "card"))
         (folder / "unet" / "weights.safetensors").write_text(content.get("weights", "weights"))
@@ -133,6 +135,39 @@ def test_the_fingerprint_depends_on_weights_and_settings_and_not_on_the_place_or
     first = fingerprint("a")
     assert fingerprint("b", card="other") == first
     assert len({first, fingerprint("c", weights="other"), fingerprint("d", config="other")}) == 3
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    return shutil.copytree(TINY, tmp_path / "tiny")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_pipeline_that_lacks_a_part_is_refused_before_anything_loads(tiny, part):
+    shutil.rmtree(tiny / part)
+    with pytest.raises(UserError, match=f"lacks {part}: copy the whole pipeline folder"):
+        Model(path=str(tiny))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", b""),
+        ("unet/diffusion_pytorch_model.safetensors", b"garbage" * 100),
+        ("unet/config.json", b"{"),
+        ("unet/config.json", b'{"_class_name": "UNet2DModel"}'),
+        ("vae/diffusion_pytorch_model.safetensors", None),
+        ("text_encoder/model.safetensors", None),
+        ("scheduler/scheduler_config.json", None),
+    ],
+)
+def test_a_part_that_cannot_be_loaded_is_named(tiny, file, content):
+    if content is None:
+        (tiny / file).unlink()
+    else:
+        (tiny / file).write_bytes(content)
+    with pytest.raises(UserError, match=f"{file.split('/')[0]} cannot be loaded: "):
+        Model(path=str(tiny)).load()
 
 
 def test_the_fingerprint_of_a_loaded_model_is_that_of_its_files(model):

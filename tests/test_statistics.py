@@ -12,8 +12,12 @@ from dpo_sd.errors import UserError
 from dpo_sd.statistics import (
     MeanDifference,
     WinRate,
+    flip_rate,
+    krippendorff_alpha,
     mean_difference,
     minimal_detectable_rate,
+    position_bias,
+    votes_to_detect,
     wilson,
     win_rate,
     win_shares,
@@ -292,3 +296,82 @@ def test_a_win_rate_prints_its_interval_and_n():
 
 def test_a_mean_difference_prints_its_signs():
     assert str(MeanDifference(0.125, -0.01, 0.26, 64)) == "+0.125 [-0.01, +0.26] n=64"
+
+
+# ---- annotators
+
+
+def test_a_side_that_is_favoured_shows_once_there_are_enough_votes():
+    few, many = position_bias(12, 8), position_bias(120, 80)
+    assert few.share == many.share == 0.6
+    assert few.p > 0.05 > many.p and few.low < 0.5 < many.low
+    assert position_bias(50, 50).p == 1
+
+
+def test_position_bias_is_the_same_from_either_side():
+    left, right = position_bias(70, 30), position_bias(30, 70)
+    assert left.p == pytest.approx(right.p)
+    assert (left.low, left.high) == (pytest.approx(1 - right.high), pytest.approx(1 - right.low))
+
+
+def test_a_habit_of_sixty_to_forty_takes_194_votes_to_see():
+    assert votes_to_detect(0.6) == votes_to_detect(0.4) == 194
+    assert votes_to_detect(0.7) < 60 < 700 < votes_to_detect(0.55)
+
+
+def test_so_many_votes_do_see_it_as_often_as_promised():
+    rng = np.random.default_rng(0)
+    n = votes_to_detect(0.6)
+    seen = [position_bias(int(k), n - int(k)).p < 0.05 for k in rng.binomial(n, 0.6, size=400)]
+    assert 0.72 < np.mean(seen) < 0.87
+
+
+@pytest.mark.parametrize(
+    ("consistency", "rate"), [(0.75, 0.146), (0.8, 0.113), (0.85, 0.082), (0.9, 0.053), (0.95, 0.026)]
+)
+def test_the_flip_rate_is_that_of_the_table(consistency, rate):
+    assert flip_rate(consistency) == pytest.approx(rate, abs=5e-4)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.25, 0.5])
+def test_the_flip_rate_is_what_two_independent_slips_leave(rate):
+    assert flip_rate((1 - rate) ** 2 + rate**2) == pytest.approx(rate)
+    assert flip_rate(0.3) == 0.5  # below chance is chance
+
+
+def test_alpha_is_that_of_krippendorffs_examples():
+    """Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability": examples A (two observers), B and C (four)."""
+    nan = math.nan
+    two = [[0, 1, 0, 0, 0, 0, 0, 0, 1, 0], [1, 1, 1, 0, 0, 1, 0, 0, 0, 0]]
+    four = [
+        [1, 2, 3, 3, 2, 1, 4, 1, 2, nan, nan, nan],
+        [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, nan, 3],
+        [nan, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, nan],
+        [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, nan],
+    ]
+    assert krippendorff_alpha(two) == pytest.approx(0.095, abs=5e-4)
+    assert krippendorff_alpha(four) == pytest.approx(0.743, abs=5e-4)
+
+
+def test_alpha_at_its_ends():
+    assert krippendorff_alpha([[0, 1, 0, 1], [0, 1, 0, 1]]) == 1
+    assert krippendorff_alpha([[2, 2], [2, 2]]) == 1
+    assert krippendorff_alpha([[0, 1, 0, 1], [1, 0, 1, 0]]) < 0
+    assert math.isnan(krippendorff_alpha([[0, math.nan], [math.nan, 1]]))
+    rng = np.random.default_rng(0)
+    assert abs(krippendorff_alpha(rng.integers(2, size=(2, 5000)))) < 0.05
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: position_bias(0, 0),
+        lambda: votes_to_detect(0.5),
+        lambda: votes_to_detect(power=1.0),
+        lambda: flip_rate(1.1),
+        lambda: krippendorff_alpha([1, 2]),
+    ],
+)
+def test_annotator_statistics_refuse_what_they_cannot_use(call):
+    with pytest.raises(UserError):
+        call()

@@ -81,8 +81,7 @@ def assert_same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) 
 def assert_same_run(run: Path, whole: Path) -> None:
     """To the bit, the same weights, optimiser, metrics, pictures and verdict."""
     one, other = files(run), files(whole)
-    lora = {f"lora/{folder.parent.name}.safetensors" for folder in (run, whole)}  # named after the run
-    assert one.keys() - lora == other.keys() - lora
+    assert one.keys() == other.keys()
     assert one["metrics.csv"] == other["metrics.csv"]
     assert {name: one[name] for name in one if name.endswith(".png")} == {
         name: other[name] for name in other if name.endswith(".png")
@@ -151,7 +150,7 @@ def test_a_run_folder_holds_all_that_the_design_promises_and_no_leftovers(run):
         "checkpoints/step=000006.ckpt",
         "config.yaml",
         "lora/pytorch_lora_weights.safetensors",
-        f"lora/{run.parent.name}.safetensors",
+        "lora/train.safetensors",
         "metrics.csv",
         "run.json",
         "samples/step=000000.png",
@@ -163,10 +162,62 @@ def test_a_run_folder_holds_all_that_the_design_promises_and_no_leftovers(run):
 def test_what_a_run_prints_ends_with_its_verdict_and_where_its_results_are(run):
     out = (run.parent / "out").read_text()
     assert "on held-out prompts" in out
-    assert out.splitlines()[-2:] == [
+    assert out.splitlines()[-3:] == [
         f"before/after  {run / 'samples' / 'step=000006.png'}",
-        f"lora          {run / 'lora'}",
+        f"lora          {run / 'lora' / 'pytorch_lora_weights.safetensors'}",
+        f"lora          {run / 'lora' / 'train.safetensors'}",
     ]
+
+
+def test_config_yaml_of_a_run_can_be_run_again_to_the_same_weights(run, command, tmp_path):
+    ended = command("--config-dir", str(run), "--config-name", "config", f"hydra.run.dir={tmp_path}")
+    assert ended.code == 0, ended.err
+    assert_same_tensors(policy(tmp_path), policy(run))
+
+
+def test_a_folder_with_a_run_in_it_is_not_run_into_again(run, train):
+    before = files(run)
+    ended = train(run, "loss.beta=7")
+    assert ended.code == 1 and f"{run} holds a run already: continue it with resume={run}" in ended.err
+    assert files(run) == before
+
+
+def test_a_folder_inside_a_run_means_the_run(run, command):
+    before = files(run)
+    ended = command(f"resume={run / 'checkpoints'}")
+    assert ended.code == 0 and f"resume  {run / 'checkpoints' / 'last.ckpt'}" in ended.out, ended.err
+    assert files(run).keys() == before.keys()
+
+
+def test_fewer_updates_than_a_checkpoint_has_are_refused(run, command):
+    ended = command(f"resume={run}", "trainer.max_steps=1")
+    assert ended.code == 1 and "has 6 updates behind it, and trainer.max_steps is 1" in ended.err
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_trained_again(run, command, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    shutil.rmtree(copy / "checkpoints")
+    ended = command(f"resume={copy}")
+    assert ended.code == 1 and "its checkpoints are gone" in ended.err
+
+
+def test_gradient_clipping_and_a_schedules_end_may_not_change_on_resuming(run, command):
+    assert "trainer.gradient_clip (there 1.0, here 0.5)" in command(f"resume={run}", "trainer.gradient_clip=0.5").err
+
+
+def test_without_checkpoints_the_lora_is_written_all_the_same(train, tmp_path):
+    ended = train(tmp_path, "trainer.max_steps=1", "~callbacks.checkpoint", *UNWATCHED)
+    assert ended.code == 0, ended.err
+    assert {file.name for file in (tmp_path / "lora").iterdir()} == {
+        "pytorch_lora_weights.safetensors",
+        "train.safetensors",
+    }
+
+
+def test_a_warm_up_that_takes_all_updates_is_refused_before_anything_is_drawn(train, tmp_path):
+    ended = train(tmp_path, "optimizer.warmup_steps=6")
+    assert ended.code == 1 and "warmup_steps must be below max_steps=6, got 6" in ended.err
+    assert [file.name for file in tmp_path.iterdir()] == ["train.log"]
 
 
 def test_config_yaml_composes_the_same_settings_again(run, command):

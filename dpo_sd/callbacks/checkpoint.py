@@ -108,8 +108,11 @@ class Checkpoint(L.Callback):
                 os.link(newest, last)
             except OSError:  # a file system without hard links
                 shutil.copyfile(newest, last)
-        for file in sorted(folder.glob("step=*.ckpt"))[: -self.keep]:
-            file.unlink()
+        numbered = {int(file.stem.removeprefix("step=")): file for file in folder.glob("step=*.ckpt")}
+        abandoned = [step for step in numbered if step > trainer.global_step]  # the run went on from an earlier one
+        older = sorted(step for step in numbered if step <= trainer.global_step)[: -self.keep]
+        for step in [*abandoned, *older]:
+            numbered[step].unlink()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._release()

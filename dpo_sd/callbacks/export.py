@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 
 from dpo_sd.errors import UserError
-from dpo_sd.lora import save_diffusers, save_kohya
+from dpo_sd.lora import WEIGHTS_NAME, save_diffusers, save_kohya
 from dpo_sd.module import DiffusionModule
 
 
@@ -22,8 +22,10 @@ class Export(L.Callback):
     """
 
     def __init__(self, name: str = "lora"):
-        if not name or "/" in name:
-            raise UserError(f"name must be a file name without folder or ending, got {name!r}")
+        if name in ("", ".", "..", Path(WEIGHTS_NAME).stem) or "/" in name or "\\" in name:
+            raise UserError(
+                f"name must be a file name without folder or ending, and not that of the other form, got {name!r}"
+            )
         self.name = name
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from dpo_sd.data.datamodule import PairData
+from dpo_sd.errors import UserError
 from dpo_sd.files import replacing
 from dpo_sd.module import DiffusionModule
 
@@ -44,11 +45,14 @@ class MetricsFile(Logger):
     def resume(self, step: int) -> None:
         """Takes up the rows of an earlier start up to and including `step`."""
         if self.file.exists():
-            with self.file.open(newline="") as file:
-                reader = csv.DictReader(file)
-                self.columns = list(reader.fieldnames or ["step"])
-                # a row that was being written when the run was killed may lack its end
-                self.rows = [row for row in reader if None not in row.values() and int(row["step"]) <= step]
+            try:
+                with self.file.open(newline="", encoding="utf-8") as file:
+                    reader = csv.DictReader(file)
+                    self.columns = list(reader.fieldnames or ["step"])
+                    # a row that was being written when the run was killed may lack its end
+                    self.rows = [row for row in reader if None not in row.values() and int(row["step"]) <= step]
+            except (ValueError, KeyError, csv.Error) as error:
+                raise UserError(f"{self.file} is damaged ({error!r}): move it away to continue without it") from error
             self._rewrite()
 
     @rank_zero_only

@@ -12,7 +12,7 @@ from PIL import Image
 from dpo_sd.errors import UserError
 from dpo_sd.lora import using
 from dpo_sd.module import DiffusionModule
-from dpo_sd.noise import image_seed
+from dpo_sd.noise import check_uint64, image_seed
 from dpo_sd.pictures import comparison, save_png
 
 log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ class Samples(L.Callback):
 
     Args:
         every: updates between sheets, at least 1; the first and the last state are always drawn.
-        n_prompts: how many of the held-out prompts, at least 1; ignored where `prompts` are given.
+        n_prompts: at most so many of the held-out prompts, at least 1; ignored where `prompts` are given.
         prompts: what to draw instead.
         seed: of the pictures.
     """
@@ -35,6 +35,7 @@ class Samples(L.Callback):
             raise UserError(f"n_prompts must be at least 1, got {n_prompts}")
         if prompts is not None and not prompts:
             raise UserError("prompts is empty: name some, or leave it out (null) for held-out prompts")
+        check_uint64("seed", seed)
         self.every, self.n_prompts, self.prompts, self.seed = every, n_prompts, prompts, seed
         self._fixed: dict[str, list[Image.Image]] = {}  # rows that training does not change
 

@@ -12,7 +12,7 @@ from dpo_sd.data.source import Judge
 from dpo_sd.errors import UserError
 from dpo_sd.lora import using
 from dpo_sd.module import DiffusionModule
-from dpo_sd.noise import image_seed
+from dpo_sd.noise import check_uint64, image_seed
 from dpo_sd.statistics import WinRate, mean_difference, minimal_detectable_rate, win_rate, win_shares
 
 
@@ -31,6 +31,7 @@ class Verdict(L.Callback):
             raise UserError(f"n_prompts must be at least 2, got {n_prompts}")
         if seeds_per_prompt < 1:
             raise UserError(f"seeds_per_prompt must be at least 1, got {seeds_per_prompt}")
+        check_uint64("seed", seed)
         self.n_prompts, self.seeds_per_prompt, self.seed = n_prompts, seeds_per_prompt, seed
         self.result: dict[str, Any] | None = None
 

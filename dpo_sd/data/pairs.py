@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dpo_sd.data.source import PreparedData, checked_dropout, encode, too_long
 from dpo_sd.errors import UserError
@@ -60,7 +60,8 @@ class Pairs:
         if not 0 < validation <= 0.5:
             raise UserError(f"validation must be above 0 and at most 0.5, got {validation}")
         self.folder = Path(pairs).expanduser()
-        self.soft_labels, self.weight_by_prompt, self.seed = soft_labels, weight_by_prompt, seed
+        self.validation, self.seed = validation, seed
+        self.soft_labels, self.weight_by_prompt = soft_labels, weight_by_prompt
         self.caption_dropout = checked_dropout(caption_dropout)
         self.judge = None
         if judge is not None:
@@ -75,82 +76,82 @@ class Pairs:
                 f"{self.folder} has no {'decided or tied' if ties else 'decided'} pair ({counted(preferences)}): "
                 f"choose the better pictures with python -m dpo_sd.annotate pairs={self.folder}"
             )
-        self.usable, unreadable = self._readable(usable)
-        self.report += unreadable
-        prompts = sorted({p.pair.prompt for p in self.usable})
+        self.usable = self._those_that(self._check, usable)
+        self._check_prompts(self.usable)
+
+    def prepare(self, model: StableDiffusion, sampler: Sampler, cache_dir: Path) -> PreparedData:
+        """Reads and encodes the pictures."""
+        usable = self._those_that(self._pictures, self.usable)
+        prompts = self._check_prompts(usable)
+        prompts = [prompts[i] for i in order(self.seed, 0, len(prompts))]
+        held_back = set(prompts[: max(1, math.floor(self.validation * len(prompts)))])
+        train = self._encoded(model, [p for p in usable if p.pair.prompt not in held_back])
+        validation = self._encoded(model, [p for p in usable if p.pair.prompt in held_back])
+        held_out = split_prompts(self.seed).held_out if self.judge is not None else sorted(held_back)
+        known = set(train.prompts)
+        split = (
+            f"training: {len(train)} pairs on {len(known)} prompts; "
+            f"validation: {len(validation)} pairs on {len(held_back)} others"
+        )
+        report = [*self.report, *too_long(model, prompts), split]
+        return PreparedData(train, validation, [prompt for prompt in held_out if prompt not in known], report)
+
+    def _those_that(self, work: Callable[[Preference], Any], preferences: Sequence[Preference]) -> list[Preference]:
+        """Those on which `work` finds nothing unreadable; the others are named in the report."""
+        kept, complaints = [], []
+        for preference in preferences:
+            try:
+                work(preference)
+                kept.append(preference)
+            except UserError as error:
+                complaints.append(str(error))
+        if complaints:
+            named = "; ".join(complaints[:5])
+            self.report.append(f"left out {len(complaints)} of {len(preferences)} pairs that cannot be read: {named}")
+        return kept
+
+    def _check(self, preference: Preference) -> None:
+        """By the headers alone."""
+        pair = preference.pair
+        sizes = {check_image(image_file(self.folder, image)) for image in (pair.image_0, pair.image_1)}
+        if len(sizes) > 1:
+            raise UserError(f"{pair.image_0} and {pair.image_1} differ in size")
+
+    def _check_prompts(self, usable: Sequence[Preference]) -> list[str]:
+        prompts = sorted({p.pair.prompt for p in usable})
+        if not prompts:
+            raise UserError(f"no decided pair of {self.folder} can be read: {self.report[-1]}")
         if len(prompts) < 2:
             raise UserError(
                 f"{self.folder} has decided pairs on {len(prompts)} prompt only, and validation needs another: "
                 "generate and annotate pairs for more prompts"
             )
-        prompts = [prompts[i] for i in order(seed, 0, len(prompts))]
-        self.validation_prompts = set(prompts[: max(1, math.floor(validation * len(prompts)))])
+        return prompts
 
-    def _readable(self, preferences: Sequence[Preference]) -> tuple[list[Preference], list[str]]:
-        kept, complaints = [], []
-        for preference in preferences:
-            pair = preference.pair
-            try:
-                sizes = {check_image(image_file(self.folder, image)) for image in (pair.image_0, pair.image_1)}
-                if len(sizes) > 1:
-                    raise UserError(f"{pair.image_0} and {pair.image_1} differ in size")
-                kept.append(preference)
-            except UserError as error:
-                complaints.append(str(error))
-        return kept, _unreadable(complaints, len(preferences))
+    def _pictures(self, preference: Preference) -> tuple[Image.Image, Image.Image]:
+        """The chosen and the rejected one."""
+        first, second = (load_image(self.folder, image) for image in (preference.pair.image_0, preference.pair.image_1))
+        return (second, first) if preference.status == "image_1" else (first, second)
 
-    def prepare(self, model: StableDiffusion, sampler: Sampler, cache_dir: Path) -> PreparedData:
-        """Reads and encodes the pictures."""
-        train, report = self._encoded(model, [p for p in self.usable if p.pair.prompt not in self.validation_prompts])
-        validation, more = self._encoded(model, [p for p in self.usable if p.pair.prompt in self.validation_prompts])
-        held_out = validation.prompts
-        if self.judge is not None:
-            held_out = split_prompts(self.seed).held_out
-        known = set(train.prompts)
-        held_out = [prompt for prompt in dict.fromkeys(held_out) if prompt not in known]
-        split = (
-            f"training: {len(train)} pairs on {len(known)} prompts; "
-            f"validation: {len(validation)} pairs on {len(set(validation.prompts))} others"
-        )
-        return PreparedData(train, validation, held_out, [*self.report, *report, *more, split])
-
-    def _encoded(self, model: StableDiffusion, preferences: Sequence[Preference]) -> tuple[EncodedPairs, list[str]]:
-        kept: list[Preference] = []
-        chosen: list[Image.Image] = []
-        rejected: list[Image.Image] = []
-        complaints = []
-        for preference in preferences:
-            pair = preference.pair
-            try:
-                pictures = [load_image(self.folder, image) for image in (pair.image_0, pair.image_1)]
-            except UserError as error:
-                complaints.append(str(error))
-                continue
-            first = 1 if preference.status == "image_1" else 0
-            kept.append(preference)
-            chosen.append(pictures[first])
-            rejected.append(pictures[1 - first])
-        report = _unreadable(complaints, len(preferences))
-        if not kept:
-            raise UserError(f"none of {len(preferences)} pairs in {self.folder} can be read: {complaints[0]}")
+    def _encoded(self, model: StableDiffusion, preferences: Sequence[Preference]) -> EncodedPairs:
+        chosen, rejected = zip(*(self._pictures(preference) for preference in preferences), strict=True)
         size = (model.resolution, model.resolution)
         if other := next((picture for picture in chosen if picture.size != size), None):
             raise UserError(
                 f"{self.folder} has pictures of {other.width}x{other.height} pixels, and {model.name} is trained at "
                 f"{size[0]}x{size[1]}: generate the pairs with this model"
             )
-        prompts = [p.pair.prompt for p in kept]
+        prompts = [p.pair.prompt for p in preferences]
         counts = Counter(prompts)
-        pairs = encode(
+        return encode(
             model,
             prompts,
             chosen,
             rejected,
-            sample_ids=[sample_id(p.pair.prompt, p.pair.image_0_uid, p.pair.image_1_uid) for p in kept],
-            label=[self._label(p) for p in kept],
+            sample_ids=[sample_id(p.pair.prompt, p.pair.image_0_uid, p.pair.image_1_uid) for p in preferences],
+            label=[self._label(p) for p in preferences],
             weight=[1 / counts[prompt] for prompt in prompts] if self.weight_by_prompt else None,
         )
-        return pairs, [*report, *too_long(model, prompts)]
 
     def _label(self, preference: Preference) -> float:
         if preference.status == "tie":
@@ -163,9 +164,3 @@ def counted(preferences: Sequence[Preference]) -> str:
     counts = Counter("decided" if p.status in ("image_0", "image_1") else p.status for p in preferences)
     named = ", ".join(f"{n} {status.replace('_', ' ')}" for status, n in counts.most_common())
     return f"{len(preferences)} pairs" + (f": {named}" if named else "")
-
-
-def _unreadable(complaints: Sequence[str], n: int) -> list[str]:
-    if not complaints:
-        return []
-    return [f"left out {len(complaints)} of {n} pairs that cannot be read: {'; '.join(complaints[:5])}"]

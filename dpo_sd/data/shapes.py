@@ -101,7 +101,12 @@ class Shapes:
             ids.append(identity)
             kept.append(prompt)
         if not kept:
-            raise UserError(f"all {n} {what} pairs are ties: lower data.tie_band ({self.annotator.tie_band})")
+            why = (
+                f"lower data.tie_band ({self.annotator.tie_band})"
+                if self.annotator.tie_band
+                else "no picture is better than another, perhaps because none shows anything: see sampler and lora"
+            )
+            raise UserError(f"all {n} {what} pairs are ties: {why}")
         report = [f"{what}: {len(kept)} pairs on {len(set(kept))} prompts, {ties} ties left out"]
         return encode(model, kept, chosen, rejected, ids), [*report, *too_long(model, kept)]
 
@@ -186,6 +191,8 @@ def _drawn(
             part = slice(start, start + CHUNK)
             key = content_key(**settings, prompts=prompts[part], seeds=seeds[part])
             pixels = cached(cache_dir / "pictures", key, lambda part=part: draw(part))
+            if len(pixels) != len(prompts[part]):
+                raise UserError(f"{cache_dir / 'pictures' / key}.safetensors holds {len(pixels)} pictures: delete it")
             images += [Image.fromarray(picture) for picture in pixels.numpy()]
             bar.update(len(pixels))
     return images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from dpo_sd.errors import UserError
 from dpo_sd.files import write_text
 from dpo_sd.models import Model
 from dpo_sd.noise import image_seed
@@ -104,4 +106,7 @@ never shown the styles `outlined`, `pastel` and `striped`, though its autoencode
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m dpo_sd.shapes.card", description=str(__doc__).splitlines()[0])
     parser.add_argument("folder", type=Path)
-    write_card(parser.parse_args().folder)
+    try:
+        write_card(parser.parse_args().folder)
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -385,8 +385,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m dpo_sd.shapes.pretrain", description=str(__doc__).splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, metrics and the pipeline")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: this machine has no CUDA GPU, use --device cpu")
     pretrain(args.out, args.seed, torch.device(args.device))
 
 

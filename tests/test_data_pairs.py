@@ -1,0 +1,214 @@
+"""Pair folders as training data: what is used, what is left out and said, and the split by prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dpo_sd.data.pairs import Pairs
+from dpo_sd.errors import UserError
+from dpo_sd.noise import sample_id
+from dpo_sd.pairs import Pair, pair_id, write_pairs
+from dpo_sd.preferences import Choice, EventLog, vote
+from dpo_sd.shapes.captions import split_prompts
+
+
+class Album:
+    """Stands for the model: encodes a picture as its mean."""
+
+    name, resolution, tokenizer = "tiny", 64, SimpleNamespace(model_max_length=77)
+
+    def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        return torch.tensor([[np.asarray(image).mean()] for image in images])
+
+    def encode_prompts(self, prompts: Sequence[str]) -> torch.Tensor:
+        return torch.tensor([[float(len(prompt))] for prompt in prompts])
+
+    def truncated(self, prompts: Sequence[str]) -> list[str]:
+        return []
+
+
+def make_folder(folder: Path, prompts: Sequence[str], size: int = 64) -> list[Pair]:
+    """A pair per prompt: image_0 of brightness 2i + 1, image_1 of 2i + 2."""
+    pairs = []
+    for i, prompt in enumerate(prompts):
+        for k in range(2):
+            file = folder / f"images/{i}-{k}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (size, size), (2 * i + k + 1,) * 3).save(file)
+        uids = f"{i}a", f"{i}b"
+        names = f"images/{i}-0.png", f"images/{i}-1.png"
+        pairs.append(Pair(pair_id(prompt, *uids), prompt, *names, *uids))
+    write_pairs(folder, pairs)
+    return pairs
+
+
+def annotate(folder: Path, choices: dict[str, Sequence[Choice]]) -> None:
+    """Votes of annotator after annotator, in the order of the pairs."""
+    log = EventLog(folder)
+    for name, given in choices.items():
+        log.append(
+            [vote(pair, choice, "image_0", name) for pair, choice in zip(log.pairs.values(), given, strict=False)]
+        )
+    log.close()
+
+
+def prepared(folder: Path, **settings: Any) -> tuple[Any, list[str]]:
+    data = Pairs(str(folder), **settings).prepare(Album(), None, folder)  # type: ignore[arg-type]
+    return data, data.report
+
+
+PROMPTS = [f"prompt {i}" for i in range(8)]
+
+
+def everything(data: Any) -> dict[str, tuple[float, float, float, float]]:
+    """(chosen, rejected, label, weight) by prompt."""
+    parts = [
+        (part.prompts, part.chosen[:, 0], part.rejected[:, 0], part.label, part.weight)
+        for part in (data.train, data.validation)
+    ]
+    return {prompt: tuple(map(float, rest)) for part in parts for prompt, *rest in zip(*part, strict=True)}  # type: ignore[misc]
+
+
+def test_the_preferred_picture_is_the_chosen_one(tmp_path):
+    pairs = make_folder(tmp_path, PROMPTS)
+    annotate(tmp_path, {"anna": ["image_0", "image_1"] * 4})
+    data, _ = prepared(tmp_path)
+    found = everything(data)
+    assert found["prompt 2"][:2] == (5, 6) and found["prompt 3"][:2] == (8, 7)
+    assert {label for _, _, label, _ in found.values()} == {1.0}
+    ids = [*data.train.sample_ids, *data.validation.sample_ids]
+    assert sorted(ids) == sorted(sample_id(p.prompt, p.image_0_uid, p.image_1_uid) for p in pairs)
+
+
+def test_training_and_validation_share_no_prompt_and_the_seed_decides(tmp_path):
+    prompts = [f"prompt {i % 10}" for i in range(40)]
+    make_folder(tmp_path, prompts)
+    annotate(tmp_path, {"anna": ["image_0"] * 40})
+    splits = []
+    for seed in (0, 0, 1):
+        data, report = prepared(tmp_path, validation=0.3, seed=seed)
+        assert set(data.train.prompts).isdisjoint(data.validation.prompts)
+        assert len(data.train) + len(data.validation) == 40 and len(set(data.validation.prompts)) == 3
+        assert "training: 28 pairs on 7 prompts; validation: 12 pairs on 3 others" in report[-1]
+        assert set(data.held_out_prompts) == set(data.validation.prompts)
+        splits.append(set(data.validation.prompts))
+    assert splits[0] == splits[1] != splits[2]
+
+
+def test_what_is_not_decided_is_counted_and_left_out(tmp_path):
+    make_folder(tmp_path, PROMPTS)
+    annotate(tmp_path, {"anna": ["image_0", "tie", "skip", "both_bad", "image_1", "image_0"]})
+    data, report = prepared(tmp_path)
+    assert sorted(everything(data)) == ["prompt 0", "prompt 4", "prompt 5"]
+    assert report[0] == f"{tmp_path}: 8 pairs: 3 decided, 2 undecided, 1 tie, 1 skipped, 1 both bad"
+
+
+def test_ties_train_with_one_half_on_request(tmp_path):
+    make_folder(tmp_path, PROMPTS)
+    annotate(tmp_path, {"anna": ["image_0", "tie", "image_1"]})
+    found = everything(prepared(tmp_path, ties=True)[0])
+    assert {prompt: label for prompt, (_, _, label, _) in found.items()} == {
+        "prompt 0": 1,
+        "prompt 1": 0.5,
+        "prompt 2": 1,
+    }
+
+
+def test_soft_labels_are_the_share_of_votes_for_the_chosen_picture(tmp_path):
+    make_folder(tmp_path, PROMPTS[:2])
+    annotate(tmp_path, {"anna": ["image_1", "image_0"], "ben": ["image_1", "image_0"], "cleo": ["image_0", "image_0"]})
+    hard, soft = (everything(prepared(tmp_path, soft_labels=soft)[0]) for soft in (False, True))
+    assert (hard["prompt 0"][2], hard["prompt 1"][2]) == (1, 1)
+    assert (soft["prompt 0"][2], soft["prompt 1"][2]) == (pytest.approx(2 / 3), 1)
+    assert soft["prompt 0"][:2] == (2, 1)
+
+
+def test_weights_by_prompt_make_every_prompt_count_alike(tmp_path):
+    make_folder(tmp_path, ["often"] * 6 + ["once", "other"])
+    annotate(tmp_path, {"anna": ["image_0"] * 8})
+    tried = (prepared(tmp_path, weight_by_prompt=True, seed=seed)[0] for seed in range(20))
+    data = next(data for data in tried if data.validation.prompts == ["other"])
+    weights = dict.fromkeys(data.train.prompts, 0.0)
+    for prompt, weight in zip(data.train.prompts, data.train.weight.tolist(), strict=True):
+        weights[prompt] += weight
+    assert weights["often"] == pytest.approx(weights["once"])
+    assert data.train.weight.mean() == pytest.approx(1)
+
+
+def test_unreadable_pictures_are_left_out_and_named(tmp_path):
+    make_folder(tmp_path, PROMPTS)
+    annotate(tmp_path, {"anna": ["image_0"] * 8})
+    (tmp_path / "images/1-0.png").unlink()
+    whole = (tmp_path / "images/2-1.png").read_bytes()
+    (tmp_path / "images/2-1.png").write_bytes(whole[:60])
+    (tmp_path / "images/3-0.png").write_text("<html>")
+    Image.new("RGB", (32, 32)).save(tmp_path / "images/4-0.png")
+    data, report = prepared(tmp_path)
+    assert sorted(everything(data)) == ["prompt 0", "prompt 5", "prompt 6", "prompt 7"]
+    said = "; ".join(report)
+    assert all(name in said for name in ("1-0.png", "2-1.png", "3-0.png", "4-0.png"))
+
+
+def test_a_folder_of_invoke_trainings_five_keys_is_read(tmp_path):
+    make_folder(tmp_path, PROMPTS)
+    (tmp_path / "pairs.jsonl").unlink()
+    rows = [
+        {"prompt": f"prompt {i}", "image_0": f"images/{i}-0.png", "image_1": f"images/{i}-1.png"}
+        | {"prefer_0": i % 2 == 0, "prefer_1": i % 2 == 1}
+        for i in range(8)
+    ]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = everything(prepared(tmp_path)[0])
+    assert found["prompt 0"][:2] == (1, 2) and found["prompt 1"][:2] == (4, 3)
+    assert len(set(prepared(tmp_path)[0].train.sample_ids)) == 7
+
+
+def test_an_oracle_judges_on_prompts_of_the_world_that_are_not_in_the_folder(tmp_path):
+    held_out = split_prompts(0).held_out
+    make_folder(tmp_path, [*held_out[:3], "prompt"])
+    annotate(tmp_path, {"anna": ["image_0"] * 4})
+    data, _ = prepared(tmp_path, judge="centred", style="outlined")
+    assert len(data.held_out_prompts) >= len(held_out) - 3
+    assert set(data.held_out_prompts).isdisjoint(data.train.prompts)
+    source = Pairs(str(tmp_path), judge="centred", style="outlined")
+    assert source.judge is not None and source.judge.name == "oracle: centred, in the outlined style"
+
+
+@pytest.mark.parametrize(
+    ("choices", "settings", "message"),
+    [
+        ([], {}, "has no decided pair .*8 undecided.* choose the better pictures with python -m dpo_sd.annotate"),
+        (["tie"] * 8, {}, r"has no decided pair .*8 tie"),
+        (["image_0"], {}, "decided pairs on 1 prompt only"),
+        (["image_0"] * 8, {"validation": 0.0}, "validation must be above 0"),
+        (["image_0"] * 8, {"validation": 0.6}, "validation must be above 0 and at most 0.5"),
+        (["image_0"] * 8, {"caption_dropout": 2.0}, "caption_dropout must be between 0 and 1"),
+        (["image_0"] * 8, {"judge": "centered"}, "did you mean centred"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused_before_any_model_loads(tmp_path, choices, settings, message):
+    make_folder(tmp_path, PROMPTS)
+    annotate(tmp_path, {"anna": choices})
+    with pytest.raises(UserError, match=message):
+        Pairs(str(tmp_path), **settings)
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        Pairs(str(tmp_path / "nowhere"))
+
+
+def test_pictures_of_another_size_than_the_models_are_refused(tmp_path):
+    make_folder(tmp_path, PROMPTS, size=32)
+    annotate(tmp_path, {"anna": ["image_0"] * 8})
+    with pytest.raises(UserError, match="32x32 pixels, and tiny is trained at 64x64"):
+        prepared(tmp_path)

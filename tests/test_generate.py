@@ -1,0 +1,248 @@
+"""Drawing pair folders: what is drawn, that it goes on where it stopped, and what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dpo_sd import generate
+from dpo_sd.errors import UserError
+from dpo_sd.generate import parse_lora, read_prompts
+from dpo_sd.lora import LoRA, policy_parameters, save_diffusers
+from dpo_sd.models import Model
+from dpo_sd.noise import image_seed
+from dpo_sd.pairs import read_pairs
+
+RED, GREEN = "a large red circle on a white background", "a large green star on a black background"
+
+
+@pytest.fixture(scope="module")
+def draw(command, tmp_path_factory) -> Callable:
+    """`draw(folder, *overrides)`: generate with two steps of the sampler."""
+
+    def draw(folder: Path, *overrides: str, prompts: str = f"[{RED},{GREEN}]", **options):
+        settings = (f"out={folder}", f"prompts={prompts}", "sampler.steps=2", *overrides)
+        return command(*settings, program="generate", **options)
+
+    return draw
+
+
+@pytest.fixture(scope="module")
+def drawn(draw, tmp_path_factory) -> Path:
+    """Two prompts, three pictures each; never changed by a test."""
+    folder = tmp_path_factory.mktemp("pairs") / "drawn"
+    ended = draw(folder, "set_size=3")
+    assert ended.code == 0, ended.err
+    assert "6 pairs; choose the better pictures with\n  python -m dpo_sd.annotate pairs=" in ended.out
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory) -> Path:
+    """A LoRA of the tiny model that changes its pictures."""
+    unet = Model().load().unet
+    LoRA(rank=2).attach(unet)
+    for parameter in policy_parameters(unet):
+        parameter.data.fill_(0.1)
+    return save_diffusers(unet, tmp_path_factory.mktemp("lora"))
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*.png"))}
+
+
+# ---- prompts and LoRAs
+
+
+def test_a_text_file_gives_a_prompt_a_line_without_blanks_and_comments_and_each_once(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("\ufeff a red fox \n\n# not this\n  #nor this\nein grüner Vogel, 緑\na red fox\n", encoding="utf-8")
+    assert read_prompts(str(file)) == ["a red fox", "ein grüner Vogel, 緑"]
+
+
+def test_a_list_and_the_shapes_world_give_prompts():
+    assert read_prompts(["b", " a ", "b"]) == ["b", "a"]
+    assert len(read_prompts("shapes")) == 312
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "there are none"), (b"# only this\n\n", "there are none"), (b"\xff\xfe\x00", "no text in UTF-8")],
+)
+def test_a_file_without_prompts_is_refused(tmp_path, content, message):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_prompts(str(file))
+
+
+def test_prompts_that_are_no_file_are_refused_with_what_to_write(tmp_path):
+    with pytest.raises(UserError, match=r"no such file: .* a list such as .*, or shapes"):
+        read_prompts(str(tmp_path / "none.txt"))
+    with pytest.raises(UserError, match="an empty prompt"):
+        read_prompts(["a", " "])
+
+
+def test_a_lora_is_read_with_and_without_weight(lora):
+    plain, weighted, folder = parse_lora(str(lora)), parse_lora(f"{lora}:-0.5"), parse_lora(f"{lora.parent}:0.8")
+    assert (plain.weight, weighted.weight, folder.weight) == (1, -0.5, 0.8)
+    assert {each.sha256 for each in (plain, weighted, folder)} == {hashlib.sha256(lora.read_bytes()).hexdigest()}
+
+
+@pytest.mark.parametrize("weight", ["nan", "inf"])
+def test_a_weight_that_is_not_finite_is_refused(lora, weight):
+    with pytest.raises(UserError, match="must be a finite number"):
+        parse_lora(f"{lora}:{weight}")
+
+
+def test_a_colon_in_a_path_is_no_weight(tmp_path):
+    with pytest.raises(UserError, match=r"a:b\.safetensors does not exist"):
+        parse_lora(str(tmp_path / "a:b.safetensors"))
+
+
+# ---- what is drawn
+
+
+def test_all_pairs_of_a_set_stand_under_one_ranking(drawn):
+    pairs = read_pairs(drawn)
+    assert [pair.prompt for pair in pairs] == [RED] * 3 + [GREEN] * 3
+    assert len({pair.ranking_id for pair in pairs}) == 2
+    assert [(pair.image_0[-5], pair.image_1[-5]) for pair in pairs[:3]] == [("0", "1"), ("0", "2"), ("1", "2")]
+    for pair in pairs:
+        for k, (image, uid) in enumerate([(pair.image_0, pair.image_0_uid), (pair.image_1, pair.image_1_uid)]):
+            assert hashlib.sha256((drawn / image).read_bytes()).hexdigest() == uid, k
+        assert (pair.model_0, pair.model_1) == ("tiny", "tiny")
+
+
+def test_a_pictures_seed_is_a_function_of_seed_prompt_set_and_number(drawn):
+    pair = read_pairs(drawn)[1]
+    assert (pair.seed_0, pair.seed_1) == (image_seed(0, RED, 0, 0), image_seed(0, RED, 0, 2))
+
+
+def test_a_picture_tells_what_drew_it(drawn):
+    pair = read_pairs(drawn)[0]
+    text = Image.open(drawn / pair.image_0).text  # type: ignore[attr-defined]
+    assert (text["prompt"], text["seed"]) == (RED, str(pair.seed_0))
+    made_by = json.loads(text["dpo_sd"])
+    assert made_by["model_fingerprint"] == Model().fingerprint() and made_by["loras"] == []
+    assert made_by == json.loads((drawn / "generate.json").read_text())
+
+
+def test_sets_of_two_need_no_ranking(draw, tmp_path):
+    assert draw(tmp_path, prompts=f"[{RED}]").code == 0
+    (pair,) = read_pairs(tmp_path)
+    assert pair.ranking_id is None
+
+
+def test_more_prompts_and_sets_change_nothing_that_is_there(draw, drawn, tmp_path):
+    assert draw(tmp_path / "x", "set_size=3", prompts=f"[{GREEN}]").code == 0
+    ended = draw(
+        tmp_path / "x", "set_size=3", "num_sets=2", prompts=f"[a large cyan cross on a white background,{GREEN},{RED}]"
+    )
+    assert "18 pictures, 3 drawn before" in ended.out
+    more, fewer = pictures(tmp_path / "x"), pictures(drawn)
+    assert len(more) == 18 and fewer.items() <= more.items()
+    pairs = {pair.pair_id for pair in read_pairs(tmp_path / "x")}
+    assert {pair.pair_id for pair in read_pairs(drawn)} < pairs
+
+
+def test_pairs_of_prompts_that_are_left_out_later_stay(draw, tmp_path):
+    draw(tmp_path)
+    assert draw(tmp_path, prompts=f"[{GREEN}]").code == 0
+    assert {pair.prompt for pair in read_pairs(tmp_path)} == {RED, GREEN}
+
+
+def test_a_killed_drawing_goes_on_to_the_same_folder(draw, drawn, tmp_path):
+    def dies_at_the_fourth_picture() -> None:
+        save, saved = generate.save_png, []
+
+        def save_png(*arguments):
+            saved.append(arguments)
+            if len(saved) == 4:
+                raise KeyboardInterrupt
+            save(*arguments)
+
+        generate.save_png = save_png  # type: ignore[assignment]
+
+    ended = draw(tmp_path, "set_size=3", patch=dies_at_the_fourth_picture)
+    assert ended.code == 130 and "the same command goes on" in ended.out
+    assert len(pictures(tmp_path)) == 3
+    assert len(read_pairs(tmp_path)) == 3  # of the set that is complete
+    ended = draw(tmp_path, "set_size=3")
+    assert "6 pictures, 3 drawn before" in ended.out
+    assert pictures(tmp_path) == pictures(drawn)
+    assert (tmp_path / "pairs.jsonl").read_bytes() == (drawn / "pairs.jsonl").read_bytes()
+
+
+def test_loras_change_the_pictures_by_their_weights(draw, drawn, lora, tmp_path):
+    seen = []
+    for number, loras in enumerate((f"{lora}", f"{lora}:0.5", f"[{lora}:0.5,{lora}:0.5]")):
+        ended = draw(tmp_path / str(number), f"loras={loras}", prompts=f"[{RED}]")
+        assert ended.code == 0, ended.err
+        (pair,) = read_pairs(tmp_path / str(number))
+        seen.append(Image.open(tmp_path / str(number) / pair.image_0).tobytes())
+    whole, half, halves = seen
+    assert len({whole, half, Image.open(drawn / read_pairs(drawn)[0].image_0).tobytes()}) == 3
+    difference = max(abs(a - b) for a, b in zip(whole, halves, strict=True))
+    assert difference <= 2  # twice half is the whole, but for rounding
+    assert read_pairs(tmp_path / "1")[0].model_0 == "tiny + pytorch_lora_weights.safetensors:0.5"
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("set_size=2", "set_size (there 3, here 2)"),
+        ("seed=1", "seed (there 0, here 1)"),
+        ("sampler.guidance=5", "guidance (there 4.0, here 5.0)"),
+        ("sampler.negative_prompt=blur", "negative_prompt (there '', here 'blur')"),
+    ],
+)
+def test_a_folder_made_with_other_settings_is_refused_naming_them(draw, drawn, setting, named):
+    before = pictures(drawn)
+    ended = draw(drawn, "set_size=3", setting)
+    assert ended.code == 1 and f"was drawn with other settings: {named}" in ended.err
+    assert pictures(drawn) == before
+
+
+def test_a_folder_with_another_lora_is_refused(draw, drawn, lora):
+    ended = draw(drawn, "set_size=3", f"loras={lora}")
+    assert ended.code == 1 and "loras (there [], here [" in ended.err
+
+
+def test_a_folder_of_pairs_from_elsewhere_is_refused(draw, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("{}")
+    ended = draw(tmp_path)
+    assert ended.code == 1 and "did not draw" in ended.err
+    assert (tmp_path / "pairs.jsonl").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("set_size=1", "set_size must be at least 2, got 1"),
+        ("num_sets=0", "num_sets must be at least 1, got 0"),
+        ("seed=-1", "seed must be at least 0"),
+        ("loras=[3]", "loras must be a file or a run folder"),
+        ("loras=nowhere.safetensors", "nowhere.safetensors does not exist"),
+        ("sampler.width=60", "width must be a multiple of 8 pixels, got 60"),
+        ("lora=full", "lora is a group of other commands"),
+        ("sampler.stps=3", "sampler.stps: no such setting; did you mean sampler.steps?"),
+    ],
+)
+def test_a_mistake_is_one_message_and_nothing_is_drawn(draw, tmp_path, setting, message):
+    ended = draw(tmp_path / "x", setting)
+    assert ended.code == 1 and message in ended.err and "Traceback" not in ended.err
+    assert not (tmp_path / "x" / "images").exists()
+
+
+def test_a_folder_must_be_named(command):
+    ended = command("prompts=shapes", program="generate")
+    assert ended.code == 1 and "out has no value: give out=<value>" in ended.err
