@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from dpo_sd.losses import min_snr_weights
 from dpo_sd.shapes.captions import random_caption
 from dpo_sd.shapes.card import write_card
 from dpo_sd.shapes.render import coverage, render_array
@@ -41,7 +42,7 @@ SEEN_KINDS = [kind for kind in KINDS if not held_out(kind)]
 CAPTION_DROPOUT = 0.1  # what classifier-free guidance needs (Ho & Salimans 2022, arXiv:2207.12598)
 MAX_TOKENS = 32
 EMA_DECAY = 0.999
-VAE_STEPS, UNET_STEPS, DECODER_STEPS = 5000, 12000, 10000  # updates
+VAE_STEPS, UNET_STEPS, DECODER_STEPS = 5000, (12000, 3000), 10000  # updates
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures
@@ -298,13 +299,16 @@ def build_denoiser(tokenizer: Any) -> nn.ModuleDict:
 
 
 def train_denoiser(
-    vae: Any, folder: Path, seed: int, steps: int, device: torch.device, n_pictures: int = 32768
+    vae: Any, folder: Path, seed: int, steps: tuple[int, int], device: torch.device, n_pictures: int = 32768
 ) -> tuple[Any, Any, float]:
     """UNet and text encoder on cached latents; returns both and the latents' scaling factor.
 
     At little noise the plain error is largest and the caption matters least, so that shapes and places would come late.
     Weights of 1 / (0.1 + SNR), after the perception-prioritised weighting of Choi et al. 2022 (arXiv:2204.00227), put
-    the attention where the caption decides.
+    the attention where the caption decides; min-SNR weights (Hang et al. 2023, arXiv:2303.09556) then bring the detail.
+
+    Args:
+        steps: updates with the one and with the other.
     """
     from diffusers import DDIMScheduler, DDPMScheduler
     from diffusers.training_utils import compute_snr
@@ -322,7 +326,8 @@ def train_denoiser(
     ids = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids.to(device)
 
-    def losses(step: int) -> dict[str, torch.Tensor]:
+    def errors(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squared errors of 32 pictures and their signal-to-noise ratios, both (32,)."""
         index = torch.from_numpy(batch_indices(seed, step, n_pictures, 32)).to(device)
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
         noise = torch.randn(latents[index].shape, generator=generator, device=device)
@@ -332,9 +337,19 @@ def train_denoiser(
         states = text_encoder(tokens).last_hidden_state
         noisy = scheduler.add_noise(latents[index], noise, timesteps)
         squared = (unet(noisy, timesteps, states).sample - noise).square().mean(dim=(1, 2, 3))
-        return {"weighted": (squared / (0.1 + compute_snr(scheduler, timesteps))).mean()}
+        return squared, compute_snr(scheduler, timesteps)
 
-    Stage("denoiser", model, folder, steps, lr=8e-4).run(losses)
+    def composition(step: int) -> dict[str, torch.Tensor]:
+        squared, snr = errors(step)
+        return {"weighted": (squared / (0.1 + snr)).mean()}
+
+    def detail(step: int) -> dict[str, torch.Tensor]:
+        squared, snr = errors(steps[0] + step)
+        return {"weighted": (squared * min_snr_weights(snr, 5.0, "epsilon")).mean()}
+
+    Stage("composition", model, folder, steps[0], lr=8e-4).run(composition)
+    Stage("detail", model.requires_grad_(True), folder, steps[1], lr=4e-4).run(detail)
+    model.eval().requires_grad_(False)
     return unet, text_encoder, scaling_factor
 
 
