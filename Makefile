@@ -2,10 +2,18 @@ PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test clean
+.PHONY: demo loop test clean
 
 demo: $(VENV)/.installed  ## trains a LoRA with Diffusion-DPO, shows before and after, prints a win rate
 	$(RUN) -m dpo_sd.train experiment=quickstart
+
+LOOP := outputs/loop/$(shell date +%Y-%m-%d_%H-%M-%S)
+loop: $(VENV)/.installed  ## style LoRA, pairs, simulated choices, DPO: the commands that a person runs by hand
+	$(RUN) -m dpo_sd.train experiment=style_sft hydra.run.dir=$(LOOP)/style
+	$(RUN) -m dpo_sd.generate loras=$(LOOP)/style prompts=shapes out=$(LOOP)/pairs
+	$(RUN) -m dpo_sd.annotate pairs=$(LOOP)/pairs annotator=oracle annotator.style=outlined
+	$(RUN) -m dpo_sd.train experiment=style_dpo data.pairs=$(LOOP)/pairs lora.init_from=$(LOOP)/style \
+		data.judge=centred data.style=outlined hydra.run.dir=$(LOOP)/dpo
 
 test: $(VENV)/.installed-dev  ## what CI runs
 	$(VENV)/bin/ruff check .

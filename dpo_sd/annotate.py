@@ -15,7 +15,8 @@ def main(cfg: DictConfig) -> None:
     """Annotates the folder `pairs`, or merges other logs into its own, or exports what is decided."""
     folder = Path(cfg.pairs).expanduser()
     if cfg.merge or cfg.export is not None:
-        from dpo_sd.preferences import export_pickapic, merge
+        from dpo_sd.pickapic import export_pickapic
+        from dpo_sd.preferences import merge
 
         if cfg.merge:
             print(f"{folder}: {merge(folder, [Path(log).expanduser() for log in cfg.merge])} new events")

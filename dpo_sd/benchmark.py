@@ -34,9 +34,7 @@ def main(cfg: DictConfig) -> None:
         instantiate(cfg[group]) for group in ("loss", "lora", "sampler", "optimizer", "data", "model")
     )
     if type(loss) is not DiffusionDPOLoss or loss.min_snr_gamma or cfg.trainer.gradient_clip is None:
-        raise UserError(
-            "the bare loop is plain Diffusion-DPO with clipped gradients: use loss=dpo"
-        )
+        raise UserError("the bare loop is plain Diffusion-DPO with clipped gradients: use loss=dpo")
     torch.manual_seed(cfg.seed)
     model = base.load(hardware.weights)
     lora.attach(model.unet, cfg.seed)

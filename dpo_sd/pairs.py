@@ -216,9 +216,7 @@ def _pair(record: dict[str, Any]) -> Pair:
     pair = Pair(**record)
     expected = pair_id(pair.prompt, pair.image_0_uid, pair.image_1_uid)
     if pair.pair_id != expected:
-        raise ValueError(
-            f"pair_id {pair.pair_id!r:.100} does not belong to this prompt and these images: {expected} does"
-        )
+        raise ValueError(f"{pair.pair_id!r:.100} is not the pair_id of this prompt and these images: {expected} is")
     return pair
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import errno
 import fcntl
-import hashlib
 import logging
 import os
 import re
@@ -22,12 +21,10 @@ from uuid import uuid4
 
 import dpo_sd
 from dpo_sd.errors import UserError
-from dpo_sd.files import replacing, write_text
+from dpo_sd.files import write_text
 from dpo_sd.pairs import (
     PAIRS,
     Pair,
-    check_image,
-    image_file,
     json_line,
     pair_id,
     parse_object,
@@ -39,7 +36,6 @@ ANNOTATIONS = "annotations.jsonl"
 METADATA = "metadata.jsonl"
 TORN = "annotations.torn.jsonl"  # lines that a crash cut short
 QUIET = 0.3  # seconds without a new event after which metadata.jsonl is written
-ROW_GROUP = 32  # pairs of an export held in memory together: about 100 MB of 1024² PNG
 
 Side = Literal["image_0", "image_1"]
 Choice = Literal["image_0", "image_1", "tie", "both_bad", "skip"]
@@ -115,8 +111,9 @@ class Event:
             raise ValueError("event_id and annotator_id must not be empty")
         if self.duration_ms < 0:
             raise ValueError(f"duration_ms must not be negative, got {self.duration_ms}")
-        _check_time("presented_at", self.presented_at)
-        _check_time("decided_at", self.decided_at)
+        for time in (self.presented_at, self.decided_at):
+            if not _is_time(time):
+                raise ValueError(f"times must be like 2031-05-17T09:30:00.125Z, got {time!r:.100}")
 
     @property
     def label_0(self) -> float | None:
@@ -393,7 +390,7 @@ def metadata_rows(preferences: Iterable[Preference]) -> list[dict[str, Any]]:
             "label_0": float(prefer_0),
             "label_1": float(not prefer_0),
             "has_label": True,
-            "are_different": True,
+            "are_different": pair.image_0_uid != pair.image_1_uid,
             "best_image_uid": pair.image_0_uid if prefer_0 else pair.image_1_uid,
             "image_0_uid": pair.image_0_uid,
             "image_1_uid": pair.image_1_uid,
@@ -444,9 +441,7 @@ class EventLog:
         self._lock = threading.RLock()
         self._timer = threading.Timer(QUIET, self._flush_or_note)
         if not os.access(self.folder, os.W_OK):
-            raise UserError(
-                f"{self.folder} is read-only: votes could not be saved there; copy it and annotate the copy"
-            )
+            raise UserError(f"{self.folder} is read-only, and votes are saved there: annotate a copy of it")
         # in this order: another process may be creating the one and then the other
         if (self.folder / METADATA).exists() and not self._file.exists():
             raise UserError(
@@ -458,7 +453,7 @@ class EventLog:
                 if tail := self._take_in(log):
                     self.notes.append(f"{_torn(self._file, tail)}; the next vote moves it to {TORN}")
                 self._schedule()
-        atexit.register(self.close)
+        atexit.register(self._flush_or_note)
 
     def append(self, events: Sequence[Event]) -> int:
         """Adds events to the log, those that it does not hold yet; when this returns, they are on the disk.
@@ -485,11 +480,11 @@ class EventLog:
                 for event in events:
                     if event.event_id not in self._ids:
                         new.setdefault(event.event_id, event)
-                if new:
-                    if tail:
-                        self._set_aside(log, tail)
-                    _write_whole(log, "".join(event.to_json() for event in new.values()).encode())
-                    self._take_in(log)
+                if tail:
+                    self._set_aside(log, tail)
+                # also without anything new: who wrote these events may have died before they were on the disk
+                _write_whole(log, "".join(event.to_json() for event in new.values()).encode())
+                self._take_in(log)
             if new:
                 self._schedule()
             return len(new)
@@ -515,13 +510,15 @@ class EventLog:
         with _WRITING_METADATA:
             self._refresh()
             while self._inode is not None:
-                write_text(self.folder / METADATA, _metadata(fold(self.pairs.values(), list(self.events))))
+                events = list(self.events)
+                write_text(self.folder / METADATA, _metadata(fold(self.pairs.values(), events)))
                 # again if others added meanwhile: whoever writes last has seen all that is in the log
-                if not self._refresh():
+                self._refresh()
+                if len(self.events) == len(events):
                     return
 
     def close(self) -> None:
-        """Brings metadata.jsonl up to date; called by itself at the end of the program.
+        """Brings metadata.jsonl up to date, which the end of the program does as well.
 
         Raises:
             OSError: when the folder cannot be written. The votes are safe: the next opening writes it.
@@ -578,7 +575,7 @@ class EventLog:
         try:
             self.flush_metadata()
         except (OSError, UserError) as error:
-            note = f"{self.folder / METADATA} is not up to date: {error}. The votes are safe in {ANNOTATIONS}"
+            note = f"{self.folder / METADATA} could not be brought up to date: {error}"
             self.notes.append(note)
             logger.warning(note)
 
@@ -649,100 +646,6 @@ def read_preferences(folder: str | Path) -> list[Preference]:
     return preferences
 
 
-def export_pickapic(folder: str | Path, file: str | Path, ties: bool = False) -> int:
-    """Writes the decided pairs of a folder as a parquet file with the columns of Pick-a-Pic v2.
-
-    The images are the files' own bytes. A row sums up all annotators, so user_id is 0; ranking_id is a number per set
-    of images; the addresses are "", and so is best_image_uid of a tie.
-
-    Args:
-        folder: a pair folder with votes.
-        file: the parquet file to write, whole or not at all.
-        ties: whether tied pairs are written too, labelled ½ and ½.
-
-    Returns:
-        The number of rows.
-
-    Raises:
-        UserError: when there is nothing to write, or an image cannot be used.
-        OSError: when the file cannot be written.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    wanted = ("image_0", "image_1", "tie") if ties else ("image_0", "image_1")
-    preferences = [each for each in read_preferences(folder) if each.status in wanted]
-    if not preferences:
-        raise UserError(f"{folder} has no decided pair to export: annotate it with python -m dpo_sd.annotate")
-    for preference in preferences:
-        check_image(image_file(folder, preference.pair.image_0))
-        check_image(image_file(folder, preference.pair.image_1))
-    types = {bool: pa.bool_(), str: pa.string(), bytes: pa.binary(), float: pa.float64(), int: pa.int64()}
-    schema = pa.schema(
-        [(key, pa.timestamp("ns") if kind is datetime else types[kind]) for key, kind in _PICKAPIC.items()]
-    )
-    per_prompt = Counter(each.pair.prompt for each in preferences)
-    rankings: dict[str, int] = {}
-    with replacing(file) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-        for start in range(0, len(preferences), ROW_GROUP):
-            rows = []
-            for index, preference in enumerate(preferences[start : start + ROW_GROUP], start):
-                ranking = rankings.setdefault(preference.pair.ranking_id or preference.pair.pair_id, len(rankings))
-                row = _pickapic_row(Path(folder), preference)
-                row |= {"ranking_id": ranking, "num_example_per_prompt": per_prompt[preference.pair.prompt]}
-                rows.append(row | {"__index_level_0__": index})
-            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-    return len(preferences)
-
-
-_PICKAPIC: dict[str, type] = {
-    "are_different": bool,
-    "best_image_uid": str,
-    "caption": str,
-    "created_at": datetime,
-    "has_label": bool,
-    "image_0_uid": str,
-    "image_0_url": str,
-    "image_1_uid": str,
-    "image_1_url": str,
-    "jpg_0": bytes,
-    "jpg_1": bytes,
-    "label_0": float,
-    "label_1": float,
-    "model_0": str,
-    "model_1": str,
-    "ranking_id": int,
-    "user_id": int,
-    "num_example_per_prompt": int,
-    "__index_level_0__": int,
-}
-
-
-def _pickapic_row(folder: Path, preference: Preference) -> dict[str, Any]:
-    pair = preference.pair
-    jpg_0, jpg_1 = (image_file(folder, image).read_bytes() for image in (pair.image_0, pair.image_1))
-    uid_0, uid_1 = (hashlib.sha256(data).hexdigest() for data in (jpg_0, jpg_1))
-    created = datetime.fromisoformat(preference.decided_at) if preference.decided_at else None
-    return {
-        "are_different": uid_0 != uid_1,
-        "best_image_uid": {"image_0": uid_0, "image_1": uid_1}.get(preference.status, ""),
-        "caption": pair.prompt.encode("utf-8", "backslashreplace").decode(),
-        "created_at": created.replace(tzinfo=None) if created else None,
-        "has_label": True,
-        "image_0_uid": uid_0,
-        "image_0_url": "",
-        "image_1_uid": uid_1,
-        "image_1_url": "",
-        "jpg_0": jpg_0,
-        "jpg_1": jpg_1,
-        "label_0": _LABELS[preference.status],
-        "label_1": 1 - _LABELS[preference.status],
-        "model_0": pair.model_0 or "",
-        "model_1": pair.model_1 or "",
-        "user_id": 0,
-    }
-
-
 def _preference(row: dict[str, Any]) -> Preference:
     """From a row of metadata.jsonl."""
     for key in ("prompt", "image_0", "image_1", "prefer_0", "prefer_1"):
@@ -763,14 +666,22 @@ def _preference(row: dict[str, Any]) -> Preference:
         seed_0=row.get("seed_0"),
         seed_1=row.get("seed_1"),
     )
-    votes_0, votes_1 = row.get("votes_0", int(row["prefer_0"])), row.get("votes_1", int(row["prefer_1"]))
-    votes_tie = row.get("votes_tie", 0)
-    n_votes = row.get("n_votes", votes_0 + votes_1 + votes_tie)
-    votes_bad = n_votes - votes_0 - votes_1 - votes_tie
-    preference = Preference(pair, votes_0, votes_1, votes_tie, votes_bad, 0, False, row.get("created_at") or None)
-    if preference.status != ("image_0" if row["prefer_0"] else "image_1"):
+    votes_0, votes_1 = _count(row, "votes_0", int(row["prefer_0"])), _count(row, "votes_1", int(row["prefer_1"]))
+    votes_tie = _count(row, "votes_tie", 0)
+    votes_bad = _count(row, "n_votes", votes_0 + votes_1 + votes_tie) - votes_0 - votes_1 - votes_tie
+    created = row.get("created_at")
+    decided_at = created if isinstance(created, str) and _is_time(created) else None
+    preference = Preference(pair, votes_0, votes_1, votes_tie, votes_bad, 0, False, decided_at)
+    if votes_bad < 0 or preference.status != ("image_0" if row["prefer_0"] else "image_1"):
         raise ValueError("the numbers of votes contradict prefer_0 and prefer_1")
     return preference
+
+
+def _count(row: dict[str, Any], key: str, default: int) -> int:
+    value = row.get(key, default)
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{key} must be a whole number of at least 0, got {value!r:.100}")
+    return value
 
 
 def _metadata(preferences: Iterable[Preference]) -> str:
@@ -836,10 +747,9 @@ def _torn(file: Path, tail: bytes) -> str:
     return f"the last line of {file} was cut short by a crash ({len(tail)} bytes) and does not count"
 
 
-def _check_time(name: str, text: str) -> None:
+def _is_time(text: str) -> bool:
     try:
-        if not _TIME.fullmatch(text):
-            raise ValueError
         datetime.fromisoformat(text)
     except ValueError:
-        raise ValueError(f"{name} must be a time like 2031-05-17T09:30:00.125Z, got {text!r:.100}") from None
+        return False
+    return _TIME.fullmatch(text) is not None

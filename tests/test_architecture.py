@@ -14,13 +14,14 @@ import dpo_sd
 PACKAGE = Path(dpo_sd.__file__).parent
 
 FLOORS = {  # a folder stands for all that is in it
-    "errors": 0, "files": 0, "losses": 0, "noise": 0, "preferences": 0, "statistics": 0, "pictures": 0,
+    "errors": 0, "files": 0, "losses": 0, "noise": 0, "statistics": 0, "pictures": 0,
+    "pairs": 0, "preferences": 0, "annotator": 0, "pickapic": 0,
     "shapes.scenes": 0, "shapes.render": 0, "shapes.captions": 0, "shapes.oracle": 0,
-    "hardware": 1, "models": 1, "sampling": 1, "optimization": 1, "lora": 1, "data": 1,
+    "hardware": 1, "models": 1, "sampling": 1, "optimization": 1, "lora": 1, "data": 1, "annotation": 1,
     "module": 2, "shapes.card": 2,
     "callbacks": 3,
-    "schema": 4, "mistakes": 4, "config": 4,
-    "train": 5, "benchmark": 5, "shapes.pretrain": 5,
+    "schema": 4, "mistakes": 4, "config": 4, "resume": 4,
+    "train": 5, "generate": 5, "annotate": 5, "benchmark": 5, "shapes.pretrain": 5,
 }  # fmt: skip
 HEAVY = {"torch", "lightning", "diffusers", "transformers", "peft", "accelerate", "scipy"}
 
@@ -112,7 +113,7 @@ def test_mathematics_and_records_know_neither_lightning_nor_diffusers():
             assert not known & {"lightning", "diffusers", "transformers", "peft", "streamlit"}, name
 
 
-@pytest.mark.parametrize("name", ["preferences", "statistics", "noise"])
+@pytest.mark.parametrize("name", ["pairs", "preferences", "pickapic", "annotator", "statistics", "noise"])
 def test_numbers_are_worked_out_without_torch(name):
     assert "torch" not in {each.partition(".")[0] for each in everything(name)} | loaded_with(name)
 
@@ -125,6 +126,11 @@ def test_composing_imports_nothing_heavy(name):
 @pytest.mark.parametrize("name", ["models", "sampling", "lora", "optimization", "losses", "data.shapes", "hardware"])
 def test_what_can_fail_before_weights_load_costs_no_more_than_torch(name):
     assert not loaded_with(name) & (HEAVY - {"torch"})
+
+
+def test_only_the_app_knows_streamlit():
+    knowing = {name for name in MODULES if "streamlit" in {each.partition(".")[0] for each in everything(name)}}
+    assert {name.partition(".")[0] for name in knowing} == {"annotation"}
 
 
 def test_only_the_step_and_what_watches_it_know_lightning():

@@ -21,12 +21,13 @@ from dpo_sd import files
 from dpo_sd.data import datamodule, shapes
 from dpo_sd.data.batches import EncodedPairs, UpdateOrder, Visits, stack
 from dpo_sd.data.cache import cached, content_key
-from dpo_sd.data.shapes import PreparedData, Shapes
+from dpo_sd.data.shapes import Renders, Shapes
+from dpo_sd.data.source import PreparedData
 from dpo_sd.errors import UserError
 from dpo_sd.lora import LoRA, policy_parameters, save_diffusers
 from dpo_sd.sampling import Sampler
 from dpo_sd.shapes.captions import parse
-from dpo_sd.shapes.oracle import UTILITIES
+from dpo_sd.shapes.oracle import UTILITIES, score
 from dpo_sd.shapes.render import render
 from dpo_sd.shapes.scenes import random_scene
 
@@ -500,3 +501,40 @@ def test_a_model_of_another_resolution_is_refused_before_it_draws(tmp_path):
     with pytest.raises(UserError, match=r"measures pictures of 64 pixels, but .* draws 512"):
         prepare(tmp_path, painter=painter, model=big)
     assert not painter.asked
+
+
+# ------------------------------------------------------------------------------------------------------ rendered styles
+
+
+def test_renders_are_of_their_captions_in_their_style_and_repeatable():
+    album, again = Album(), Album()
+    data, same = (
+        Renders(style="outlined", n_pictures=20, n_validation=2).prepare(each, None, Path())  # type: ignore[arg-type]
+        for each in (album, again)
+    )
+    assert data.train.rejected is None and data.fingerprint == same.fingerprint
+    pictures = album.encoded[0]
+    scores = [score(picture, prompt, "outlined") for picture, prompt in zip(pictures, data.train.prompts, strict=True)]
+    assert sum(each.faithful for each in scores) >= 19
+    assert set(data.train.prompts).isdisjoint(data.validation.prompts)
+    assert data.held_out_prompts == Shapes().prompts.held_out
+
+
+def test_more_renders_than_prompts_show_each_prompt_anew():
+    album = Album()
+    Renders(n_pictures=624, n_validation=1).prepare(album, None, Path())  # type: ignore[arg-type]
+    assert len({picture.tobytes() for picture in album.encoded[0]}) == 624
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"style": "outline"}, "did you mean outlined"),
+        ({"n_pictures": 0}, "n_pictures must be at least 1"),
+        ({"n_validation": 0}, "n_validation must be between"),
+        ({"caption_dropout": 1.5}, "caption_dropout must be between"),
+    ],
+)
+def test_renders_refuse_settings_out_of_range(settings, message):
+    with pytest.raises(UserError, match=message):
+        Renders(**settings)

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from dpo_sd.annotation.items import Mode
 from dpo_sd.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Person:
                 "use 127.0.0.1, or give allow_remote=true as well"
             )
         self.name = (name or getpass.getuser()).strip()
-        self.mode = mode
+        self.mode: Mode = mode
         self.repeats = repeats
         self.port = port
         self.address = address

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from uuid import UUID, uuid5
 
 from dpo_sd.annotation.items import (
+    Item,
     Judged,
     Mode,
     Show,
-    Showing,
     implied,
     judgements,
     make_items,
@@ -25,7 +25,7 @@ from dpo_sd.errors import UserError
 from dpo_sd.pairs import check_image, image_file, load_image
 from dpo_sd.preferences import Event, EventLog, retract, standing, vote
 
-WINDOW = 24  # items that the client gets at a time: more than anyone judges before the server answers
+WINDOW = 48  # items that the client gets at a time: more than anyone judges before the server answers
 UNDOABLE = 10  # judgements that can be undone after a reload
 PACE_OF = 30  # judgements that the pace is measured on
 
@@ -97,10 +97,9 @@ class Desk:
         fresh = unjudged(items, votes, annotator, show)
         coming = list(upcoming(fresh, judged, annotator, self.repeats if show != "disputed" else 0.0))
         return {
-            "items": [_shown(showing) for showing in coming[:WINDOW]],
+            "items": [_shown(each.item, annotator, each.showing, each.repeat) for each in coming[:WINDOW]],
             "history": [
-                _shown(Showing(each.item, each.item.arranged(annotator, each.showing), each.repeat))
-                | {"presentation_id": each.presentation_id}
+                _shown(each.item, annotator, each.showing, each.repeat) | {"presentation_id": each.presentation_id}
                 for each in judged[-UNDOABLE:]
             ],
             "judged": len(judged),
@@ -127,7 +126,9 @@ class Desk:
             return Receipt([], not_saved(error))
         except UserError as error:
             return Receipt([], f"vote not saved: {error}")
-        problem = f"{len(refused)} votes do not belong to this folder and were left out ({refused[0]})" if refused else ""
+        problem = (
+            f"{len(refused)} votes do not belong to this folder and were left out ({refused[0]})" if refused else ""
+        )
         return Receipt([str(record["id"]) for record in queue if "id" in record], problem)
 
     def _events(self, record: Mapping[str, Any], earlier: Sequence[Event]) -> list[Event]:
@@ -191,13 +192,9 @@ def not_saved(error: OSError) -> str:
     return f"vote not saved: {error.strerror or error} — will be tried again"
 
 
-def _shown(showing: Showing) -> dict[str, Any]:
-    return {
-        "key": showing.item.key,
-        "prompt": showing.item.prompt,
-        "shown": [token(image) for image in showing.images],
-        "repeat": showing.repeat,
-    }
+def _shown(item: Item, annotator: str, showing: int, repeat: bool) -> dict[str, Any]:
+    images = item.arranged(annotator, showing)
+    return {"key": item.key, "prompt": item.prompt, "shown": [token(image) for image in images], "repeat": repeat}
 
 
 def _originals(votes: Sequence[Event], annotator: str) -> dict[str, str]:

@@ -47,10 +47,10 @@ class Item:
 
 
 class Showing(NamedTuple):
-    """An item before an annotator: what they see, or have judged."""
+    """An item before an annotator."""
 
     item: Item
-    images: tuple[str, ...]  # from left to right
+    showing: int  # how often the annotator has judged it before, which decides how it is arranged
     repeat: bool  # asks again for a judgement, to see how steady the annotator is
 
 
@@ -191,7 +191,7 @@ def upcoming(
         item = due.popleft()[1] if repeat else next(coming, None)
         if item is None:
             return
-        yield Showing(item, item.arranged(annotator, showings[item.key]), repeat)
+        yield Showing(item, showings[item.key], repeat)
         if not repeat and item.key not in showings and drawn(item):
             due.append((place, item))
         showings[item.key] += 1

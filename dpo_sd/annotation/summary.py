@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import statistics
 from collections import Counter, defaultdict
@@ -12,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo_sd.preferences import Event, Preference, counting, fold, standing
 from dpo_sd.pairs import Pair
+from dpo_sd.preferences import Event, Preference, counting, fold, standing
 from dpo_sd.statistics import (
     WinRate,
     flip_rate,
@@ -189,6 +190,7 @@ def train_command(folder: Path) -> str:
 
 
 def _override(key: str, value: str) -> str:
-    plain = all(letter.isalnum() or letter in "/._-~" for letter in value)
-    # a value with other characters must be quoted for Hydra too, and a backslash before its quotes doubled
-    return f"{key}={value}" if plain else f"{key}='" + value.replace("'", r"\'") + "'"
+    if re.fullmatch(r"[\w/.~-]+( [\w/.~-]+)*", value, re.ASCII):
+        return f"{key}={value}"
+    # other characters mean something to Hydra; in quotes only the quote itself does, and backslashes before it
+    return f"{key}='" + re.sub(r"(\\*)('|$)", r"\1\1\2", value).replace("'", r"\'") + "'"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 import streamlit as st
+from streamlit.components.v2 import component
 
 from dpo_sd.annotation.desk import Desk, Receipt, token
 from dpo_sd.annotation.items import Mode
@@ -17,6 +18,7 @@ from dpo_sd.preferences import Preference, fold
 CLIENT = Path(__file__).parent / "client"
 QUEUE = "annotator"  # key of the component, whose state is the queue of votes
 PER_PAGE = 24
+PERCENT = "%.0f %%"
 
 MODES: dict[Mode, str] = {"pairs": "Pairs", "best_worst": "Best and worst of four"}
 SHOWS = {"all": "All", "undecided": "Undecided", "disputed": "Disputed"}
@@ -48,12 +50,14 @@ class Setting(NamedTuple):
     mode: Mode
 
 
-setting: Setting  # of this server, given before the first visit
+setting: Setting = None  # type: ignore[assignment]  # of this server, given before the first visit
 
 
 def show() -> None:
     """One run of the page."""
-    st.set_page_config(page_title=f"Annotate {setting.desk.name}", page_icon="⚖️", layout="wide", initial_sidebar_state=240)
+    st.set_page_config(
+        page_title=f"Annotate {setting.desk.name}", page_icon="⚖️", layout="wide", initial_sidebar_state=240
+    )
     st.html(STYLE)
     page = st.navigation(
         [
@@ -90,21 +94,25 @@ def annotate() -> None:
             "annotator": name,
             "session": state.setdefault("session_id", str(uuid4())),
             "mode": mode,
+            "answered": state.get("sent"),
             "acknowledged": receipt.acknowledged,
             "problem": receipt.problem,
             "finished": FINISHED[chosen],
         },
         on_queue_change=_receive,
     )
-    if _receive(result.get("queue")):  # to a new server an old page sends its queue without changing it
+    if _receive_queue(result.get("queue")):  # to a new server an old page sends its queue without changing it
         st.rerun()
     if window["left"] == 0:
         _what_next()
 
 
-def _receive(queue: dict[str, Any] | None = None) -> bool:
+def _receive() -> None:
+    _receive_queue(st.session_state[QUEUE].get("queue"))
+
+
+def _receive_queue(queue: dict[str, Any] | None) -> bool:
     """Writes down what the client sent, unless that was done before; whether it was new."""
-    queue = queue or st.session_state[QUEUE].get("queue")
     if not queue or queue["sent"] == st.session_state.get("sent"):
         return False
     receipt = setting.desk.receive(queue["votes"])
@@ -127,7 +135,11 @@ def statistics() -> None:
     for column, (label, value, words) in zip(
         st.columns(5),
         [
-            ("Decided pairs", summary.decided, f"{summary.statuses['tie']} ties, {summary.statuses['both_bad']} both bad"),
+            (
+                "Decided pairs",
+                summary.decided,
+                f"{summary.statuses['tie']} ties, {summary.statuses['both_bad']} both bad",
+            ),
             ("Votes", together.votes, f"{together.skips} skipped"),
             ("Disputed pairs", summary.statuses["disputed"], "as many votes for one as for the other"),
             ("Steady", _percent(together.steady), "repeats answered as at first"),
@@ -143,13 +155,19 @@ def statistics() -> None:
         st.caption("Against all others, ties half, with 95 % Wilson intervals.")
         st.dataframe(
             [
-                {"Drawn by": model, "Win rate": rate.rate, "From": rate.low, "To": rate.high, "Votes": rate.n}
+                {
+                    "Drawn by": model,
+                    "Win rate": 100 * rate.rate,
+                    "From": 100 * rate.low,
+                    "To": 100 * rate.high,
+                    "Votes": rate.n,
+                }
                 for model, rate in summary.models
             ],
             column_config={
-                "Win rate": st.column_config.ProgressColumn(format="percent", min_value=0, max_value=1),
-                "From": st.column_config.NumberColumn(format="percent"),
-                "To": st.column_config.NumberColumn(format="percent"),
+                "Win rate": st.column_config.ProgressColumn(format=PERCENT, min_value=0, max_value=100),
+                "From": st.column_config.NumberColumn(format=PERCENT),
+                "To": st.column_config.NumberColumn(format=PERCENT),
             },
         )
 
@@ -162,9 +180,9 @@ def statistics() -> None:
                 "Skipped": who.skips,
                 "Seconds a vote": who.seconds,
                 f"Under {TOO_FAST_MS} ms": who.too_fast,
-                "Left chosen": who.left and who.left.rate,
+                "Left chosen": who.left and 100 * who.left.rate,
                 "p (no side favoured)": who.left_p,
-                "Steady": who.steady and who.steady.rate,
+                "Steady": who.steady and 100 * who.steady.rate,
                 "Repeats": who.steady.n if who.steady else 0,
                 "Flip rate ε": who.flip_rate,
             }
@@ -172,8 +190,8 @@ def statistics() -> None:
         ],
         column_config={
             "Seconds a vote": st.column_config.NumberColumn(format="%.1f"),
-            "Left chosen": st.column_config.NumberColumn(format="percent"),
-            "Steady": st.column_config.NumberColumn(format="percent"),
+            "Left chosen": st.column_config.NumberColumn(format=PERCENT),
+            "Steady": st.column_config.NumberColumn(format=PERCENT),
             "p (no side favoured)": st.column_config.NumberColumn(format="%.2g"),
             "Flip rate ε": st.column_config.NumberColumn(format="%.3f"),
         },
@@ -241,7 +259,7 @@ def _what_next() -> None:
 @functools.cache
 def _component(name: str):
     """A part of the page that runs in the browser, from its files in client/."""
-    return st.components.v2.component(
+    return component(
         f"dpo_sd.{name}",
         html=(CLIENT / f"{name}.html").read_text(encoding="utf-8"),
         css=(CLIENT / f"{name}.css").read_text(encoding="utf-8"),

@@ -3,7 +3,7 @@
 
 const AHEAD = 4; // items whose pictures are fetched and decoded before their turn
 const KEPT = 8; // items whose pictures stay decoded
-const RESEND_MS = 2000;
+const PATIENCE_MS = 3000; // for an answer, before the votes are sent again
 const DOUBLE_CLICK_MS = 350;
 const MAX_ZOOM = 16;
 
@@ -12,7 +12,7 @@ const clients = new WeakMap(); // one per place in the page: Streamlit calls aga
 export default function ({ parentElement, data, setStateValue }) {
   if (!clients.has(parentElement)) clients.set(parentElement, new Client(parentElement));
   const client = clients.get(parentElement);
-  client.update(data, (votes) => setStateValue("queue", { votes, sent: uuid() }));
+  client.update(data, (queue) => setStateValue("queue", queue));
   return () => {
     client.close();
     clients.delete(parentElement);
@@ -28,7 +28,10 @@ class Client {
     this.history = []; // what can be undone, the latest last
     this.current = null;
     this.zoom = { scale: 1, x: 0, y: 0 };
-    this.order = 0;
+    this.order = 0; // of the latest record
+    this.sentUpTo = 0;
+    this.sending = null; // the queue that the server has yet to answer
+    this.unsavedSince = null;
     this.clicked = 0;
     this.closing = new AbortController();
     const on = (target, event, handler, options) =>
@@ -37,7 +40,7 @@ class Client {
     on(window, "keyup", (event) => event.key.toLowerCase() === "f" && this.flicker(false));
     on(window, "blur", () => this.flicker(false));
     on(this.find(".panes"), "wheel", (event) => this.wheel(event), { passive: false });
-    this.timer = setInterval(() => this.resend(), RESEND_MS);
+    this.timer = setInterval(() => this.tick(), PATIENCE_MS / 2);
   }
 
   close() {
@@ -51,13 +54,11 @@ class Client {
 
   // what the server says
 
-  update(data, send) {
+  update(data, transport) {
     const changed = this.data?.context !== data.context;
     this.data = data;
-    this.send = () => {
-      this.sent = performance.now();
-      send([...this.pending.values()].map(({ record }) => record));
-    };
+    this.transport = transport;
+    if (data.answered === this.sending?.id) this.sending = null;
     if (changed) {
       this.pending = stored(data.folder);
       this.current = null;
@@ -76,7 +77,16 @@ class Client {
     this.waiting = data.items.filter((item) => !judged.has(idOf(item)) && idOf(item) !== here);
     if (this.current) this.prefetch();
     else this.next();
+    if ([...this.pending.values()].some(({ order }) => order > this.sentUpTo)) this.send();
     this.facts();
+  }
+
+  // One queue at a time is on its way: the next one would stop the server's answer to it, and a quick hand would get none.
+  send() {
+    if (this.sending && performance.now() - this.sending.at < PATIENCE_MS) return;
+    this.sending = { id: uuid(), at: performance.now() };
+    this.sentUpTo = this.order;
+    this.transport({ sent: this.sending.id, votes: [...this.pending.values()].map(({ record }) => record) });
   }
 
   unsaved() {
@@ -161,8 +171,8 @@ class Client {
     localStorage.removeItem(storageKey(this.data.folder, id));
   }
 
-  resend() {
-    if (this.pending.size && performance.now() - this.sent > RESEND_MS) this.send();
+  tick() {
+    if (this.pending.size) this.send();
     this.facts();
   }
 
@@ -245,7 +255,7 @@ class Client {
   async failed(image) {
     const answer = await fetch(image.src, { method: "HEAD" }).catch(() => null);
     if (answer === null || answer.ok) {
-      setTimeout(() => (image.src = image.src), RESEND_MS); // the server was away
+      setTimeout(() => (image.src = image.src), PATIENCE_MS); // the server was away
       return;
     }
     image.broken = true;
@@ -421,7 +431,7 @@ class Client {
     const bad = four ? "All bad" : "Both bad";
     this.find("footer").replaceChildren(
       four
-        ? group(...[1, 2, 3, 4].map((key) => button(String(key), `Picture ${key}`)), button("0", "All alike"))
+        ? group(button("0", "All alike"))
         : group(button("1", "Left", "1 ←"), button("0", "Tie", "0 ↓"), button("2", "Right", "2 →")),
       group(button("9", bad), button(" ", "Skip", "Space"), button("Backspace", "Undo", "⌫")),
       group(
@@ -445,7 +455,8 @@ class Client {
     progress.value = judged / Math.max(judged + left, 1);
     const { pace } = this.data;
     this.find(".pace").textContent = pace ? `${Math.round(pace)} a minute · ${duration(left / pace)} left` : "";
-    const late = this.pending.size && performance.now() - this.sent > RESEND_MS / 2;
+    this.unsavedSince = this.pending.size ? (this.unsavedSince ?? performance.now()) : null;
+    const late = this.pending.size && performance.now() - this.unsavedSince > PATIENCE_MS;
     const unsaved = late ? `${this.pending.size} not saved yet: is the server running?` : "";
     const problem = this.data.problem || unsaved;
     this.find(".saved").textContent = problem || (this.pending.size ? "Saving" : judged ? "Saved" : "");
