@@ -74,7 +74,7 @@ def test_passes_and_seeds_go_different_ways():
 # --------------------------------------------------------------------------------------------- the randomness of a visi
 
 
-def make_pairs(n: int = 6) -> EncodedPairs:
+def make_pairs(n: int = 6) -> Any:
     generator = torch.Generator().manual_seed(0)
     return EncodedPairs(
         chosen=torch.randn(n, 4, 2, 2, generator=generator),
@@ -265,7 +265,8 @@ class Album:
     name, resolution, tokenizer = "tiny", 64, SimpleNamespace(model_max_length=77)
 
     def __init__(self, fingerprint: str = "base", unet: Any = None, arithmetic: str = "float32 on cpu"):
-        self.fingerprint, self.unet = fingerprint, unet or torch.nn.Identity()
+        self.fingerprint = fingerprint
+        self.unet: Any = unet or torch.nn.Identity()
         dtype, _, device = arithmetic.partition(" on ")
         if unet is None:
             self.unet.dtype, self.unet.device = dtype, torch.device(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ from dpo_sd.data.pairs import Pairs
 from dpo_sd.errors import UserError
 from dpo_sd.noise import sample_id
 from dpo_sd.pairs import Pair, pair_id, write_pairs
-from dpo_sd.preferences import Choice, EventLog, vote
+from dpo_sd.preferences import EventLog, vote
 from dpo_sd.shapes.captions import split_prompts
 
 
@@ -51,7 +51,7 @@ def make_folder(folder: Path, prompts: Sequence[str], size: int = 64) -> list[Pa
     return pairs
 
 
-def annotate(folder: Path, choices: dict[str, Sequence[Choice]]) -> None:
+def annotate(folder: Path, choices: Mapping[str, Sequence[Any]]) -> None:
     """Votes of annotator after annotator, in the order of the pairs."""
     log = EventLog(folder)
     for name, given in choices.items():

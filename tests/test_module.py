@@ -70,7 +70,8 @@ def make_batch(dtype: torch.dtype = torch.float32) -> PairBatch:
 
 
 def row(batch: PairBatch, i: int) -> PairBatch:
-    return PairBatch(*(column[i : i + 1] for column in batch))
+    columns: Any = batch
+    return PairBatch(*(column[i : i + 1] for column in columns))
 
 
 def listen(unet: Any) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -89,7 +90,7 @@ class RecordingLoss(DiffusionDPOLoss):
         return super().__call__(policy, reference, label)
 
 
-def error(module: DiffusionModule, latents: torch.Tensor, batch: PairBatch, i: int) -> torch.Tensor:
+def error(module: DiffusionModule, latents: Any, batch: PairBatch, i: int) -> torch.Tensor:
     """The error of one picture, from the formulas of DDPM and a UNet call of its own."""
     t = TIMESTEPS[i]
     alpha = module.model.noise_scheduler.alphas_cumprod[t]
