@@ -100,8 +100,8 @@ def test_a_visit_carries_its_pair():
 def test_a_visit_is_the_same_whenever_it_is_asked_for():
     one, other = (Visits(make_pairs(), 3, 1000, caption_dropout=0.5) for _ in range(2))
     asked = [(index, draw) for index in range(6) for draw in range(3)]
-    forth = {visit: one[visit] for visit in asked}
-    back = {visit: other[visit] for visit in reversed(asked)}
+    forth: dict[Any, Any] = {visit: one[visit] for visit in asked}
+    back: dict[Any, Any] = {visit: other[visit] for visit in reversed(asked)}
     for visit in asked:
         assert all(torch.equal(a, b) for a, b in zip(forth[visit], back[visit], strict=True))
 
