@@ -413,7 +413,7 @@ class Client {
   decisions() {
     const four = this.data.mode === "best_worst";
     const button = (key, label, shown = key) => {
-      const made = element("button", "", { type: "button" });
+      const made = element("button", key === "Backspace" ? "undo" : "", { type: "button" });
       made.append(element("kbd", "", { textContent: shown }), label);
       made.addEventListener("mousedown", (event) => event.preventDefault());
       if (key === "f") {
@@ -454,7 +454,7 @@ class Client {
     const progress = this.find("progress");
     progress.value = judged / Math.max(judged + left, 1);
     const { pace } = this.data;
-    this.find(".pace").textContent = pace ? `${Math.round(pace)} a minute · ${duration(left / pace)} left` : "";
+    this.find(".pace").textContent = pace && left ? `${Math.round(pace)} a minute · ${duration(left / pace)} left` : "";
     this.unsavedSince = this.pending.size ? (this.unsavedSince ?? performance.now()) : null;
     const late = this.pending.size && performance.now() - this.unsavedSince > PATIENCE_MS;
     const unsaved = late ? `${this.pending.size} not saved yet: is the server running?` : "";
