@@ -136,16 +136,15 @@ def parse_lora(text: str) -> WeightedLoRA:
     """
     path, colon, weight = text.rpartition(":")
     try:
-        strength = float(weight)
-    except ValueError:
-        path, colon, strength = text, "", 1.0  # a colon of the path itself
+        strength = float(weight) if colon else 1.0
+    except ValueError:  # a colon of the path itself
+        colon, strength = "", 1.0
     if not colon:
         path = text
-        strength = 1.0
     if not math.isfinite(strength):
         raise UserError(f"loras={text}: the weight must be a finite number, got {weight}")
     file = find_lora(path)
-    return WeightedLoRA(str(path), strength, hashlib.sha256(file.read_bytes()).hexdigest())
+    return WeightedLoRA(path, strength, hashlib.sha256(file.read_bytes()).hexdigest())
 
 
 def check_same_folder(folder: Path, made_by: dict[str, Any]) -> None:
