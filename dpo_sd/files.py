@@ -22,13 +22,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    mode = _mode_of_new_files(temporary)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # safetensors makes its files private
+        os.chmod(temporary, mode)  # safetensors makes its files private
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
@@ -45,3 +44,15 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, record: dict[str, Any]) -> None:
     """Writes a record as indented JSON by `replacing`."""
     write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def _mode_of_new_files(probe: Path) -> int:
+    # asking the process for its umask sets it for a moment, in which other threads make files that anyone may write
+    with suppress(FileNotFoundError):
+        probe.unlink()
+    descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        return os.fstat(descriptor).st_mode & 0o777
+    finally:
+        os.close(descriptor)
+        probe.unlink()
