@@ -58,6 +58,7 @@ class Pair:
                 raise ValueError(f"{key} must be {types[0].__name__}, got {getattr(self, key)!r:.100}")
 
 
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _REQUIRED = {each.name for each in fields(Pair) if each.default is MISSING and each.default_factory is MISSING}
 _TYPES: dict[str, tuple[type, ...]] = dict.fromkeys(_REQUIRED, (str,)) | {
     "ranking_id": (str, NoneType),
@@ -73,6 +74,21 @@ def pair_id(prompt: str, image_0_uid: str, image_1_uid: str) -> str:
     """Identity of a pair by its content: 16 hexadecimal digits."""
     # JSON keeps ("a", "bc") apart from ("ab", "c")
     return hashlib.sha256(json.dumps([prompt, image_0_uid, image_1_uid]).encode()).hexdigest()[:16]
+
+
+def image_uid(file: Path) -> str:
+    """The uid of an image: SHA-256 of its bytes, hexadecimal.
+
+    Raises:
+        OSError: when the file cannot be read.
+    """
+    with open(file, "rb") as image:
+        return hashlib.file_digest(image, "sha256").hexdigest()
+
+
+def is_uid(text: str) -> bool:
+    """Whether a text is what `image_uid` gives; pairs from elsewhere may have names of other kinds."""
+    return _SHA256.fullmatch(text) is not None
 
 
 def read_pairs(folder: str | Path) -> list[Pair]:
@@ -109,6 +125,38 @@ def write_pairs(folder: str | Path, pairs: Iterable[Pair]) -> None:
         OSError: when the folder cannot be written.
     """
     write_text(Path(folder) / PAIRS, "".join(json_line(asdict(pair)) for pair in pairs))
+
+
+def current(pairs: Iterable[Pair]) -> list[Pair]:
+    """The pairs less those of former pictures: of several with the same prompt and files, the last one listed."""
+    by_files = {(pair.prompt, pair.image_0, pair.image_1): pair for pair in pairs}
+    return list(by_files.values())
+
+
+def changed_images(folder: str | Path, pairs: Iterable[Pair]) -> dict[str, list[str]]:
+    """Images that are not what they were when they were listed, by the pair_id of their pairs.
+
+    A uid that is no SHA-256, as of pairs from elsewhere, says nothing; an image that is missing or cannot be opened is
+    not changed either: `image_file` and `load_image` say what is wrong with it.
+
+    Args:
+        folder: that holds the images; each of them is read once, whole.
+        pairs: to look at.
+
+    Returns:
+        For each pair that has some its changed images, as the paths that the pair gives.
+    """
+    found: dict[str, str | None] = {}  # uid of the bytes as they are now
+    changed: dict[str, list[str]] = {}
+    for pair in pairs:
+        for image, uid in ((pair.image_0, pair.image_0_uid), (pair.image_1, pair.image_1_uid)):
+            if not is_uid(uid):
+                continue
+            if image not in found:
+                found[image] = _uid_of(folder, image)
+            if found[image] not in (None, uid):
+                changed.setdefault(pair.pair_id, []).append(image)
+    return changed
 
 
 def image_file(folder: str | Path, relative: str) -> Path:
@@ -206,6 +254,13 @@ def parse_object(line: bytes | str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError("not a JSON object: restore or remove the line")
     return record
+
+
+def _uid_of(folder: str | Path, relative: str) -> str | None:
+    try:
+        return image_uid(image_file(folder, relative))
+    except (UserError, OSError):
+        return None
 
 
 def _pair(record: dict[str, Any]) -> Pair:

@@ -10,10 +10,11 @@ import os
 import re
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Collection, Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, Literal, get_args
@@ -35,6 +36,7 @@ from dpo_sd.pairs import (
 ANNOTATIONS = "annotations.jsonl"
 METADATA = "metadata.jsonl"
 TORN = "annotations.torn.jsonl"  # lines that a crash cut short
+REFUSED = "annotations.refused.jsonl"  # what was sent as votes and can be none here, with the reason
 QUIET = 0.3  # seconds without a new event after which metadata.jsonl is written
 
 Side = Literal["image_0", "image_1"]
@@ -97,9 +99,12 @@ class Event:
     schema_version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        for key, types in _TYPES.items():
-            if type(getattr(self, key)) not in types:
-                raise ValueError(f"{key} must be {types[0].__name__}, got {getattr(self, key)!r:.100}")
+        # a log has few combinations of types; looking at each value of each event takes as long as reading them
+        if (combination := tuple(map(type, _values(self)))) not in _FITTING:
+            for key, types in _TYPES.items():
+                if type(getattr(self, key)) not in types:
+                    raise ValueError(f"{key} must be {types[0].__name__}, got {getattr(self, key)!r:.100}")
+            _FITTING.add(combination)
         for key, allowed in _ALLOWED.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {getattr(self, key)!r:.100}")
@@ -143,8 +148,9 @@ class Event:
         labels = record.pop("label_0", None), record.pop("label_1", None)
         if record.keys() != _TYPES.keys():
             raise ValueError(f"missing or unknown keys: {', '.join(sorted(record.keys() ^ _TYPES.keys()))[:200]}")
-        event = cls(**record)
-        if labels != (event.label_0, event.label_1):
+        event = cls(*_in_order(record))  # 22 arguments by name take as long as all the checks
+        label_0 = event.label_0
+        if labels != (label_0, None if label_0 is None else 1 - label_0):
             raise ValueError(f"the labels {labels} contradict the choice {event.choice!r}")
         return event
 
@@ -153,6 +159,8 @@ _NULLABLE = {"retracts", "ranking_id", "choice", "repeat_of"}
 _TYPES: dict[str, tuple[type, ...]] = {
     each.name: (str, NoneType) if each.name in _NULLABLE else (str,) for each in fields(Event)
 } | {"duration_ms": (int,), "zoomed": (bool,)}
+_values, _in_order = attrgetter(*_TYPES), itemgetter(*_TYPES)
+_FITTING: set[tuple[type, ...]] = set()  # combinations of types that were found right
 _ALLOWED = {"event_type": get_args(EventType), "left_image": get_args(Side), "input": get_args(Input)}
 _CHOICES = get_args(Choice)
 _LABELS: dict[str | None, float] = {"image_0": 1.0, "image_1": 0.0, "tie": 0.5}
@@ -488,6 +496,22 @@ class EventLog:
             if new:
                 self._schedule()
             return len(new)
+
+    def set_refused_aside(self, reasons: Mapping[str, str]) -> None:
+        """Keeps what was sent as votes and can never be any, for people to look at; on the disk when this returns.
+
+        Args:
+            reasons: why it is refused, by what was sent.
+
+        Raises:
+            OSError: when the disk is full or the folder cannot be written; then nothing of it is kept.
+        """
+        if not reasons:
+            return
+        lines = [json_line({"reason": reason, "sent": sent}) for sent, reason in reasons.items()]
+        with _locked(self.folder / REFUSED, os.O_WRONLY | os.O_APPEND | os.O_CREAT, fcntl.LOCK_EX) as refused:
+            _write_whole(refused, "".join(lines).encode())
+        self.notes += [f"a vote was refused and put into {REFUSED}: {reason}" for reason in reasons.values()]
 
     def refresh(self) -> bool:
         """Takes in what other processes added; whether there was anything.

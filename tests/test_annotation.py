@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import math
 import shlex
 from collections import Counter
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
@@ -24,8 +26,8 @@ from dpo_sd.annotation.desk import WINDOW, Desk, token
 from dpo_sd.annotation.items import REPEAT_AFTER, implied, judgements, make_items, unjudged, upcoming
 from dpo_sd.annotation.summary import position_words, smoothing_override, summarise, train_command
 from dpo_sd.errors import UserError
-from dpo_sd.pairs import Pair, pair_id, write_pairs
-from dpo_sd.preferences import Event, standing, vote
+from dpo_sd.pairs import Pair, image_uid, pair_id, write_pairs
+from dpo_sd.preferences import REFUSED, Event, flag, standing, vote
 
 NOON = "2031-05-17T12:00:00.000Z"
 
@@ -82,6 +84,11 @@ def record(item: dict[str, Any], choice: str = "best", best: int | None = 0, wor
         "best": best,
         "worst": worst,
     } | more
+
+
+def token_of(event: Event, image: str) -> str:
+    """The address of image_0 or image_1."""
+    return token(getattr(event, image), getattr(event, f"{image}_uid"))
 
 
 # what comes next
@@ -208,11 +215,11 @@ def test_of_two_the_best_is_all_there_is_to_say(best, choice):
 def test_the_implied_votes_share_a_ranking_and_a_showing_and_are_undone_together(desk_of_sets):
     (item, *_) = desk_of_sets.window("anna", "best_worst", "all")["items"]
     sent = record(item, best=3, worst=1)
-    assert desk_of_sets.receive([sent]) == ([sent["id"]], "")
+    assert desk_of_sets.receive([sent]) == ([sent["id"]], "", ())
     events = desk_of_sets.log.events
     assert len(events) == 5
     assert {(each.ranking_id, each.presentation_id) for each in events} == {(item["key"], sent["presentation_id"])}
-    wins = Counter(token(each.image_0 if each.choice == "image_0" else each.image_1) for each in events)
+    wins = Counter(token_of(each, str(each.choice)) for each in events)
     assert wins[item["shown"][3]] == 3
     assert wins[item["shown"][1]] == 0
     desk_of_sets.receive([record(item, "retract", presentation_id=sent["presentation_id"])])
@@ -234,8 +241,8 @@ def test_a_vote_names_the_image_that_stood_where_the_key_points(desk):
         best = place % 2
         desk.receive([record(item, best=best, worst=1 - best)])
         event = desk.log.events[-1]
-        assert token(event.image_0 if event.choice == "image_0" else event.image_1) == item["shown"][best]
-        assert token(event.image_0 if event.left_image == "image_0" else event.image_1) == item["shown"][0]
+        assert token_of(event, str(event.choice)) == item["shown"][best]
+        assert token_of(event, event.left_image) == item["shown"][0]
 
 
 def test_a_queue_that_is_sent_again_counts_once(desk):
@@ -276,6 +283,8 @@ def test_a_repeat_names_the_vote_that_it_asks_for_again(desk):
         {"shown": ["no", "tokens"]},
         {"choice": "image_0 please"},
         {"id": "no uuid"},
+        {"id": 5},
+        {"shown": 5},
         {"annotator": ""},
         {"decided_at": "yesterday"},
         {"duration_ms": "long"},
@@ -285,9 +294,55 @@ def test_what_cannot_be_a_vote_is_named_and_does_not_hold_up_the_others(desk, wr
     items = desk.window("anna", "pairs", "all")["items"]
     queue = [record(items[0]) | wrong, record(items[1])]
     receipt = desk.receive(queue)
-    assert len(receipt.acknowledged) == 2
-    assert "1 votes do not belong to this folder" in receipt.problem
+    assert len(receipt.acknowledged) == 2  # or the client would send it for ever
+    assert receipt.problem == "" and len(receipt.refused) == 1
     assert len(desk.log.events) == 1
+    (kept,) = map(json.loads, (desk.log.folder / REFUSED).read_text().splitlines())
+    assert json.loads(kept["sent"]) == queue[0] and kept["reason"] == receipt.refused[0]
+    assert any(REFUSED in note for note in desk.log.notes)
+    assert desk.receive(queue).refused == ()  # an acknowledgement that was lost
+    assert len((desk.log.folder / REFUSED).read_text().splitlines()) == 1
+
+
+def test_what_is_refused_is_not_acknowledged_before_it_is_on_the_disk(desk, monkeypatch):
+    queue = [record(desk.window("anna", "pairs", "all")["items"][0]) | {"item": "of another folder"}]
+
+    def full(_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(desk.log, "set_refused_aside", full)
+        assert desk.receive(queue) == ([], "vote not saved: disk full — will be saved once there is room", ())
+    assert desk.receive(queue).acknowledged == [queue[0]["id"]]
+
+
+def test_a_pair_reported_as_unfit_is_judged_and_the_report_can_be_undone(desk):
+    item = desk.window("anna", "pairs", "all")["items"][0]
+    sent = record(item, "flag", None, None)
+    assert desk.receive([sent]) == ([sent["id"]], "", ())
+    (event,) = desk.log.events
+    assert (event.event_type, event.choice, event.pair_id) == ("flag", None, item["key"])
+    after = desk.window("anna", "pairs", "all")
+    assert item not in after["items"] and after["judged"] == 1
+    assert after["history"] == [item | {"presentation_id": sent["presentation_id"]}]
+    assert item["key"] not in {each["key"] for each in desk.window("ben", "pairs", "undecided")["items"]}
+    desk.receive([record(item, "retract", presentation_id=sent["presentation_id"])])
+    assert standing(desk.log.events) == []
+    assert desk.window("anna", "pairs", "all")["items"][0] == item
+
+
+def test_a_reported_pair_does_not_come_back_as_a_repeat(pairs):
+    items = make_items(pairs, "pairs")
+    flags = [flag(item.pairs[0], "image_0", "anna") for item in items[:50]]
+    judged = judgements(flags, "anna", items)
+    left = upcoming(unjudged(items, flags, "anna", "all"), judged, "anna", repeats=1.0)
+    assert not {item.key for item in items[:50]} & {each.item.key for each in left}
+
+
+def test_a_report_of_four_is_about_all_their_pairs(desk_of_sets):
+    item = desk_of_sets.window("anna", "best_worst", "all")["items"][0]
+    desk_of_sets.receive([record(item, "flag", None, None)])
+    assert [each.event_type for each in desk_of_sets.log.events] == ["flag"] * 6
 
 
 def test_a_full_disk_acknowledges_nothing_and_later_everything(desk, monkeypatch):
@@ -298,8 +353,8 @@ def test_a_full_disk_acknowledges_nothing_and_later_everything(desk, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(desk.log, "append", full)
-        assert desk.receive(queue) == ([], "vote not saved: disk full — will be saved once there is room")
-    assert desk.receive(queue) == ([queue[0]["id"]], "")
+        assert desk.receive(queue) == ([], "vote not saved: disk full — will be saved once there is room", ())
+    assert desk.receive(queue) == ([queue[0]["id"]], "", ())
 
 
 def test_a_window_is_of_bounded_size(tmp_path, pairs):
@@ -315,17 +370,70 @@ def test_the_window_tells_nothing_of_models_and_files(desk):
 # pictures
 
 
-def test_only_images_of_pairs_that_can_be_read_to_their_end_are_served(desk):
-    folder = desk.log.folder
-    (folder / "images").mkdir()
-    pair = next(iter(desk.log.pairs.values()))
-    Image.effect_noise((64, 64), 50).save(folder / pair.image_0)
-    assert desk.image(token(pair.image_0)) == (folder / pair.image_0).resolve()
-    (folder / pair.image_1).write_bytes((folder / pair.image_0).read_bytes()[:-500])
-    with pytest.raises(UserError, match="cannot be read to its end"):
-        desk.image(token(pair.image_1))
-    for secret in (pair.image_0, "pairs.jsonl", "../pairs.jsonl", token("pairs.jsonl")):
-        assert desk.image(secret) is None
+def draw(folder: Path, pair: Pair, seed: int = 0) -> Pair:
+    """The pair with its two images on the disk, noise that no two seeds share, and their uids."""
+    rng = np.random.default_rng([seed, *pair.pair_id.encode()])
+    for image in (pair.image_0, pair.image_1):
+        (folder / image).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(folder / image)
+    uids = [image_uid(folder / image) for image in (pair.image_0, pair.image_1)]
+    return Pair(pair_id(pair.prompt, *uids), pair.prompt, pair.image_0, pair.image_1, *uids)
+
+
+def test_only_images_of_pairs_that_can_be_read_to_their_end_are_served(tmp_path, pairs):
+    whole, cut = draw(tmp_path, pairs[0]), pairs[1]
+    (tmp_path / cut.image_0).write_bytes((tmp_path / whole.image_0).read_bytes()[:-500])
+    for desk in opened(tmp_path, [whole, cut]):
+        assert desk.image(token(whole.image_0, whole.image_0_uid)) == ((tmp_path / whole.image_0).resolve(), True)
+        with pytest.raises(UserError, match="cannot be read to its end"):
+            desk.image(token(cut.image_0, cut.image_0_uid))
+        for secret in (whole.image_0, "pairs.jsonl", "../pairs.jsonl", token("pairs.jsonl", "")):
+            assert desk.image(secret) is None
+
+
+def test_an_image_of_other_bytes_has_another_address_in_any_folder(tmp_path, pairs):
+    one, other = (draw(tmp_path / name, pairs[0], seed) for seed, name in enumerate(("one", "other")))
+    assert one.image_0 == other.image_0  # as in folders that were drawn from the same prompts
+    assert token(one.image_0, one.image_0_uid) != token(other.image_0, other.image_0_uid)
+
+
+def test_an_image_that_has_changed_since_it_was_listed_is_not_served(tmp_path, pairs):
+    pair = draw(tmp_path, pairs[0])
+    for desk in opened(tmp_path, [pair]):
+        draw(tmp_path, pairs[0], seed=1)
+        with pytest.raises(UserError, match=r"has changed since pairs\.jsonl listed it"):
+            desk.image(token(pair.image_0, pair.image_0_uid))
+
+
+def test_an_image_without_a_checksum_is_served_but_not_to_be_kept(tmp_path, pairs):
+    draw(tmp_path, pairs[0])
+    for desk in opened(tmp_path, pairs[:1]):
+        image = desk.image(token(pairs[0].image_0, pairs[0].image_0_uid))
+        assert image is not None and not image.checked
+
+
+def test_pictures_that_changed_since_they_were_voted_on_are_named(tmp_path, pairs):
+    drawn = [draw(tmp_path, pair) for pair in pairs[:3]]
+    for desk in opened(tmp_path, drawn):
+        for item in desk.window("anna", "pairs", "all")["items"][:2]:
+            desk.receive([record(item)])
+        assert desk.note_changes() == "" and desk.log.notes == []
+        (voted, _) = {event.pair_id: event for event in desk.log.events}.values()
+        (tmp_path / voted.image_1).write_bytes((tmp_path / voted.image_0).read_bytes())
+        note = f"pictures of 1 pair have changed since they were voted on: {voted.image_1}"
+        assert desk.note_changes() == note and desk.log.notes == [note]
+
+
+def test_pairs_of_former_pictures_are_not_asked_about(tmp_path, pairs):
+    former = [draw(tmp_path, pair) for pair in pairs[:2]]
+    anew = draw(tmp_path, pairs[0], seed=1)
+    for desk in opened(tmp_path, [*former, anew]):
+        keys = {item["key"] for item in desk.window("anna", "pairs", "all")["items"]}
+        assert keys == {former[1].pair_id, anew.pair_id}
+        seen = record(
+            {"key": former[0].pair_id, "shown": [token(former[0].image_0, former[0].image_0_uid)] * 2, "repeat": False}
+        )
+        assert desk.receive([seen]).refused == ("it is about other pictures than those that are here",)
 
 
 # what the votes say

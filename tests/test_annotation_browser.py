@@ -184,14 +184,19 @@ def expected(seen: list[list[str]]) -> list[tuple[str, str, str]]:
     return [(left, right, {"1": "left", "2": "right"}[key]) for key, left, right in seen if key in ("1", "2")]
 
 
+def tokens(event: Any) -> tuple[str, str]:
+    """Of image_0 and image_1."""
+    return token(event.image_0, event.image_0_uid), token(event.image_1, event.image_1_uid)
+
+
 def given(events: list[Any]) -> list[tuple[str, str, str]]:
     found = []
     for event in events:
-        left, right = (event.image_0, event.image_1)
+        left, right = tokens(event)
         if event.left_image == "image_1":
             left, right = right, left
         choice = "left" if event.choice == event.left_image else "right"
-        found.append((token(left), token(right), choice))
+        found.append((left, right, choice))
     return found
 
 
@@ -447,10 +452,8 @@ def test_two_presses_on_a_set_of_four_settle_five_of_its_six_pairs(serve, open_p
     events = wait_for(lambda: len(found := votes(folder)) >= 5 and found)
     assert len(events) == 5 and len({event.ranking_id for event in events}) == 1
     for event in events:
-        winner, loser = event.image_0, event.image_1
-        if event.choice == "image_1":
-            winner, loser = loser, winner
-        assert token(winner) == shown[2] or token(loser) == shown[0]
+        winner, loser = tokens(event) if event.choice == "image_0" else tokens(event)[::-1]
+        assert winner == shown[2] or loser == shown[0]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

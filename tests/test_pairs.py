@@ -16,8 +16,11 @@ from dpo_sd.pairs import (
     MAX_PIXELS,
     PAIRS,
     Pair,
+    changed_images,
     check_image,
+    current,
     image_file,
+    image_uid,
     load_image,
     pair_id,
     read_pairs,
@@ -256,3 +259,34 @@ def test_an_image_is_turned_as_its_orientation_says(folder: Path):
 def test_images_of_other_modes_come_as_rgb(folder: Path, mode: str):
     Image.new(mode, (3, 2)).save(folder / "images/mode.png")
     assert load_image(folder, "images/mode.png").mode == "RGB"
+
+
+# ---- images that changed
+
+
+def test_images_whose_bytes_are_no_longer_those_that_were_listed_are_found(folder: Path):
+    (folder / "images/b.png").write_bytes((folder / "images/a.png").read_bytes() + b"more")
+    uids = image_uid(folder / "images/a.png"), image_uid(folder / "images/b.png")
+    there = Pair(pair_id("p", *uids), "p", "images/a.png", "images/b.png", *uids)
+    again = Pair(pair_id("q", *uids), "q", "images/b.png", "images/a.png", *uids[::-1])
+    assert changed_images(folder, [there, again]) == {}
+    (folder / "images/b.png").write_bytes(b"another")
+    changed = {there.pair_id: ["images/b.png"], again.pair_id: ["images/b.png"]}
+    assert changed_images(folder, [there, again]) == changed
+
+
+@pytest.mark.parametrize("uid", ["", "7b9c2f1e-1f0c-4b2f-9d61-3f0f5d0e4a11", "A" * 64])
+def test_of_images_without_a_checksum_nothing_is_said(folder: Path, uid: str):
+    assert changed_images(folder, [Pair("x", "p", "images/a.png", "images/a.png", uid, uid)]) == {}
+
+
+def test_a_missing_image_is_not_called_changed(folder: Path):
+    uids = "0" * 64, image_uid(folder / "images/a.png")
+    assert changed_images(folder, [Pair("x", "p", "images/none.png", "images/a.png", *uids)]) == {}
+
+
+def test_of_pairs_with_the_same_files_the_last_one_is_current():
+    former, other, anew = (
+        Pair(uid, "p", "a.png", f"{b}.png", uid, "1") for uid, b in (("0", "b"), ("1", "c"), ("2", "b"))
+    )
+    assert set(map(id, current([former, other, anew]))) == {id(other), id(anew)}

@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import socket
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -86,9 +87,11 @@ class Person:
 
         views.setting = views.Setting(desk, self.name, self.mode)
         for note in desk.log.notes:
-            print(f"note: {note}")
+            _print_note(note)
         print(f"Annotating {folder} ({len(desk.log.pairs)} pairs) as {self.name}: http://{self.address}:{self.port}")
         print("Every vote is saved at once. Ctrl-C ends the server.", flush=True)
+        # beside the server, because it may read gigabytes
+        threading.Thread(target=lambda: _print_note(desk.note_changes()), daemon=True).start()
 
         @asynccontextmanager
         async def lifespan(_: st.App) -> AsyncIterator[None]:
@@ -124,6 +127,11 @@ class Person:
                 ) from error
 
 
+def _print_note(note: str) -> None:
+    if note:
+        print(f"note: {note}", flush=True)
+
+
 def _is_loopback(address: str) -> bool:
     try:
         return ipaddress.ip_address(address).is_loopback
@@ -138,7 +146,6 @@ def _image_route(desk: Desk) -> Route:
     from starlette.routing import Route
 
     headers = {
-        "Cache-Control": "private, max-age=31536000, immutable",
         "Content-Security-Policy": "default-src 'none'",
         "Cross-Origin-Resource-Policy": "same-origin",
         "X-Content-Type-Options": "nosniff",
@@ -146,12 +153,14 @@ def _image_route(desk: Desk) -> Route:
 
     async def picture(request: Request) -> Response:
         try:
-            file = await run_in_threadpool(desk.image, request.path_params["token"])
+            image = await run_in_threadpool(desk.image, request.path_params["token"])
         except UserError as error:
             log.warning("%s", error)  # the page must not name the file: that would say which picture is which
             return PlainTextResponse("cannot be read", status_code=415, headers={"Cache-Control": "no-store"})
-        if file is None:
+        if image is None:
             return PlainTextResponse("no such picture", status_code=404, headers={"Cache-Control": "no-store"})
-        return FileResponse(file, headers=headers)
+        # without a checksum the same address may be of other bytes tomorrow
+        keep = "private, max-age=31536000, immutable" if image.checked else "no-store"
+        return FileResponse(image.file, headers=headers | {"Cache-Control": keep})
 
     return Route("/pair-image/{token}", picture)

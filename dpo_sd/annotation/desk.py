@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,19 +23,27 @@ from dpo_sd.annotation.items import (
     upcoming,
 )
 from dpo_sd.errors import UserError
-from dpo_sd.pairs import check_image, image_file, load_image
-from dpo_sd.preferences import Event, EventLog, retract, standing, vote
+from dpo_sd.pairs import PAIRS, changed_images, check_image, image_file, image_uid, is_uid, load_image
+from dpo_sd.preferences import REFUSED, Event, EventLog, flag, retract, standing, vote
 
 WINDOW = 48  # items that the client gets at a time: more than anyone judges before the server answers
 UNDOABLE = 10  # judgements that can be undone after a reload
 PACE_OF = 30  # judgements that the pace is measured on
 
 
+class Image(NamedTuple):
+    """An image to serve."""
+
+    file: Path
+    checked: bool  # its bytes are known to be those that the token stands for
+
+
 class Receipt(NamedTuple):
     """What became of the votes that a client sent."""
 
-    acknowledged: list[str]  # ids of those that are on the disk, or can never be
-    problem: str  # why the others are not, "" without others
+    acknowledged: list[str]  # ids of those that are on the disk
+    problem: str = ""  # why the others are not, "" without others
+    refused: tuple[str, ...] = ()  # why some can be no votes here; those were written elsewhere
 
 
 class Desk:
@@ -53,8 +62,12 @@ class Desk:
         self.repeats = repeats
         self.items = {mode: make_items(self.log.pairs.values(), mode) for mode in ("pairs", "best_worst")}
         self._by_key = {item.key: item for items in self.items.values() for item in items}
-        images = {image for pair in self.log.pairs.values() for image in (pair.image_0, pair.image_1)}
-        self._images = {token(image): image for image in images}
+        self._images = {
+            token(image, uid): (image, uid)
+            for pair in self.log.pairs.values()
+            for image, uid in ((pair.image_0, pair.image_0_uid), (pair.image_1, pair.image_1_uid))
+        }
+        self._refused: set[str] = set()
 
     @property
     def name(self) -> str:
@@ -64,21 +77,42 @@ class Desk:
     @property
     def folder_id(self) -> str:
         """Tells folders apart, for clients that keep votes of several."""
-        return token(str(self.log.folder.resolve()))
+        return _digest(str(self.log.folder.resolve()))
 
-    def image(self, image_token: str) -> Path | None:
-        """The file behind a token, known to be an image that can be read to its end; None for a token of none.
+    def image(self, image_token: str) -> Image | None:
+        """The file behind a token, known to be the image that was listed and readable to its end; None for no token.
 
         Raises:
-            UserError: when the file is missing, leads out of the folder or is not such an image.
+            UserError: when the file is missing, leads out of the folder, is not such an image or has changed.
         """
         if image_token not in self._images:
             return None
-        relative = self._images[image_token]
+        relative, uid = self._images[image_token]
         file = image_file(self.log.folder, relative)
+        if is_uid(uid) and image_uid(file) != uid:
+            raise UserError(
+                f"image {file} has changed since {PAIRS} listed it, and votes on it would be about another picture: "
+                "put the former one back, or list the pair anew, which python -m dpo_sd.generate does for its own"
+            )
         check_image(file)
         load_image(self.log.folder, relative)  # a browser would show the half of an image that was cut short
-        return file
+        return Image(file, is_uid(uid))
+
+    def note_changes(self) -> str:
+        """Says which votes are about pictures that have changed since, "" if none, also in the notes of the log.
+
+        It reads all the pictures that were voted on.
+        """
+        voted = {event.pair_id for event in standing(list(self.log.events))}
+        pairs = [pair for pair in self.log.pairs.values() if pair.pair_id in voted]
+        changed = changed_images(self.log.folder, pairs)
+        if not changed:
+            return ""
+        images = sorted({image for images in changed.values() for image in images})
+        named = ", ".join(images[:3]) + (", …" if len(images) > 3 else "")
+        note = f"pictures of {_count(len(changed), 'pair')} have changed since they were voted on: {named}"
+        self.log.notes.append(note)
+        return note
 
     def window(self, annotator: str, mode: Mode, show: Show) -> dict[str, Any]:
         """What a client needs to go on by itself for a while, as JSON.
@@ -108,34 +142,36 @@ class Desk:
         }
 
     def receive(self, queue: Sequence[Mapping[str, Any]]) -> Receipt:
-        """Writes down the votes and retractions of a client, each once however often it is sent.
+        """Writes down the votes, flags and retractions of a client, each once however often it is sent.
+
+        What can be no vote on this folder, today or later, is written to `REFUSED` instead.
 
         Args:
             queue: what the client has no acknowledgement for, in the order of the key presses.
         """
         events: list[Event] = []
-        refused: list[str] = []
+        refused: dict[str, str] = {}  # reasons, by the record
         for record in queue:
             try:
                 events += self._events(record, events)
-            except (KeyError, ValueError, TypeError, IndexError) as error:
-                refused.append(f"{type(error).__name__}: {error}")
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                refused[json.dumps(record, default=str)] = str(error) if type(error) is ValueError else repr(error)
         try:
             self.log.append(events)
+            new = {record: reason for record, reason in refused.items() if record not in self._refused}
+            self.log.set_refused_aside(new)
         except OSError as error:
             return Receipt([], not_saved(error))
         except UserError as error:
             return Receipt([], f"vote not saved: {error}")
-        problem = (
-            f"{len(refused)} votes do not belong to this folder and were left out ({refused[0]})" if refused else ""
-        )
-        return Receipt([str(record["id"]) for record in queue if "id" in record], problem)
+        self._refused.update(new)
+        return Receipt([str(record["id"]) for record in queue if "id" in record], "", tuple(new.values()))
 
     def _events(self, record: Mapping[str, Any], earlier: Sequence[Event]) -> list[Event]:
         """The events that a client's record stands for; ids follow from the record's, so that none counts twice."""
-        record_id, annotator = UUID(record["id"]), record["annotator"]
-        known = [*self.log.events, *earlier] if record["choice"] == "retract" or record["repeat"] else []
-        if record["choice"] == "retract":
+        record_id, annotator, choice = UUID(record["id"]), record["annotator"], record["choice"]
+        known = [*self.log.events, *earlier] if choice == "retract" or record["repeat"] else []
+        if choice == "retract":
             return [
                 retract(
                     event,
@@ -145,44 +181,52 @@ class Desk:
                     input=record["input"],
                 )
                 for event in known
-                if event.presentation_id == record["presentation_id"] and event.event_type == "vote"
+                if event.presentation_id == record["presentation_id"] and event.event_type != "retract"
             ]
-        item = self._by_key[record["item"]]
-        images = [self._images[shown] for shown in record["shown"]]
-        if sorted(images) != sorted(item.images):
-            raise ValueError("other images were shown than the item has")
+        item = self._by_key.get(record["item"])
+        tokens = _tokens(item) if item else {}
+        if item is None or sorted(record["shown"]) != sorted(tokens):
+            raise ValueError("it is about other pictures than those that are here")
+        images = [tokens[shown] for shown in record["shown"]]
         originals = _originals(standing(known), annotator)
         events = []
         for pair in item.pairs:
             places = images.index(pair.image_0), images.index(pair.image_1)
-            choice = record["choice"]
-            if choice == "best":
-                choice = implied(record["best"], record["worst"], *places)
-            if choice is None:
+            said = implied(record["best"], record["worst"], *places) if choice == "best" else choice
+            if said is None:
                 continue
-            events.append(
-                vote(
-                    pair,
-                    choice,
-                    left_image="image_0" if places[0] < places[1] else "image_1",
-                    annotator_id=annotator,
-                    presentation_id=record["presentation_id"],
-                    event_id=str(record_id) if len(item.pairs) == 1 else str(uuid5(record_id, pair.pair_id)),
-                    repeat_of=originals.get(pair.pair_id) if record["repeat"] else None,
-                    session_id=record["session_id"],
-                    presented_at=record["presented_at"],
-                    decided_at=record["decided_at"],
-                    duration_ms=record["duration_ms"],
-                    input=record["input"],
-                    zoomed=record["zoomed"],
-                )
-            )
+            details = {
+                "left_image": "image_0" if places[0] < places[1] else "image_1",
+                "annotator_id": annotator,
+                "presentation_id": record["presentation_id"],
+                "event_id": str(record_id) if len(item.pairs) == 1 else str(uuid5(record_id, pair.pair_id)),
+                "repeat_of": originals.get(pair.pair_id) if record["repeat"] else None,
+                "session_id": record["session_id"],
+                "presented_at": record["presented_at"],
+                "decided_at": record["decided_at"],
+                "duration_ms": record["duration_ms"],
+                "input": record["input"],
+                "zoomed": record["zoomed"],
+            }
+            events.append(flag(pair, **details) if said == "flag" else vote(pair, said, **details))
         return events
 
 
-def token(name: str) -> str:
-    """An address for a file that tells nothing about it."""
-    return hashlib.sha256(f"dpo_sd annotation {name}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
+def token(image: str, uid: str) -> str:
+    """An address for an image that tells nothing about it, and is another one for other bytes.
+
+    Args:
+        image: its path in the folder.
+        uid: as the pair gives it.
+    """
+    return _digest(f"{image} {uid}")
+
+
+def refusal(reasons: Sequence[str]) -> str:
+    """What to tell an annotator of votes that can never be stored."""
+    if not reasons:
+        return ""
+    return f"{_count(len(reasons), 'vote')} not counted but kept in {REFUSED}: {reasons[-1]}"
 
 
 def not_saved(error: OSError) -> str:
@@ -193,8 +237,24 @@ def not_saved(error: OSError) -> str:
 
 
 def _shown(item: Item, annotator: str, showing: int, repeat: bool) -> dict[str, Any]:
-    images = item.arranged(annotator, showing)
-    return {"key": item.key, "prompt": item.prompt, "shown": [token(image) for image in images], "repeat": repeat}
+    images = {image: shown for shown, image in _tokens(item).items()}
+    shown = [images[image] for image in item.arranged(annotator, showing)]
+    return {"key": item.key, "prompt": item.prompt, "shown": shown, "repeat": repeat}
+
+
+def _tokens(item: Item) -> dict[str, str]:
+    """The images of an item by their tokens."""
+    uids = {pair.image_0: pair.image_0_uid for pair in item.pairs}
+    uids |= {pair.image_1: pair.image_1_uid for pair in item.pairs}
+    return {token(image, uids[image]): image for image in item.images}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(f"dpo_sd annotation {text}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'s' * (n != 1)}"
 
 
 def _originals(votes: Sequence[Event], annotator: str) -> dict[str, str]:

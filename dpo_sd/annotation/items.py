@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from dpo_sd.noise import sample_id
-from dpo_sd.pairs import Pair
+from dpo_sd.pairs import Pair, current
 from dpo_sd.preferences import Choice, Event, counting, fold
 
 REPEAT_AFTER = 20  # items from a vote to its repeat
@@ -61,16 +61,19 @@ class Judged(NamedTuple):
     presentation_id: str
     showing: int  # how often the annotator had judged the item before
     repeat: bool
-    skipped: bool
+    skipped: bool  # or reported as unfit: there is no judgement to ask for again
 
 
 def make_items(pairs: Collection[Pair], mode: Mode) -> list[Item]:
     """What the folder has to judge, in an order that mixes the prompts and is the same for every annotator.
 
+    Pairs of former pictures, which were drawn anew since, are no longer asked about.
+
     Args:
         pairs: of the folder.
         mode: "pairs" judges them one by one, "best_worst" the complete sets of four and nothing else.
     """
+    pairs = current(pairs)
     if mode == "pairs":
         items = [Item(pair.pair_id, (pair,), (pair.image_0, pair.image_1)) for pair in pairs]
     else:
@@ -104,7 +107,7 @@ def judgements(votes: Iterable[Event], annotator: str, items: Iterable[Item]) ->
     """What an annotator has judged, in that order, one entry for each presentation.
 
     Args:
-        votes: that stand, in the order of the log.
+        votes: and flags that stand, in the order of the log.
         annotator: their name.
         items: those that count; votes on pairs of no item are left out.
     """
@@ -113,11 +116,12 @@ def judgements(votes: Iterable[Event], annotator: str, items: Iterable[Item]) ->
     found: dict[str, Judged] = {}
     for vote in votes:
         item = owner.get(vote.pair_id)
-        if vote.annotator_id != annotator or vote.event_type != "vote" or item is None:
+        if vote.annotator_id != annotator or item is None:
             continue
         if vote.presentation_id not in found:
+            skipped = vote.choice in ("skip", None)
             found[vote.presentation_id] = Judged(
-                item, vote.presentation_id, showings[item.key], vote.repeat_of is not None, vote.choice == "skip"
+                item, vote.presentation_id, showings[item.key], vote.repeat_of is not None, skipped
             )
             showings[item.key] += 1
     return list(found.values())
@@ -128,10 +132,10 @@ def unjudged(items: Iterable[Item], votes: Collection[Event], annotator: str, sh
 
     Args:
         items: of the folder.
-        votes: that stand, of all annotators.
+        votes: and flags that stand, of all annotators.
         annotator: their name.
-        show: "all" has what this annotator has not judged; "undecided" less what another one has decided; "disputed"
-            has pairs without a majority, again if others voted on them since.
+        show: "all" has what this annotator has not judged; "undecided" less what another one has decided or reported;
+            "disputed" has pairs without a majority, again if others voted on them since.
     """
     if show == "disputed":
         asking = _asking_again(items, votes, annotator)

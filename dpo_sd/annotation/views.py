@@ -10,7 +10,7 @@ from uuid import uuid4
 import streamlit as st
 from streamlit.components.v2 import component
 
-from dpo_sd.annotation.desk import Desk, Receipt, token
+from dpo_sd.annotation.desk import Desk, Receipt, refusal, token
 from dpo_sd.annotation.items import Mode
 from dpo_sd.errors import UserError
 from dpo_sd.preferences import Preference, fold
@@ -83,7 +83,7 @@ def annotate() -> None:
     """Pictures and keys; all that is quick happens in the browser."""
     desk, state = setting.desk, st.session_state
     name, mode, chosen = state.name.strip() or setting.name, state.get("mode", setting.mode), state.show
-    receipt: Receipt = state.setdefault("receipt", Receipt([], ""))
+    receipt: Receipt = state.setdefault("receipt", Receipt([]))
     window = desk.window(name, mode, chosen)
     result = _component("annotator")(
         key=QUEUE,
@@ -96,7 +96,7 @@ def annotate() -> None:
             "mode": mode,
             "answered": state.get("sent"),
             "acknowledged": receipt.acknowledged,
-            "problem": receipt.problem,
+            "problem": receipt.problem or refusal(state.get("refused", ())),
             "finished": FINISHED[chosen],
         },
         on_queue_change=_receive,
@@ -117,6 +117,8 @@ def _receive_queue(queue: dict[str, Any] | None) -> bool:
         return False
     receipt = setting.desk.receive(queue["votes"])
     st.session_state.sent, st.session_state.receipt = queue["sent"], receipt
+    # shown from now on: later votes that are saved do not make these good
+    st.session_state.refused = (*st.session_state.get("refused", ()), *receipt.refused)
     return True
 
 
@@ -140,7 +142,7 @@ def statistics() -> None:
                 summary.decided,
                 f"{summary.statuses['tie']} ties, {summary.statuses['both_bad']} both bad",
             ),
-            ("Votes", together.votes, f"{together.skips} skipped"),
+            ("Votes", together.votes, f"{together.skips} skipped, {summary.statuses['flagged']} reported as unfit"),
             ("Disputed pairs", summary.statuses["disputed"], "as many votes for one as for the other"),
             ("Steady", _percent(together.steady), "repeats answered as at first"),
             ("Agreement α", _number(summary.agreement), f"Krippendorff, {summary.shared} shared pairs"),
@@ -236,7 +238,7 @@ def _card(preference: Preference) -> dict[str, Any]:
     pair, status = preference.pair, preference.status
     return {
         "prompt": pair.prompt,
-        "shown": [token(pair.image_0), token(pair.image_1)],
+        "shown": [token(pair.image_0, pair.image_0_uid), token(pair.image_1, pair.image_1_uid)],
         "chosen": {"image_0": 0, "image_1": 1}.get(status),
         "verdict": f"{VERDICTS[status]} · {preference.n_votes} vote{'s' * (preference.n_votes != 1)}",
     }

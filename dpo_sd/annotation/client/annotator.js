@@ -106,8 +106,8 @@ class Client {
   judge(choice, place, input) {
     const item = this.current;
     if (!item || this.flickering) return;
-    if (choice !== "skip" && this.images(item).some((image) => image.broken))
-      return this.say("A picture cannot be read, so there is nothing to choose: skip this one (Space).");
+    if (!["skip", "flag"].includes(choice) && this.images(item).some((image) => image.broken))
+      return this.say("A picture cannot be read, so there is nothing to choose: skip it (Space) or report it (X).");
     const n = item.shown.length;
     let [best, worst] = [null, null];
     if (choice === "best") {
@@ -400,6 +400,7 @@ class Client {
       0: choice("tie"),
       9: choice("both_bad"),
       " ": choice("skip"),
+      x: choice("flag"),
       Backspace: (input) => this.undo(input),
       "+": () => this.zoomBy(1.25),
       "=": () => this.zoomBy(1.25),
@@ -412,8 +413,8 @@ class Client {
 
   decisions() {
     const four = this.data.mode === "best_worst";
-    const button = (key, label, shown = key) => {
-      const made = element("button", key === "Backspace" ? "undo" : "", { type: "button" });
+    const button = (key, label, shown = key, title = "") => {
+      const made = element("button", key === "Backspace" ? "undo" : "", { type: "button", title });
       made.append(element("kbd", "", { textContent: shown }), label);
       made.addEventListener("mousedown", (event) => event.preventDefault());
       if (key === "f") {
@@ -433,7 +434,12 @@ class Client {
       four
         ? group(button("0", "All alike"))
         : group(button("1", "Left", "1 ←"), button("0", "Tie", "0 ↓"), button("2", "Right", "2 →")),
-      group(button("9", bad), button(" ", "Skip", "Space"), button("Backspace", "Undo", "⌫")),
+      group(
+        button("9", bad),
+        button(" ", "Skip", "Space"),
+        button("x", "Unfit", "X", "Report as unfit for training"),
+        button("Backspace", "Undo", "⌫"),
+      ),
       group(
         ...(four ? [] : [button("f", "Flicker", "F")]),
         button("z", "Pixels", "Z"),
@@ -469,7 +475,7 @@ class Client {
   }
 }
 
-const SAID = { tie: "Tie", both_bad: "Both bad", skip: "Skipped" };
+const SAID = { tie: "Tie", both_bad: "Both bad", skip: "Skipped", flag: "Reported as unfit: it is not trained on" };
 const ZOOM_KEYS = ["+", "=", "-"];
 
 function idOf(item) {
@@ -483,8 +489,17 @@ function storageKey(folder, id) {
 function stored(folder) {
   // of all windows: what another one sends too is the same vote, and counts once
   const keys = Object.keys(localStorage).filter((key) => key.startsWith(storageKey(folder, "")));
-  const entries = keys.map((key) => JSON.parse(localStorage.getItem(key)));
+  const entries = keys.map(storedEntry).filter(Boolean);
   return new Map(entries.sort((a, b) => a.order - b.order).map((entry) => [entry.record.id, entry]));
+}
+
+function storedEntry(key) {
+  try {
+    const entry = JSON.parse(localStorage.getItem(key)); // null where another window has just removed it
+    return entry?.record?.id && entry.item?.key ? entry : null;
+  } catch {
+    return null;
+  }
 }
 
 function uuid() {
