@@ -19,7 +19,7 @@ from dpo_sd.errors import UserError
 from dpo_sd.files import write_json
 from dpo_sd.lora import find_lora, load_for_drawing
 from dpo_sd.noise import image_seed
-from dpo_sd.pairs import PAIRS, Pair, pair_id, read_pairs, write_pairs
+from dpo_sd.pairs import PAIRS, Pair, current, image_uid, pair_id, read_pairs, write_pairs
 from dpo_sd.pictures import save_png
 from dpo_sd.shapes.captions import split_prompts
 
@@ -66,9 +66,7 @@ def main(cfg: DictConfig) -> None:
         print("stopped; the same command goes on")
         raise
     finally:
-        earlier = read_pairs(folder) if (folder / PAIRS).exists() else []
-        pairs = {pair.pair_id: pair for pair in [*earlier, *listed(folder, pictures, made_by)]}
-        write_pairs(folder, list(pairs.values()))
+        pairs = list_pairs(folder, pictures, made_by)
     print(f"{len(pairs)} pairs; choose the better pictures with\n  python -m dpo_sd.annotate pairs={folder}")
 
 
@@ -122,6 +120,8 @@ def read_prompts(prompts: str | Sequence[str]) -> list[str]:
             raise UserError(f"prompts={prompts} is no text in UTF-8 ({error}): save it as such") from error
         found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     else:
+        if others := [prompt for prompt in prompts if type(prompt) not in (str, int, float)]:
+            raise UserError(f"prompts: {others[0]!r:.100} is no prompt: give texts, in quotes where they hold a comma")
         found = [str(prompt).strip() for prompt in prompts]
     if not found or not all(found):
         raise UserError(f"prompts={prompts}: {'an empty prompt is among them' if found else 'there are none'}")
@@ -148,35 +148,37 @@ def parse_lora(text: str) -> WeightedLoRA:
 
 
 def check_same_folder(folder: Path, made_by: dict[str, Any]) -> None:
-    """Raises UserError, naming the settings, when the folder holds pictures that were drawn with others."""
+    """Raises UserError when what the folder holds cannot be gone on with, naming the settings that differ."""
     file = folder / RECORD
-    if not file.exists():
-        if (folder / PAIRS).exists() or (folder / "images").exists():
-            raise UserError(f"{folder} holds pairs that this command did not draw: choose another folder with out=")
+    if not (folder / PAIRS).exists() and not any((folder / "images").rglob("*.png")):
         return
+    if not file.exists():
+        raise UserError(f"{folder} holds pairs that this command did not draw: choose another folder with out=")
+    if (folder / PAIRS).exists():
+        read_pairs(folder)  # refused now, or it would be after the drawing
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        same_keys = sorted(before) == sorted(made_by)
+        differing = [key for key in made_by if _identity(before, key) != _identity(made_by, key)] if same_keys else []
+        named = ", ".join(f"{key} (there {_named(before, key)!r}, here {_named(made_by, key)!r})" for key in differing)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is damaged ({error}): choose another folder with out=") from error
-
-    def shown(record: dict[str, Any], key: str) -> Any:
-        return [f"{lora['path']}:{lora['weight']:g}" for lora in record[key]] if key == "loras" else record[key]
-
-    def differs(key: str) -> bool:
-        if key == "loras":  # a moved file is the same LoRA
-            return [(lora["sha256"], lora["weight"]) for lora in before[key]] != [
-                (lora["sha256"], lora["weight"]) for lora in made_by[key]
-            ]
-        return before[key] != made_by[key]
-
-    if sorted(before) != sorted(made_by):
+    if not same_keys:
         raise UserError(f"{file} was written by another version of this program: choose another folder with out=")
-    if differing := [key for key in made_by if differs(key)]:
-        named = ", ".join(f"{key} (there {shown(before, key)!r}, here {shown(made_by, key)!r})" for key in differing)
+    if differing:
         raise UserError(
             f"{folder} was drawn with other settings: {named}. Leave them as they were to go on with that folder, "
             "or choose another one with out="
         )
+
+
+def _identity(made_by: dict[str, Any], key: str) -> Any:
+    # a moved file is the same LoRA
+    return [(lora["sha256"], lora["weight"]) for lora in made_by[key]] if key == "loras" else made_by[key]
+
+
+def _named(made_by: dict[str, Any], key: str) -> Any:
+    return [f"{lora['path']}:{lora['weight']:g}" for lora in made_by[key]] if key == "loras" else made_by[key]
 
 
 def draw(
@@ -206,6 +208,18 @@ def draw(
     print(f"{len(pictures) / (time.monotonic() - started):.1f} pictures a second")
 
 
+def list_pairs(folder: Path, pictures: Sequence[Picture], made_by: dict[str, Any]) -> list[Pair]:
+    """Adds the pairs of the complete sets to pairs.jsonl, and returns all that it lists."""
+    earlier = read_pairs(folder) if (folder / PAIRS).exists() else []
+    pairs = list({pair.pair_id: pair for pair in [*earlier, *listed(folder, pictures, made_by)]}.values())
+    if outdated := len(pairs) - len(current(pairs)):
+        are = "pairs are" if outdated > 1 else "pair is"
+        print(f"{outdated} {are} of pictures that have changed since, and listed anew beside the former ones")
+    if pairs:  # an empty list would be refused
+        write_pairs(folder, pairs)
+    return pairs
+
+
 def listed(folder: Path, pictures: Sequence[Picture], made_by: dict[str, Any]) -> list[Pair]:
     """All pairs of the sets that are complete on disk; those of a larger set share a `ranking_id`."""
     drawn_by = made_by["model"]
@@ -218,7 +232,7 @@ def listed(folder: Path, pictures: Sequence[Picture], made_by: dict[str, Any]) -
         files = [folder / member.file for member in members]
         if not all(file.exists() for file in files):
             continue
-        uids = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        uids = [image_uid(file) for file in files]
         ranking_id = members[0].set_id if len(members) > 2 else None
         for a, b in itertools.combinations(range(len(members)), 2):
             pairs.append(

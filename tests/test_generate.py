@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from dpo_sd.generate import parse_lora, read_prompts
 from dpo_sd.lora import LoRA, policy_parameters, save_diffusers
 from dpo_sd.models import Model
 from dpo_sd.noise import image_seed
-from dpo_sd.pairs import read_pairs
+from dpo_sd.pairs import current, read_pairs
 
 RED, GREEN = "a large red circle on a white background", "a large green star on a black background"
 
@@ -87,6 +88,12 @@ def test_prompts_that_are_no_file_are_refused_with_what_to_write(tmp_path):
         read_prompts(str(tmp_path / "none.txt"))
     with pytest.raises(UserError, match="an empty prompt"):
         read_prompts(["a", " "])
+
+
+@pytest.mark.parametrize("prompts", [["a", None], [["a", "b"], "c"], [{"a": "b"}], [True]])
+def test_what_is_no_text_is_no_prompt(prompts):
+    with pytest.raises(UserError, match="is no prompt: give texts, in quotes"):
+        read_prompts(prompts)
 
 
 def test_a_lora_is_read_with_and_without_weight(lora):
@@ -182,6 +189,29 @@ def test_a_killed_drawing_goes_on_to_the_same_folder(draw, drawn, tmp_path):
     assert (tmp_path / "pairs.jsonl").read_bytes() == (drawn / "pairs.jsonl").read_bytes()
 
 
+def test_a_drawing_that_ended_before_its_first_pair_goes_on_also_with_other_settings(draw, tmp_path):
+    def dies_at_once() -> None:
+        def save_png(*_):
+            raise KeyboardInterrupt
+
+        generate.save_png = save_png  # type: ignore[assignment]
+
+    assert draw(tmp_path, prompts=f"[{RED}]", patch=dies_at_once).code == 130
+    assert draw(tmp_path, "seed=1", prompts=f"[{RED}]").code == 0  # nothing is there that it could not go with
+    assert len(read_pairs(tmp_path)) == 1
+
+
+def test_a_picture_that_was_replaced_is_listed_anew_beside_the_former_pair(draw, tmp_path):
+    draw(tmp_path, prompts=f"[{RED}]")
+    (pair,) = read_pairs(tmp_path)
+    (tmp_path / pair.image_1).write_bytes((tmp_path / pair.image_0).read_bytes())
+    ended = draw(tmp_path, prompts=f"[{RED}]")
+    assert "1 pair is of pictures that have changed since" in ended.out
+    former, anew = read_pairs(tmp_path)  # votes on the former pair keep what they are about
+    assert former == pair and anew.image_1_uid == anew.image_0_uid
+    assert current([former, anew]) == [anew]
+
+
 def test_loras_change_the_pictures_by_their_weights(draw, drawn, lora, tmp_path):
     seen = []
     for number, loras in enumerate((f"{lora}", f"{lora}:0.5", f"[{lora}:0.5,{lora}:0.5]")):
@@ -225,6 +255,25 @@ def test_a_folder_of_pairs_from_elsewhere_is_refused(draw, tmp_path):
     ended = draw(tmp_path)
     assert ended.code == 1 and "did not draw" in ended.err
     assert (tmp_path / "pairs.jsonl").read_text() == "{}"
+
+
+@pytest.mark.parametrize("record", ["5", "null", '{"loras": 3}', "{", b"\xff"])
+def test_a_damaged_record_of_the_settings_is_one_message(draw, drawn, tmp_path, record):
+    shutil.copytree(drawn, tmp_path / "copy")
+    file = tmp_path / "copy" / "generate.json"
+    if record == '{"loras": 3}':
+        record = json.dumps(json.loads(file.read_text()) | json.loads(record))
+    file.write_bytes(record if isinstance(record, bytes) else record.encode())
+    ended = draw(tmp_path / "copy", "set_size=3")
+    assert ended.code == 1 and "generate.json is damaged" in ended.err and len(ended.err.splitlines()) == 1
+
+
+def test_a_broken_list_of_pairs_is_refused_before_anything_is_drawn(draw, drawn, tmp_path):
+    shutil.copytree(drawn, tmp_path / "copy")
+    (tmp_path / "copy" / "pairs.jsonl").write_text("{}\n")
+    ended = draw(tmp_path / "copy", "set_size=3", "num_sets=2")
+    assert ended.code == 1 and "line 1: the key" in ended.err
+    assert pictures(tmp_path / "copy") == pictures(drawn)
 
 
 @pytest.mark.parametrize(
