@@ -48,6 +48,7 @@ class Train:
     seed: int = MISSING
     pairs_per_update: int = MISSING
     resume: str | None = MISSING
+    cache: str = field(default=MISSING, metadata={"choices": ("all", "latents", "off")})
     cache_dir: str = MISSING
     model: Any = MISSING
     lora: Any = MISSING
@@ -58,6 +59,7 @@ class Train:
     callbacks: Any = field(default_factory=dict)
     logger: Any = field(default_factory=dict)
     sampler: Any = MISSING
+    framing: Any = MISSING
     hardware: Any = MISSING
 
 
@@ -128,6 +130,7 @@ def check_composition(cfg: DictConfig) -> None:
             f"{chosen('loss', cfg)} needs pairs, but {chosen('data', cfg)} has single images: "
             f"use {' or '.join(paired + single).replace('/', '=')}"
         )
+    _check_cache(cfg)
     processes = cfg.trainer.devices * cfg.trainer.num_nodes
     if processes > 1 and _sweeping():
         raise UserError(
@@ -135,6 +138,20 @@ def check_composition(cfg: DictConfig) -> None:
             "which here is the whole sweep; use trainer.devices=1, or one command for each run"
         )
     accumulation(cfg.pairs_per_update, cfg.hardware.micro_batch, processes)
+
+
+def _check_cache(cfg: DictConfig) -> None:
+    """Nothing is kept that changes from visit to visit."""
+    if cfg.framing.random_crop and cfg.cache != "off":
+        raise UserError("framing.random_crop cuts another part at every visit, which no cache can hold: add cache=off")
+    if cfg.lora.get("text_encoder") and cfg.cache == "all":
+        raise UserError(
+            "lora.text_encoder changes what prompts become, which the cache would not notice: add cache=latents"
+        )
+    if cfg.data.get("shuffle_tags") and cfg.cache == "all":
+        raise UserError(
+            "data.shuffle_tags makes another text at every visit, which the cache cannot hold: add cache=latents"
+        )
 
 
 def check_generation(cfg: DictConfig) -> None:
@@ -307,6 +324,13 @@ def _wandb_logged_out() -> bool:
         return True
 
 
+def _for_model(name: str, values: Any) -> Any:
+    """The value for a family of models: `${for_model:${model.name},{tiny:1e-3,sd15:1e-4}}`."""
+    if name not in values:
+        raise UserError(f"this recipe has no values for model={name}, only for {', '.join(map(str, values))}")
+    return values[name]
+
+
 def _register() -> None:
     store = ConfigStore.instance()
     store.store(group="schema", name="train", node=Train)
@@ -317,6 +341,7 @@ def _register() -> None:
         group, _, option = f"schema/{name}".rpartition("/")
         store.store(group=group, name=option, node=schema(target))
     OmegaConf.register_new_resolver("config_groups", _groups, replace=True)
+    OmegaConf.register_new_resolver("for_model", _for_model, replace=True)
     OmegaConf.register_new_resolver("wandb_logged_out", _wandb_logged_out, replace=True)
 
 

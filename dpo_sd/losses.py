@@ -72,6 +72,7 @@ class SFTLoss:
     """
 
     needs_pairs = False
+    draws_per_pair = None
 
     def __init__(self, min_snr_gamma: float | None = None) -> None:
         self.min_snr_gamma = _checked_gamma(min_snr_gamma)
@@ -94,14 +95,23 @@ class DiffusionDPOLoss:
         label_smoothing: assumed share of wrong labels, in [0, 0.5) (cDPO).
         min_snr_gamma: cap on the signal-to-noise ratio for `min_snr_weights`, which the training step multiplies into
             the errors of policy and reference alike; positive, 5 in the paper; None trains on unweighted errors.
+        reference: "live" asks the reference at every visit, "cached" once for each of a pair's draws.
+        draws_per_pair: noises and timesteps of a pair, taken in turns, at least 1; None makes every visit a new one.
 
     Raises:
-        UserError: when a value is out of range.
+        UserError: when a value is out of range, and when a cached reference would never be read.
     """
 
     needs_pairs = True
 
-    def __init__(self, beta: float = 5000.0, label_smoothing: float = 0.0, min_snr_gamma: float | None = None) -> None:
+    def __init__(
+        self,
+        beta: float = 5000.0,
+        label_smoothing: float = 0.0,
+        min_snr_gamma: float | None = None,
+        reference: Literal["live", "cached"] = "live",
+        draws_per_pair: int | None = None,
+    ) -> None:
         if not 0 < beta < math.inf:
             raise UserError(f"beta must be positive and finite, got {beta}")
         if not 0 <= label_smoothing < 0.5:
@@ -109,6 +119,14 @@ class DiffusionDPOLoss:
         self.beta = beta
         self.label_smoothing = label_smoothing
         self.min_snr_gamma = _checked_gamma(min_snr_gamma)
+        if draws_per_pair is not None and draws_per_pair < 1:
+            raise UserError(
+                f"draws_per_pair must be at least 1, or null for a new one at each visit, got {draws_per_pair}"
+            )
+        if reference == "cached" and draws_per_pair is None:
+            raise UserError("reference=cached needs draws that come again: add loss.draws_per_pair=4, for example")
+        self.reference = reference
+        self.draws_per_pair = draws_per_pair
 
     def __call__(self, policy: PairErrors, reference: PairErrors, label: Tensor | None = None) -> Tensor:
         """One loss per pair, (pairs,); ln 2 wherever the policy equals the reference.

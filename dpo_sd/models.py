@@ -7,14 +7,14 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from dpo_sd.digests import digest
 from dpo_sd.errors import UserError
+from dpo_sd.remembered import sha256
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,26 @@ REPOSITORIES: dict[Family, str] = {
 }
 _WIDTHS: dict[int, Family] = {768: "sd15", 1024: "sd21", 2048: "sdxl"}  # of the text in cross-attention
 # by whose width a single file is told: cross-attention of the first block that has any
-_CROSS_ATTENTION = re.compile(r"model\.diffusion_model\.input_blocks\.\d+\.1\.transformer_blocks\.0\.attn2\.to_k\.weight")
+_CROSS_ATTENTION = re.compile(
+    r"model\.diffusion_model\.input_blocks\.\d+\.1\.transformer_blocks\.0\.attn2\.to_k\.weight"
+)
+_WEIGHTS = re.compile(  # their files in a diffusers folder, and the variant
+    r"(?:diffusion_pytorch_|pytorch_)?model(?:-\d+-of-\d+)?(?:\.(\w+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+)
+
+
+class Fingerprints(NamedTuple):
+    """Hashes of files with weights, settings and vocabulary, for caches and records: 16 hexadecimal digits each.
+
+    Args:
+        model: of everything.
+        vae: of what decides the latents.
+        text: of what decides the embeddings of prompts.
+    """
+
+    model: str
+    vae: str
+    text: str
 
 
 class TextEmbeds(NamedTuple):
@@ -61,7 +80,7 @@ class StableDiffusion:
         unet, vae, text_encoders, tokenizers: parts as diffusers and transformers build them, without gradients; SDXL
             has two text encoders.
         noise_scheduler: the training schedule; its `prediction_type` says what the UNet predicts.
-        fingerprint: hash of the weights, for caches and records.
+        fingerprints: of the files.
         device: where the networks work; `working` takes there what is needed.
     """
 
@@ -71,11 +90,15 @@ class StableDiffusion:
     text_encoders: list[CLIPTextModel | CLIPTextModelWithProjection]
     tokenizers: list[CLIPTokenizer]
     noise_scheduler: DDPMScheduler
-    fingerprint: str
+    fingerprints: Fingerprints
     device: torch.device | str = field(default="cpu")
 
     @property
-    def networks(self) -> dict[str, nn.Module]:
+    def fingerprint(self) -> str:
+        return self.fingerprints.model
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
         """Those that a LoRA can adapt, by the names that diffusers gives them."""
         return {"unet": self.unet} | dict(zip(("text_encoder", "text_encoder_2"), self.text_encoders, strict=False))
 
@@ -183,9 +206,8 @@ class StableDiffusion:
             shared |= {f"text_encoder{suffix}": encoder, f"tokenizer{suffix}": tokenizer}
         if self.is_xl:
             return StableDiffusionXLPipeline(**shared, add_watermarker=False)
-        return StableDiffusionPipeline(
-            **shared, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
+        shared |= {"safety_checker": None, "feature_extractor": None}
+        return StableDiffusionPipeline(**shared, requires_safety_checker=False)
 
 
 def quiet_libraries() -> None:
@@ -243,7 +265,9 @@ class Model:
             if where is not None:
                 self._check_place(key, where)
         if prediction_type == "epsilon" and zero_terminal_snr:
-            raise UserError("zero_terminal_snr needs prediction_type=v_prediction: pure noise says nothing of the noise")
+            raise UserError(
+                "zero_terminal_snr needs prediction_type=v_prediction: pure noise says nothing of the noise"
+            )
 
     def _check_place(self, key: str, where: str) -> None:
         local = Path(where).expanduser()
@@ -252,13 +276,13 @@ class Model:
                 f"model.{key}={where} is a pickle, which can run code when it is opened: use a .safetensors file, "
                 f"convert it with python -m dpo_sd.export, or trust it with model.pickle=true"
             )
-        if local.is_dir() and key == "path":
+        if local.is_dir() and key != "vae":
             if not (local / "model_index.json").is_file():
-                raise UserError(f"model.path={where}: no diffusers pipeline there (a folder with a model_index.json)")
+                raise UserError(f"model.{key}={where}: no diffusers pipeline there (a folder with a model_index.json)")
             if missing := [part for part in self._parts if not (local / part).is_dir()]:
-                raise UserError(f"model.path={where} lacks {', '.join(missing)}: copy the whole pipeline folder")
+                raise UserError(f"model.{key}={where} lacks {', '.join(missing)}: copy the whole pipeline folder")
         elif local.is_file():
-            if key == "path" and local.suffix == ".safetensors":
+            if key == "path" and local.suffix not in PICKLES:
                 self._check_family(_family_of_file(local), where)
         elif not local.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", where):
             raise UserError(
@@ -309,21 +333,30 @@ class Model:
                     self.notes.append(f"{repository} has no variant {self.variant}: its plain weights are taken")
             return fetch(None)
 
-    def fingerprint(self) -> str:
-        """Hash of the files with weights, settings and vocabulary, and of what overrides them: 16 hexadecimal digits."""
+    def fingerprints(self) -> Fingerprints:
+        """Hashes of the files, fetched first if they lie on the Hub.
+
+        Raises:
+            UserError: when they cannot be fetched.
+        """
         where = self.files()
-        hashed = hashlib.sha256(json.dumps([self.prediction_type, self.zero_terminal_snr]).encode())
-        files = [where] if where.is_file() else [f for part in self._parts for f in sorted((where / part).rglob("*"))]
-        for file in files:
-            if file.suffix in (".safetensors", ".bin", ".ckpt", ".json", ".txt"):
-                name = file.name if file == where else file.relative_to(where).as_posix()
-                hashed.update(f"{name} {digest(file)}".encode())
+        overrides = json.dumps([self.prediction_type, self.zero_terminal_snr])
+        if where.is_file():
+            settings = self._settings()
+            parts = {part: _hash_of([where, *self._read_from(settings / part)]) for part in self._parts}
+        else:
+            parts = {part: _hash_of(self._read_from(where / part)) for part in self._parts}
         if self.vae is not None:
-            place = Path(self.vae).expanduser()
-            for file in [place] if place.is_file() else sorted(place.rglob("*.safetensors")):
-                hashed.update(digest(file).encode())
-            hashed.update(b"" if place.exists() else f"{self.vae} {self.revision}".encode())
-        return hashed.hexdigest()[:16]
+            place = self._vae_place(self.vae)
+            parts["vae"] = _hash_of([place] if place.is_file() else self._read_from(place))
+
+        def together(*names: str) -> str:
+            known = {name: value for name, value in parts.items() if name in names}
+            return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+
+        whole = hashlib.sha256(f"{overrides} {together(*parts)}".encode()).hexdigest()[:16]
+        text = together("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+        return Fingerprints(whole, together("vae"), text)
 
     def load(self, weights: Weights = "float32") -> StableDiffusion:
         """Loads all parts, frozen, the UNet in the precision `weights` and the small parts in fp32, on the CPU.
@@ -352,7 +385,7 @@ class Model:
             text_encoders=[parts[f"text_encoder{suffix}"] for suffix in suffixes],
             tokenizers=[parts[f"tokenizer{suffix}"] for suffix in suffixes],
             noise_scheduler=self._schedule(parts["scheduler"]),
-            fingerprint=self.fingerprint(),
+            fingerprints=self.fingerprints(),
         )
         self._check_family(_family(model.unet.config), self.path)
         return model
@@ -404,27 +437,44 @@ class Model:
             parts["tokenizer_2"] = part(transformers.CLIPTokenizer, "tokenizer_2")
         return parts
 
+    def _variants(self, folder: Path) -> dict[str, list[Path]]:
+        """The files with weights in a part's folder by their variant, "" of the plain ones."""
+        found: dict[str, list[Path]] = {}
+        for ending in (".safetensors", ".bin") if self.pickle else (".safetensors",):
+            for file in sorted(folder.glob(f"*{ending}")):
+                if match := _WEIGHTS.fullmatch(file.name):
+                    found.setdefault(match[1] or "", []).append(file)
+            if found:
+                break
+        return found
+
+    def _taken(self, found: Mapping[str, list[Path]]) -> str:
+        wanted = self.variant or ""
+        return wanted if wanted in found or not found else sorted(found)[0]  # the plain ones come first
+
     def _variant(self, folder: Path) -> str | None:
         """The variant of the weights to read in a part's folder; None for the plain ones."""
-        names = [file.name for file in folder.iterdir() if file.suffix in (".safetensors", ".bin")]
-        found = {name.split(".")[1] for name in names if name.count(".") == 2}  # model.fp16.safetensors
-        plain = any(name.count(".") == 1 for name in names)
-        if self.variant in found:
-            return self.variant
-        taken = None if plain or not found else sorted(found)[0]
-        if self.variant is not None or taken is not None:
-            what = "plain weights" if taken is None else f"variant {taken}"
-            self.notes.append(f"{folder} has no {'variant ' + self.variant if self.variant else 'plain weights'}: {what}")
-        return taken
+        found = self._variants(folder)
+        taken = self._taken(found)
+        if taken != (self.variant or ""):
+            lacking = f"variant {self.variant}" if self.variant else "plain weights"
+            self.notes.append(f"{folder} has no {lacking}: {f'variant {taken}' if taken else 'plain weights'} taken")
+        return taken or None
+
+    def _read_from(self, folder: Path) -> list[Path]:
+        """The files of a part's folder that decide what it does: other variants lie beside them and change nothing."""
+        found = self._variants(folder)
+        settings = [
+            file
+            for file in folder.iterdir()
+            if file.suffix in (".json", ".txt", ".model") and ".index." not in file.name
+        ]
+        return [*settings, *found.get(self._taken(found), [])]
 
     def _from_single_file(self, file: Path, dtype: torch.dtype) -> dict[str, Any]:
         from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-        if self.config is None:
-            raise UserError(f"model.path={file} is a single file: use model=sd15, sd21 or sdxl")
-        where = Path(self.config).expanduser()
-        if not where.is_dir():
-            where = self._settings_of(self.config)
+        where = self._settings()
         pipeline_class: Any = StableDiffusionXLPipeline if self.name == "sdxl" else StableDiffusionPipeline
         with _loading(file):
             pipeline = pipeline_class.from_single_file(
@@ -434,32 +484,32 @@ class Model:
         parts["unet"].to(dtype)
         return parts
 
-    def _settings_of(self, repository: str) -> Path:
-        """The folder with settings and vocabulary of a repository on the Hub, weights left there."""
-        from huggingface_hub import snapshot_download
+    def _settings(self) -> Path:
+        """The folder with the settings and the vocabulary of a single file, fetched first if it lies on the Hub."""
+        if self.config is None:
+            raise UserError(f"model.path={self.path} is a single file: use model=sd15, sd21 or sdxl")
+        local = Path(self.config).expanduser()
+        return local if local.is_dir() else _snapshot(self.config, ["model_index.json", "*/*.json", "*/*.txt"])
 
-        with _hub(repository):
-            patterns = ["model_index.json", "*/*.json", "*/*.txt"]
-            return Path(snapshot_download(repository, allow_patterns=patterns))
+    def _vae_place(self, where: str) -> Path:
+        """The file or the folder of another VAE, fetched first if it lies on the Hub."""
+        local = Path(where).expanduser()
+        if not local.exists():
+            names = ["config.json", "diffusion_pytorch_model*.safetensors"]
+            local = _snapshot(where, [*names, *(f"vae/{name}" for name in names)])
+        return local / "vae" if (local / "vae").is_dir() else local
 
     def _other_vae(self, where: str) -> Any:
         from diffusers import AutoencoderKL
 
-        local = Path(where).expanduser()
-        if local.is_file():
-            settings = SHAPES / self.name / "vae" if self.name in REPOSITORIES else Path(self.path) / "vae"
-            with _loading(local):
-                return AutoencoderKL.from_single_file(
-                    str(local), config=str(settings), local_files_only=True, torch_dtype=_float32()
-                )
-        if local.is_dir():
-            folder = local / "vae" if (local / "vae").is_dir() else local
-            with _loading(folder):
-                return AutoencoderKL.from_pretrained(
-                    folder, variant=self._variant(folder), use_safetensors=True, torch_dtype=_float32()
-                )
-        with _hub(where):
-            return AutoencoderKL.from_pretrained(where, use_safetensors=True, torch_dtype=_float32())
+        place, how = self._vae_place(where), {"local_files_only": True, "torch_dtype": _float32()}
+        with _loading(place):
+            if place.is_dir():
+                return AutoencoderKL.from_pretrained(place, variant=self._variant(place), use_safetensors=True, **how)
+            own = self.files() / "vae"
+            return AutoencoderKL.from_single_file(
+                str(place), config=str(own if own.is_dir() else SHAPES / self.name / "vae"), **how
+            )
 
 
 def skeleton(name: Family, **changes: Any) -> dict[str, Any]:
@@ -490,6 +540,21 @@ def skeleton(name: Family, **changes: Any) -> dict[str, Any]:
     for network in parts.values():
         network.eval().requires_grad_(False)
     return parts | {"scheduler": DDPMScheduler.from_config(settings("scheduler", "scheduler_config.json"))}
+
+
+def _hash_of(files: Iterable[Path]) -> str:
+    """Hash of the names and contents of files."""
+    wanted = sorted(files, key=lambda file: file.name)
+    known = json.dumps([[file.name, sha256(file)] for file in wanted])
+    return hashlib.sha256(known.encode()).hexdigest()
+
+
+def _snapshot(repository: str, patterns: list[str]) -> Path:
+    """The folder with those files of a repository on the Hub."""
+    from huggingface_hub import snapshot_download
+
+    with _hub(repository):
+        return Path(snapshot_download(repository, allow_patterns=patterns))
 
 
 def _float32() -> torch.dtype:

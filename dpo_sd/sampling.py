@@ -70,28 +70,37 @@ class Sampler:
         from tqdm import tqdm
 
         unet = model.unet
-        pipeline: Any = model.pipeline().to(unet.device)  # the small parts follow the UNet
+        pipeline: Any = model.pipeline()
         # latents stay float32, so a UNet in half precision casts what it is given
-        casting = torch.autocast(unet.device.type, unet.dtype, enabled=unet.dtype != torch.float32)
+        casting = torch.autocast(torch.device(model.device).type, unet.dtype, enabled=unet.dtype != torch.float32)
         scheduler = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}[self.scheduler]
-        pipeline.scheduler = scheduler.from_config(model.noise_scheduler.config)
+        config = dict(model.noise_scheduler.config)
+        if config.get("rescale_betas_zero_snr"):  # such a schedule must be begun at its very end
+            config["timestep_spacing"] = "trailing"
+        pipeline.scheduler = scheduler.from_config(config)
         pipeline.set_progress_bar_config(disable=True)
         was_training = unet.training
         unet.eval()  # no dropout in the adapters
         pictures: list[Image.Image] = []
         try:
-            with casting, tqdm(total=len(prompts), desc=progress, unit="picture", disable=progress is None) as bar:
+            with (
+                model.working(unet, model.vae, *model.text_encoders),
+                tqdm(total=len(prompts), desc=progress, unit="picture", disable=progress is None) as bar,
+            ):
                 for start in range(0, len(prompts), self.batch_size):
                     batch = slice(start, start + self.batch_size)
-                    pictures += pipeline(
-                        list(prompts[batch]),
-                        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[batch]],
-                        num_inference_steps=self.steps,
-                        guidance_scale=self.guidance,
-                        negative_prompt=[self.negative_prompt] * len(prompts[batch]),
-                        height=self.height,
-                        width=self.width,
-                    ).images
+                    with casting:
+                        latents = pipeline(
+                            list(prompts[batch]),
+                            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[batch]],
+                            num_inference_steps=self.steps,
+                            guidance_scale=self.guidance,
+                            negative_prompt=[self.negative_prompt] * len(prompts[batch]),
+                            height=self.height,
+                            width=self.width,
+                            output_type="latent",
+                        ).images
+                    pictures += model.decode_latents(latents.float())
                     bar.update(len(pictures) - start)
         finally:
             unet.train(was_training)

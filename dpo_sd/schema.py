@@ -40,6 +40,7 @@ SCHEMAS = {
     "annotator/person": "dpo_sd.annotation.app.Person",
     "annotator/oracle": "dpo_sd.annotation.simulation.OracleAnnotator",
     "sampler": "dpo_sd.sampling.Sampler",
+    "framing": "dpo_sd.data.framing.Framing",
     "hardware": "dpo_sd.hardware.Hardware",
 }
 

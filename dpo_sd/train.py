@@ -16,11 +16,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_sd.config import entry_point
+from dpo_sd.data.source import Cache
 from dpo_sd.errors import UserError
 from dpo_sd.resume import check_same, check_same_run, newest_checkpoint
 
 if TYPE_CHECKING:
     import lightning as L
+
+    from dpo_sd.data.reference import ReferenceErrors
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +40,11 @@ def main(cfg: DictConfig) -> float | None:
 
     hardware = instantiate(cfg.hardware)
     hardware.check(cfg.trainer.devices, preset=choices.get("hardware"))
-    loss, lora, sampler, optimizer, source, base = (
-        instantiate(cfg[group]) for group in ("loss", "lora", "sampler", "optimizer", "data", "model")
+    loss, lora, sampler, framing, optimizer, source, base = (
+        instantiate(cfg[group]) for group in ("loss", "lora", "sampler", "framing", "optimizer", "data", "model")
     )
     lora.check()
+    cache = Cache(Path(cfg.cache_dir).expanduser(), cfg.cache, half=hardware.weights != "float32")
     optimizer.check(cfg.trainer.max_steps)
     if cfg.resume is None and (run / "run.json").exists() and "LOCAL_RANK" not in os.environ:
         raise UserError(f"{run} holds a run already: continue it with resume={run}, or choose another hydra.run.dir")
@@ -57,7 +61,7 @@ def main(cfg: DictConfig) -> float | None:
     from dpo_sd.callbacks.run_record import RunRecord, device_name
     from dpo_sd.callbacks.verdict import Verdict
     from dpo_sd.data.datamodule import PairData
-    from dpo_sd.module import DiffusionModule, quiet_lightning
+    from dpo_sd.module import DiffusionModule, needed_networks, quiet_lightning
 
     quiet_lightning()
     record = RunRecord(run, settings, list(HydraConfig.get().overrides.task))
@@ -87,17 +91,19 @@ def main(cfg: DictConfig) -> float | None:
 
     say(f"run     {run}")
     model = base.load(hardware.weights)
-    model.unet.to(hardware.device)
+    model.device = hardware.device
     if hardware.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
-    say(f"lora    {lora.attach(model.unet, cfg.seed)}")
+    for note in base.notes:
+        say(f"model   {note}")
+    say(f"lora    {lora.attach(model, cfg.seed)}")
     if checkpoint is not None:
         check_same(checkpoint, "model", model.fingerprint)
     elif trainer.is_global_zero:
         record.begin()
     with continuable(run):
-        data = source.prepare(model, sampler, Path(cfg.cache_dir).expanduser())
-    for line in data.report:
+        data = source.prepare(model, sampler, framing, cache)
+    for line in [*data.report, *reference_notes(source, lora.init_from)]:
         say(f"data    {line}")
     if checkpoint is not None:
         check_same(checkpoint, "data", data.fingerprint)
@@ -110,7 +116,11 @@ def main(cfg: DictConfig) -> float | None:
         if isinstance(watcher, Verdict):
             say(f"verdict {watcher.promise(source.judge, data.held_out_prompts)}")
     micro = f"{accumulation} x {hardware.micro_batch}" + (f" on {world_size} devices" if world_size > 1 else "")
-    say(f"update  {cfg.pairs_per_update} pairs ({micro}), {cfg.trainer.max_steps} updates")
+    passes = cfg.pairs_per_update * cfg.trainer.max_steps / len(data.train)
+    say(
+        f"update  {cfg.pairs_per_update} {'pairs' if source.has_pairs else 'pictures'} ({micro}), "
+        f"{cfg.trainer.max_steps} updates, which is {passes:.3g} passes over the data"
+    )
     if trainer.is_global_zero:
         record.add(
             device=device_name(hardware.accelerator),
@@ -119,7 +129,9 @@ def main(cfg: DictConfig) -> float | None:
             parents=[lora.init_from] if lora.init_from else [],
         )
 
-    module = DiffusionModule(model, loss, optimizer, cfg.trainer.max_steps, cfg.seed)
+    encodes = needed_networks(model, cfg.cache)
+    kept = reference_cache(cfg, hardware, model, loss, data, trainer.global_rank, cache)
+    module = DiffusionModule(model, loss, optimizer, cfg.trainer.max_steps, cfg.seed, encodes, kept)
     module.identity = {"settings": settings, "data": data.fingerprint, "model": model.fingerprint}
     datamodule = PairData(
         data,
@@ -129,12 +141,57 @@ def main(cfg: DictConfig) -> float | None:
         micro_batch=hardware.micro_batch,
         seed=cfg.seed,
         num_train_timesteps=model.noise_scheduler.config["num_train_timesteps"],
+        factor=model.factor,
+        draws_per_pair=loss.draws_per_pair,
         num_workers=hardware.num_workers,
     )
-    module.train()  # the adapters' dropout; the base has none
+    module.set_training(True)  # the adapters' dropout; the base has none
     with continuable(run):
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     return conclude(trainer, record, run)
+
+
+def reference_cache(
+    cfg: DictConfig, hardware: Any, model: Any, loss: Any, data: Any, rank: int, cache: Cache
+) -> ReferenceErrors | None:
+    """Where the errors of the reference are kept, under all that they depend on but the pair and the draw."""
+    if getattr(loss, "reference", "live") == "live":
+        return None
+    from dpo_sd.data.reference import ReferenceErrors
+    from dpo_sd.data.source import adapter_key
+    from dpo_sd.data.store import content_key
+
+    key = content_key(
+        kind="reference errors 1",
+        model=model.fingerprint,
+        lora=adapter_key(model, "reference"),
+        arithmetic=f"{hardware.precision} {hardware.weights} {hardware.accelerator}",
+        weighting=loss.min_snr_gamma,
+        seed=cfg.seed,
+        caption_dropout=cfg.data.get("caption_dropout"),
+        framing=OmegaConf.to_container(cfg.framing, resolve=True),
+        cache=[cache.keep, cache.half],
+    )
+    kept = ReferenceErrors(cache.folder / "reference" / key, data.train.sample_ids, loss.draws_per_pair, rank)
+    say(f"loss    {kept.filled:.0%} of the reference's errors are known from earlier runs")
+    return kept
+
+
+def reference_notes(source: Any, init_from: str | None) -> Iterator[str]:
+    """What is to be said where pairs were drawn with another LoRA than the training starts from."""
+    from dpo_sd.lora import find_lora
+    from dpo_sd.remembered import sha256
+
+    drawn_with = source.drawn_with() if hasattr(source, "drawn_with") else None
+    if drawn_with is None:
+        return
+    named = " + ".join(f"{lora['path']}:{lora['weight']:g}" for lora in drawn_with) or "the base alone"
+    start = [] if init_from is None else [(sha256(find_lora(init_from)), 1.0)]
+    if start != [(lora["sha256"], lora["weight"]) for lora in drawn_with]:
+        yield (
+            f"these pairs were drawn with {named}, and training starts from {init_from or 'the base'}: "
+            "give lora.init_from=<that LoRA> to refine the LoRA that drew them"
+        )
 
 
 @contextmanager

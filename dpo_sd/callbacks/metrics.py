@@ -129,17 +129,17 @@ class Metrics(L.Callback):
         assert isinstance(pl_module, DiffusionModule)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, PairData)
-        pl_module.unet.eval()
+        pl_module.set_training(False)
         values: dict[str, list[torch.Tensor]] = {}
         timesteps = []
         with torch.no_grad():
             for batch in data.validation_batches():
-                batch = trainer.strategy.batch_to_device(batch)
-                with trainer.precision_plugin.forward_context():
-                    for name, value in pl_module.losses(batch).items():
-                        values.setdefault(name, []).append(value)
-                timesteps.append(batch.timesteps)
-        pl_module.unet.train()
+                for part in trainer.strategy.batch_to_device(batch):
+                    with trainer.precision_plugin.forward_context():
+                        for name, value in pl_module.losses(part).items():
+                            values.setdefault(name, []).append(value)
+                    timesteps.append(part.timesteps)
+        pl_module.set_training(True)
         columns = {name: torch.cat(value) for name, value in values.items()}
         metrics = {f"val/{name}": float(value.mean()) for name, value in columns.items()}
         if "reward_margin" in columns:

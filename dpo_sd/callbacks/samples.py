@@ -10,7 +10,7 @@ import lightning as L
 from PIL import Image
 
 from dpo_sd.errors import UserError
-from dpo_sd.lora import using
+from dpo_sd.lora import adapter_names, using
 from dpo_sd.module import DiffusionModule
 from dpo_sd.noise import check_uint64, image_seed
 from dpo_sd.pictures import comparison, save_png
@@ -60,11 +60,11 @@ class Samples(L.Callback):
         seeds = [image_seed(self.seed, prompt, 0, 0) for prompt in prompts]
 
         def draw(which: Any) -> list[Image.Image]:
-            with using(pl_module.unet, which):
+            with using(pl_module.model, which):
                 return data.sampler.draw(pl_module.model, prompts, seeds)
 
         for which in ("base", "reference"):
-            if which not in self._fixed and (which == "base" or which in pl_module.adapters()):
+            if which not in self._fixed and (which == "base" or which in adapter_names(pl_module.model)):
                 self._fixed[which] = draw(which)
         file = Path(trainer.default_root_dir) / "samples" / f"step={trainer.global_step:06d}.png"
         save_png(comparison(prompts, {**self._fixed, "policy": draw("policy")}), file)

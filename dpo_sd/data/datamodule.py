@@ -1,4 +1,4 @@
-"""The prepared pairs as Lightning takes them."""
+"""The prepared samples as Lightning takes them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ GRID = 4  # noises and timesteps of the fixed validation grid, spread evenly ove
 
 
 class PairData(L.LightningDataModule):
-    """Batches of the pairs in the order of training, beginning at whatever update the trainer stands at.
+    """Batches in the order of training, beginning at whatever update the trainer stands at.
 
     Args:
-        data, source: the prepared pairs and where they come from.
+        data, source: the prepared samples and where they come from.
         sampler: how callbacks draw pictures.
         pairs_per_update, micro_batch: pairs behind one optimiser update, and per micro-step on one device.
-        seed: of order, noise, timesteps and caption dropout.
+        seed: of order, noise, timesteps, caption dropout, crops and flips.
         num_train_timesteps: length of the noise schedule.
+        factor: pixels along one side of a latent pixel.
+        draws_per_pair: of the loss, see `Visits`.
         num_workers: processes that prepare batches; 0 prepares them in the training process.
     """
 
@@ -33,16 +35,18 @@ class PairData(L.LightningDataModule):
         micro_batch: int,
         seed: int,
         num_train_timesteps: int,
+        factor: int = 8,
+        draws_per_pair: int | None = None,
         num_workers: int = 0,
     ):
         super().__init__()
         self.data, self.source, self.sampler, self.num_workers = data, source, sampler, num_workers
         self.pairs_per_update, self.micro_batch, self.seed = pairs_per_update, micro_batch, seed
-        self.visits = Visits(data.train, seed, num_train_timesteps, source.caption_dropout)
+        self.visits = Visits(data.train, seed, num_train_timesteps, factor, source.caption_dropout, draws_per_pair)
         self.grid = [round((k + 0.5) * num_train_timesteps / GRID) for k in range(GRID)]
-        self.validation_visits = Visits(data.validation, seed, num_train_timesteps, timesteps=self.grid)
+        self.validation_visits = Visits(data.validation, seed, num_train_timesteps, factor, timesteps=self.grid)
 
-    def train_dataloader(self) -> DataLoader[PairBatch]:
+    def train_dataloader(self) -> DataLoader[list[PairBatch]]:
         trainer = self.trainer
         assert trainer is not None
         batches = UpdateOrder(
@@ -51,13 +55,20 @@ class PairData(L.LightningDataModule):
             updates=range(trainer.global_step, trainer.max_steps),
             pairs_per_update=self.pairs_per_update,
             micro_batch=self.micro_batch,
+            sizes=self.data.train.sizes,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )
-        return DataLoader(self.visits, batch_sampler=batches, collate_fn=stack, num_workers=self.num_workers)
+        return DataLoader(
+            self.visits,
+            batch_sampler=batches,
+            collate_fn=stack,
+            num_workers=self.num_workers,
+            pin_memory=trainer.strategy.root_device.type == "cuda",
+        )
 
-    def validation_batches(self) -> DataLoader[PairBatch]:
-        """Every validation pair at every point of the grid, pair by pair."""
+    def validation_batches(self) -> DataLoader[list[PairBatch]]:
+        """Every validation sample at every point of the grid, sample by sample."""
         visits = [(index, k) for index in range(len(self.data.validation)) for k in range(GRID)]
         size = max(self.micro_batch, GRID) // GRID * GRID
         batches = [visits[start : start + size] for start in range(0, len(visits), size)]

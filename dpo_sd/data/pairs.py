@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
+import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dpo_sd.data.source import PreparedData, checked_dropout, encode, too_long
+from dpo_sd.data.image_files import by_prompt, check_validation, find, left_out, prepare, split
+from dpo_sd.data.source import Cache, PreparedData, checked_dropout
 from dpo_sd.errors import UserError
-from dpo_sd.noise import order, sample_id
-from dpo_sd.pairs import check_image, image_file, load_image
+from dpo_sd.pairs import image_file, is_uid
 from dpo_sd.preferences import Preference, read_preferences
 from dpo_sd.shapes.captions import split_prompts
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-    from dpo_sd.data.batches import EncodedPairs
+    from dpo_sd.data.framing import Framing
     from dpo_sd.models import StableDiffusion
     from dpo_sd.sampling import Sampler
 
@@ -35,7 +33,7 @@ class Pairs:
         caption_dropout: share of visits that train on the empty prompt, in [0, 1].
         judge: taste of the oracle that judges the verdict, a name in `dpo_sd.shapes.oracle.UTILITIES`, for pictures of
             the shapes world; None where only people can judge.
-        style: that the oracle reads the pictures in.
+        style: that the oracle reads the pictures in; None means flat.
         seed: of the split into training and validation.
 
     Raises:
@@ -54,109 +52,79 @@ class Pairs:
         weight_by_prompt: bool = False,
         caption_dropout: float = 0.0,
         judge: str | None = None,
-        style: str = "flat",
+        style: str | None = None,
         seed: int = 0,
     ):
-        if not 0 < validation <= 0.5:
-            raise UserError(f"validation must be above 0 and at most 0.5, got {validation}")
-        self.folder = Path(pairs).expanduser()
-        self.validation, self.seed = validation, seed
-        self.soft_labels, self.weight_by_prompt = soft_labels, weight_by_prompt
+        check_validation(validation)
         self.caption_dropout = checked_dropout(caption_dropout)
+        if style is not None and judge is None:
+            raise UserError(f"style={style} is what a judge reads the pictures in: give judge as well, or leave it out")
         self.judge = None
         if judge is not None:
             from dpo_sd.shapes.oracle import Oracle
 
-            self.judge = Oracle(judge, style)
+            self.judge = Oracle(judge, style or "flat")
+        self.folder, self.seed = Path(pairs).expanduser(), seed
         preferences = read_preferences(self.folder)
-        self.report = [f"{self.folder}: {counted(preferences)}"]
-        usable = [p for p in preferences if p.status in ("image_0", "image_1") or (ties and p.status == "tie")]
+        report = [f"{self.folder}: {counted(preferences)}"]
+        wanted = ("image_0", "image_1", "tie") if ties else ("image_0", "image_1")
+        usable = [preference for preference in preferences if preference.status in wanted]
         if not usable:
             raise UserError(
                 f"{self.folder} has no {'decided or tied' if ties else 'decided'} pair ({counted(preferences)}): "
                 f"choose the better pictures with python -m dpo_sd.annotate pairs={self.folder}"
             )
-        self.usable = self._those_that(self._check, usable)
-        self._check_prompts(self.usable)
-
-    def prepare(self, model: StableDiffusion, sampler: Sampler, cache_dir: Path) -> PreparedData:
-        """Reads and encodes the pictures."""
-        usable = self._those_that(self._pictures, self.usable)
-        prompts = self._check_prompts(usable)
-        prompts = [prompts[i] for i in order(self.seed, 0, len(prompts))]
-        held_back = set(prompts[: max(1, math.floor(self.validation * len(prompts)))])
-        train = self._encoded(model, [p for p in usable if p.pair.prompt not in held_back])
-        validation = self._encoded(model, [p for p in usable if p.pair.prompt in held_back])
-        held_out = split_prompts(self.seed).held_out if self.judge is not None else sorted(held_back)
-        known = set(train.prompts)
-        split = (
-            f"training: {len(train)} pairs on {len(known)} prompts; "
-            f"validation: {len(validation)} pairs on {len(held_back)} others"
-        )
-        report = [*self.report, *too_long(model, prompts), split]
-        return PreparedData(train, validation, [prompt for prompt in held_out if prompt not in known], report)
-
-    def _those_that(self, work: Callable[[Preference], Any], preferences: Sequence[Preference]) -> list[Preference]:
-        """Those on which `work` finds nothing unreadable; the others are named in the report."""
-        kept, complaints = [], []
-        for preference in preferences:
-            try:
-                work(preference)
-                kept.append(preference)
-            except UserError as error:
-                complaints.append(str(error))
-        if complaints:
-            named = "; ".join(complaints[:5])
-            self.report.append(f"left out {len(complaints)} of {len(preferences)} pairs that cannot be read: {named}")
-        return kept
-
-    def _check(self, preference: Preference) -> None:
-        """By the headers alone."""
-        pair = preference.pair
-        sizes = {check_image(image_file(self.folder, image)) for image in (pair.image_0, pair.image_1)}
-        if len(sizes) > 1:
-            raise UserError(f"{pair.image_0} and {pair.image_1} differ in size")
-
-    def _check_prompts(self, usable: Sequence[Preference]) -> list[str]:
-        prompts = sorted({p.pair.prompt for p in usable})
-        if not prompts:
-            raise UserError(f"no decided pair of {self.folder} can be read: {self.report[-1]}")
-        if len(prompts) < 2:
-            raise UserError(
-                f"{self.folder} has decided pairs on {len(prompts)} prompt only, and validation needs another: "
-                "generate and annotate pairs for more prompts"
-            )
-        return prompts
-
-    def _pictures(self, preference: Preference) -> tuple[Image.Image, Image.Image]:
-        """The chosen and the rejected one."""
-        first, second = (load_image(self.folder, image) for image in (preference.pair.image_0, preference.pair.image_1))
-        return (second, first) if preference.status == "image_1" else (first, second)
-
-    def _encoded(self, model: StableDiffusion, preferences: Sequence[Preference]) -> EncodedPairs:
-        chosen, rejected = zip(*(self._pictures(preference) for preference in preferences), strict=True)
-        size = (model.resolution, model.resolution)
-        if other := next((picture for picture in chosen if picture.size != size), None):
-            raise UserError(
-                f"{self.folder} has pictures of {other.width}x{other.height} pixels, and {model.name} is trained at "
-                f"{size[0]}x{size[1]}: generate the pairs with this model"
-            )
-        prompts = [p.pair.prompt for p in preferences]
-        counts = Counter(prompts)
-        return encode(
-            model,
+        flipped = [preference.status == "image_1" for preference in usable]
+        names = [(p.pair.image_0, p.pair.image_1) for p in usable]
+        prompts = [p.pair.prompt for p in usable]
+        samples, rows = find(
+            self.folder,
             prompts,
-            chosen,
-            rejected,
-            sample_ids=[sample_id(p.pair.prompt, p.pair.image_0_uid, p.pair.image_1_uid) for p in preferences],
-            label=[self._label(p) for p in preferences],
-            weight=[1 / counts[prompt] for prompt in prompts] if self.weight_by_prompt else None,
+            chosen=[name[flip] for name, flip in zip(names, flipped, strict=True)],
+            rejected=[name[not flip] for name, flip in zip(names, flipped, strict=True)],
+            label=[_label(p, soft_labels) for p in usable],
+            weight=by_prompt(prompts) if weight_by_prompt else None,
+            report=report,
+            resolve=lambda path: image_file(self.folder, path),
         )
+        if not rows:
+            raise UserError(f"no decided pair of {self.folder} can be read: {report[-1]}")
+        changed = _changed(samples, [usable[row] for row in rows])
+        left_out("with a picture that has changed since it was judged", list(changed.values()), len(usable), report)
+        samples = samples.without(changed)
+        self.found = split(samples, validation, seed, report)
 
-    def _label(self, preference: Preference) -> float:
-        if preference.status == "tie":
-            return 0.5
-        return max(preference.label_0, 1 - preference.label_0) if self.soft_labels else 1.0
+    def prepare(self, model: StableDiffusion, sampler: Sampler, framing: Framing, cache: Cache) -> PreparedData:
+        """Reads and encodes the pictures."""
+        held_out = split_prompts(self.seed).held_out if self.judge is not None else None
+        return prepare(model, self.found, framing, cache, held_out)
+
+    def drawn_with(self) -> list[dict[str, Any]] | None:
+        """The LoRAs that drew the pictures: path, weight and sha256 of each; None where they come from elsewhere."""
+        try:
+            record = json.loads((self.folder / "generate.json").read_text(encoding="utf-8"))
+            return [{key: lora[key] for key in ("path", "weight", "sha256")} for lora in record["loras"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def _changed(samples: Any, preferences: Sequence[Preference]) -> dict[int, str]:
+    """Pictures whose bytes are not those that were judged, by row."""
+    changed = {}
+    for row, preference in enumerate(preferences):
+        pair = preference.pair
+        judged = {pair.image_0: pair.image_0_uid, pair.image_1: pair.image_1_uid}
+        for side in samples.sides:
+            uid = judged[side.paths[row]]
+            if is_uid(uid) and uid != side.sha256[row].decode():
+                changed[row] = side.paths[row]
+    return changed
+
+
+def _label(preference: Preference, soft: bool) -> float:
+    if preference.status == "tie":
+        return 0.5
+    return max(preference.label_0, 1 - preference.label_0) if soft else 1.0
 
 
 def counted(preferences: Sequence[Preference]) -> str:

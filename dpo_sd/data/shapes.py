@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dpo_sd.annotator import SimulatedAnnotator
-from dpo_sd.data.source import PreparedData, checked_dropout, encode, too_long
+from dpo_sd.data.source import Cache, PreparedData, adapter_key, checked_dropout, encode_drawn, too_long
 from dpo_sd.errors import UserError
-from dpo_sd.lora import adapter_state, reference
+from dpo_sd.lora import reference
 from dpo_sd.noise import generator, image_seed, sample_id
 from dpo_sd.shapes.captions import PromptSplit, split_prompts
 from dpo_sd.shapes.scenes import RESOLUTION
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
-    from dpo_sd.data.batches import EncodedPairs
+    from dpo_sd.data.batches import PreparedSamples
+    from dpo_sd.data.framing import Framing
     from dpo_sd.models import StableDiffusion
     from dpo_sd.sampling import Sampler
 
@@ -66,26 +65,25 @@ class Shapes:
         self.prompts = split_prompts(seed)
         check_validation(n_validation, self.prompts)
 
-    def prepare(self, model: StableDiffusion, sampler: Sampler, cache_dir: Path) -> PreparedData:
+    def prepare(self, model: StableDiffusion, sampler: Sampler, framing: Framing, cache: Cache) -> PreparedData:
         """Draws, judges and encodes the pairs; pictures already in the cache are read."""
+        check_framing(framing)
         if model.resolution != RESOLUTION:
             raise UserError(
                 f"data=shapes measures pictures of {RESOLUTION} pixels, but {model.name} draws {model.resolution}: "
                 "use model=tiny, or data=pairs"
             )
-        train, report = self._pairs(model, sampler, cache_dir, self.prompts.train, self.n_pairs, "training")
-        validation, more = self._pairs(
-            model, sampler, cache_dir, self.prompts.validation, self.n_validation, "validation"
-        )
+        train, report = self._pairs(model, sampler, cache, self.prompts.train, self.n_pairs, "training")
+        validation, more = self._pairs(model, sampler, cache, self.prompts.validation, self.n_validation, "validation")
         return PreparedData(train, validation, self.prompts.held_out, report + more)
 
     def _pairs(
-        self, model: StableDiffusion, sampler: Sampler, cache_dir: Path, prompts: list[str], n: int, what: str
-    ) -> tuple[EncodedPairs, list[str]]:
+        self, model: StableDiffusion, sampler: Sampler, cache: Cache, prompts: list[str], n: int, what: str
+    ) -> tuple[PreparedSamples, list[str]]:
         wanted = [(prompts[i % len(prompts)], i // len(prompts)) for i in range(n)]
         captions = [prompt for prompt, _ in wanted for _ in range(2)]
         seeds = [image_seed(self.seed, prompt, set_index, k) for prompt, set_index in wanted for k in range(2)]
-        images = _drawn(model, sampler, cache_dir, captions, seeds, f"drawing {what} pairs")
+        images = _drawn(model, sampler, cache.folder, captions, seeds, f"drawing {what} pairs")
         scores = self.judge.judge(images, captions)
         ties, chosen, rejected, ids, kept = 0, [], [], [], []
         for i, (prompt, _) in enumerate(wanted):
@@ -108,7 +106,7 @@ class Shapes:
             )
             raise UserError(f"all {n} {what} pairs are ties: {why}")
         report = [f"{what}: {len(kept)} pairs on {len(set(kept))} prompts, {ties} ties left out"]
-        return encode(model, kept, chosen, rejected, ids), [*report, *too_long(model, kept)]
+        return encode_drawn(model, kept, chosen, rejected, ids), [*report, *too_long(model, kept)]
 
 
 class Renders:
@@ -126,8 +124,8 @@ class Renders:
 
     def __init__(
         self,
-        style: str = "outlined",
-        n_pictures: int = 512,
+        style: str = "pastel",
+        n_pictures: int = 1024,
         n_validation: int = 32,
         caption_dropout: float = 0.1,
         seed: int = 0,
@@ -142,14 +140,15 @@ class Renders:
         self.prompts = split_prompts(seed)
         check_validation(n_validation, self.prompts)
 
-    def prepare(self, model: StableDiffusion, sampler: Sampler, cache_dir: Path) -> PreparedData:
+    def prepare(self, model: StableDiffusion, sampler: Sampler, framing: Framing, cache: Cache) -> PreparedData:
         """Renders and encodes the pictures."""
+        check_framing(framing)
         train = self._pictures(model, self.prompts.train, self.n_pictures)
         validation = self._pictures(model, self.prompts.validation, self.n_validation)
-        report = [f"{len(train)} rendered pictures in the {self.style} style on {len(set(train.prompts))} prompts"]
+        report = [f"{len(train)} rendered pictures in the {self.style} style on {len(train.prompts.texts)} prompts"]
         return PreparedData(train, validation, self.prompts.held_out, report)
 
-    def _pictures(self, model: StableDiffusion, prompts: list[str], n: int) -> EncodedPairs:
+    def _pictures(self, model: StableDiffusion, prompts: list[str], n: int) -> PreparedSamples:
         from dpo_sd.shapes.captions import kind
         from dpo_sd.shapes.render import render
         from dpo_sd.shapes.scenes import random_scene
@@ -160,7 +159,7 @@ class Renders:
             rng = generator(self.seed, sample_id(prompt), i // len(prompts), "render")
             pictures.append(render(random_scene(rng, kind(prompt), None, self.style)))
         ids = [sample_id(prompt, picture.tobytes()) for prompt, picture in zip(captions, pictures, strict=True)]
-        return encode(model, captions, pictures, None, ids)
+        return encode_drawn(model, captions, pictures, None, ids)
 
 
 def check_validation(n_validation: int, prompts: PromptSplit) -> None:
@@ -168,44 +167,36 @@ def check_validation(n_validation: int, prompts: PromptSplit) -> None:
         raise UserError(f"n_validation must be between 1 and {len(prompts.validation)}, got {n_validation}")
 
 
+def check_framing(framing: Framing) -> None:
+    if framing.flip or framing.random_crop or framing.resolution not in (None, RESOLUTION):
+        raise UserError(
+            f"the shapes world has pictures of {RESOLUTION} pixels whose places matter: leave out "
+            "framing.resolution, framing.flip and framing.random_crop"
+        )
+
+
 def _drawn(
-    model: StableDiffusion, sampler: Sampler, cache_dir: Path, prompts: list[str], seeds: list[int], what: str
+    model: StableDiffusion, sampler: Sampler, folder: Path, prompts: list[str], seeds: list[int], what: str
 ) -> list[Image.Image]:
     import numpy as np
     import torch
     from PIL import Image
     from tqdm import tqdm
 
-    from dpo_sd.data.cache import cached, content_key
+    from dpo_sd.data.store import TensorStore, content_key
 
-    def draw(part: slice) -> torch.Tensor:
-        with reference(model.unet):
-            pictures = sampler.draw(model, prompts[part], seeds[part])
-        return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
-
-    settings: dict[str, Any] = {"model": model.fingerprint, "lora": _reference_key(model), **sampler.settings()}
-    settings["arithmetic"] = f"{model.unet.dtype} on {model.unet.device.type}"
-    images = []
-    with tqdm(total=len(prompts), desc=what, unit="picture") as bar:
-        for start in range(0, len(prompts), CHUNK):
-            part = slice(start, start + CHUNK)
-            key = content_key(**settings, prompts=prompts[part], seeds=seeds[part])
-            pixels = cached(cache_dir / "pictures", key, lambda part=part: draw(part))
-            if len(pixels) != len(prompts[part]):
-                raise UserError(f"{cache_dir / 'pictures' / key}.safetensors holds {len(pixels)} pictures: delete it")
-            images += [Image.fromarray(picture) for picture in pixels.numpy()]
-            bar.update(len(pixels))
-    return images
-
-
-def _reference_key(model: StableDiffusion) -> str | None:
-    """What tells apart the LoRAs that training can start from; None where it starts from the base."""
-    config = getattr(model.unet, "peft_config", {}).get("reference")
-    if config is None:
-        return None
-    scales = (config.r, config.lora_alpha, sorted(config.rank_pattern.items()), sorted(config.alpha_pattern.items()))
-    digest = hashlib.sha256(repr(scales).encode())
-    for name, value in sorted(adapter_state(model.unet, "reference").items()):
-        digest.update(name.encode())
-        digest.update(value.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    store = TensorStore(folder / "pictures", torch.uint8)
+    settings: dict[str, Any] = {"model": model.fingerprint, "lora": adapter_key(model, "reference")}
+    settings |= {"arithmetic": f"{model.unet.dtype} on {model.device}", **sampler.settings()}
+    keys = [content_key(**settings, prompt=prompt, seed=seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    missing = set(store.missing(keys))
+    todo = [row for row, key in enumerate(keys) if key in missing]
+    with tqdm(total=len(keys), initial=len(keys) - len(todo), desc=what, unit="picture") as bar, reference(model):
+        for start in range(0, len(todo), CHUNK):
+            rows = todo[start : start + CHUNK]
+            pictures = sampler.draw(model, [prompts[row] for row in rows], [seeds[row] for row in rows])
+            for row, picture in zip(rows, pictures, strict=True):
+                store.put(keys[row], torch.from_numpy(np.array(picture)))
+            store.flush()
+            bar.update(len(rows))
+    return [Image.fromarray(pixels.numpy()) for pixels in store.rows(keys)]

@@ -1,0 +1,454 @@
+"""Samples whose pictures are files: from paths to encoded tensors, with everything said that is left out on the way."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections import Counter, deque
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from dpo_sd.data.framing import MIDDLE, Frame, Framing, frame, nearest_size, pixels, time_ids
+from dpo_sd.data.source import Cache, PreparedData, encode_bytes, encode_texts, too_long
+from dpo_sd.data.store import content_key
+from dpo_sd.errors import UserError
+from dpo_sd.images import facts, load_image
+from dpo_sd.noise import order, sample_id
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dpo_sd.data.batches import PreparedSamples
+    from dpo_sd.data.store import TensorStore
+    from dpo_sd.models import StableDiffusion
+
+BATCH_PIXELS = 8 * 512 * 512  # that the VAE encodes together
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """One picture of each sample, as columns: objects would not do for a million.
+
+    Args:
+        folder: that the paths are relative to.
+        paths: POSIX.
+        sha256: of the files' bytes, (n,), ASCII.
+        sizes: width and height in pixels, upright, (n, 2), int32.
+    """
+
+    folder: Path
+    paths: Sequence[str]
+    sha256: np.ndarray
+    sizes: np.ndarray
+
+    def take(self, rows: np.ndarray) -> ImageFiles:
+        return ImageFiles(self.folder, [self.paths[row] for row in rows], self.sha256[rows], self.sizes[rows])
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a source has found, before anything is decoded.
+
+    Args:
+        prompts: one per sample.
+        chosen, rejected: their pictures; single pictures have no rejected ones.
+        label: P(chosen is better), (n,), in [0.5, 1].
+        weight: share of each sample in the loss, (n,), positive.
+    """
+
+    prompts: Sequence[str]
+    chosen: ImageFiles
+    rejected: ImageFiles | None
+    label: np.ndarray
+    weight: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def without(self, rows: Container[int]) -> Samples:
+        """All but those of the samples."""
+        return self.take(np.array([row for row in range(len(self)) if row not in rows], int)) if rows else self
+
+    @property
+    def sides(self) -> list[ImageFiles]:
+        return [self.chosen] if self.rejected is None else [self.chosen, self.rejected]
+
+    def take(self, rows: np.ndarray) -> Samples:
+        """Those of the samples, in this order."""
+        return Samples(
+            [self.prompts[row] for row in rows],
+            self.chosen.take(rows),
+            None if self.rejected is None else self.rejected.take(rows),
+            self.label[rows],
+            self.weight[rows],
+        )
+
+
+@dataclass
+class Found:
+    """Samples split by prompt, and what there is to say of them.
+
+    Args:
+        train, validation: samples with disjoint prompts.
+        report: what was used and what was not, one line each.
+    """
+
+    train: Samples
+    validation: Samples
+    report: list[str] = field(default_factory=list)
+
+
+def find(
+    folder: Path,
+    prompts: Sequence[str],
+    chosen: Sequence[str],
+    rejected: Sequence[str] | None,
+    label: Sequence[float] | np.ndarray | None,
+    weight: Sequence[float] | np.ndarray | None,
+    report: list[str],
+    resolve: Callable[[str], Path] | None = None,
+) -> tuple[Samples, list[int]]:
+    """Samples from their columns, and the rows that they come from.
+
+    Those with a picture that cannot be used, or with the same one twice, are left out.
+
+    Args:
+        folder: that the paths are relative to.
+        prompts, chosen, rejected, label, weight: columns; no label means 1, no weight equal ones.
+        report: gets a line for what is left out, with the first five reasons.
+        resolve: the file of a path, refusing what may not be read; None joins it to the folder.
+    """
+    n = len(prompts)
+    kept = np.ones(n, bool)
+    complaints: list[str] = []
+    sides = []
+    for paths in (chosen, rejected):
+        if paths is None:
+            continue
+        found, problems = _facts(folder, paths, resolve)
+        for row, problem in problems.items():
+            if kept[row]:
+                complaints.append(problem)
+            kept[row] = False
+        sides.append(found)
+    left_out("that cannot be read", complaints, n, report)
+    if len(sides) == 2:
+        same = kept & (sides[0].sha256 == sides[1].sha256)
+        left_out("whose two pictures are the same file", [f"{chosen[row]}" for row in np.flatnonzero(same)], n, report)
+        kept &= ~same
+    samples = Samples(
+        prompts,
+        sides[0],
+        sides[1] if len(sides) == 2 else None,
+        np.ones(n, np.float32) if label is None else np.asarray(label, np.float32),
+        np.ones(n, np.float32) if weight is None else np.asarray(weight, np.float32),
+    )
+    return (samples if kept.all() else samples.take(np.flatnonzero(kept))), np.flatnonzero(kept).tolist()
+
+
+def _facts(
+    folder: Path, paths: Sequence[str], resolve: Callable[[str], Path] | None
+) -> tuple[ImageFiles, dict[int, str]]:
+    """What is known of the files, and why some cannot be used, by row."""
+    problems: dict[int, str] = {}
+    rows, files = [], []
+    for row, path in enumerate(paths):
+        try:
+            file = folder / path if resolve is None else resolve(path)
+            if not file.is_file():
+                raise UserError(f"image {file} does not exist")
+            rows.append(row)
+            files.append(file)
+        except UserError as error:
+            problems[row] = str(error)
+    sha256 = np.zeros(len(paths), "S64")
+    sizes = np.zeros((len(paths), 2), np.int32)
+    for row, known in zip(rows, facts(files), strict=True):
+        if known.problem:
+            problems[row] = known.problem
+        sha256[row], sizes[row] = known.sha256.encode(), (known.width, known.height)
+    return ImageFiles(folder, paths, sha256, sizes), problems
+
+
+def left_out(what: str, named: Sequence[str], n: int, report: list[str]) -> None:
+    """Adds a line to the report where something is left out: how many, and the first five."""
+    if named:
+        report.append(f"left out {len(named)} of {n} {what}: {'; '.join(named[:5])}{' …' if len(named) > 5 else ''}")
+
+
+def split(samples: Samples, validation: float, seed: int, report: list[str], what: str = "pairs") -> Found:
+    """Training and validation with disjoint prompts.
+
+    Args:
+        validation: share of the prompts held back, in (0, 0.5]; at least one prompt is.
+
+    Raises:
+        UserError: when there are not two prompts.
+    """
+    prompts = sorted(set(samples.prompts))
+    if len(prompts) < 2:
+        raise UserError(
+            f"the data has {len(samples)} {what} on {len(prompts)} prompts, and validation needs prompts of its own: "
+            f"add {what} for other prompts"
+        )
+    shuffled = [prompts[i] for i in order(seed, 0, len(prompts))]
+    held_back = set(shuffled[: max(1, int(validation * len(prompts)))])
+    is_held_back = np.array([prompt in held_back for prompt in samples.prompts])
+    found = Found(samples.take(np.flatnonzero(~is_held_back)), samples.take(np.flatnonzero(is_held_back)), report)
+    report.append(
+        f"training: {len(found.train)} {what} on {len(prompts) - len(held_back)} prompts; "
+        f"validation: {len(found.validation)} on {len(held_back)} others"
+    )
+    return found
+
+
+def by_prompt(prompts: Sequence[str]) -> np.ndarray:
+    """Weight of each sample: one over the number of samples with its prompt."""
+    counts = Counter(prompts)
+    return np.array([1 / counts[prompt] for prompt in prompts], np.float32)
+
+
+def check_validation(validation: float) -> float:
+    if not 0 < validation <= 0.5:
+        raise UserError(f"validation must be above 0 and at most 0.5, got {validation}")
+    return validation
+
+
+# ------------------------------------------------------------------------------------------------------------ encoding
+
+
+def prepare(
+    model: StableDiffusion, found: Found, framing: Framing, cache: Cache, held_out: Sequence[str] | None = None
+) -> PreparedData:
+    """Encodes what the cache does not hold yet, and hands over the rest from there.
+
+    Args:
+        held_out: prompts for samples and the verdict; None takes those of the validation samples.
+
+    Raises:
+        UserError: when all samples of a part turn out unreadable, and when there is no room for the cache.
+    """
+    report = list(found.report)
+    parts = []
+    for what, samples in (("training", found.train), ("validation", found.validation)):
+        prepared = _prepare(model, samples, framing, cache, report, what)
+        parts.append(prepared)
+    texts = sorted({*found.train.prompts, *found.validation.prompts})
+    report += too_long(model, texts)
+    known = set(found.train.prompts)
+    candidates = sorted(set(found.validation.prompts)) if held_out is None else held_out
+    return PreparedData(*parts, [prompt for prompt in candidates if prompt not in known], report)
+
+
+def _prepare(
+    model: StableDiffusion, samples: Samples, framing: Framing, cache: Cache, report: list[str], what: str
+) -> PreparedSamples:
+    from dpo_sd.data.batches import Latents, PreparedSamples
+
+    frames = Frames(model, samples, framing)
+    if cache.keep == "off":
+        sides = [Pixels(side, frames) for side in samples.sides]
+    else:
+        store, broken = _encode(model, samples, frames, cache, what)
+        if broken:
+            left_out(f"{what} samples that cannot be read to their end", list(broken.values()), len(samples), report)
+            if len(broken) == len(samples):
+                raise UserError(f"no {what} sample can be read: {next(iter(broken.values()))}")
+            samples = samples.without(broken)
+            frames = Frames(model, samples, framing)
+        sides = [Latents(store.rows(frames.keys(side)), frames.time_ids(side)) for side in samples.sides]
+    if upscaled := frames.upscaled():
+        report.append(f"{upscaled} {what} pictures are smaller than the training size and are scaled up")
+    if len(used := Counter(map(tuple, frames.sizes.tolist()))) > 1:
+        named = ", ".join(f"{w}x{h}: {n}" for (w, h), n in used.most_common())
+        report.append(f"{what} sizes: {named}")
+    texts = sorted(set(samples.prompts))
+    place = {text: row for row, text in enumerate(texts)}
+    return PreparedSamples(
+        chosen=sides[0],
+        rejected=sides[1] if len(sides) == 2 else None,
+        prompts=encode_texts(model, texts, [place[prompt] for prompt in samples.prompts], cache),
+        label=samples.label,
+        weight=samples.weight / samples.weight.mean(),
+        sample_ids=np.fromiter(_ids(samples), np.int64, len(samples)),
+        sizes=frames.numbers,
+        flip=framing.flip,
+        random_crop=framing.random_crop,
+    )
+
+
+def _ids(samples: Samples) -> Iterator[int]:
+    for row, prompt in enumerate(samples.prompts):
+        yield sample_id(prompt, *(bytes(side.sha256[row]) for side in samples.sides))
+
+
+class Frames:
+    """The size that each sample is trained at, and the part of each picture that fills it.
+
+    Args:
+        model: whose UNet takes the sizes.
+        samples, framing: which and how.
+
+    Raises:
+        UserError: when the UNet cannot take the resolution.
+    """
+
+    def __init__(self, model: StableDiffusion, samples: Samples, framing: Framing):
+        # the UNet halves the latents at every block but the last
+        step = model.factor * 2 ** (len(model.unet.config["block_out_channels"]) - 1)
+        resolution = framing.resolution or model.resolution
+        if resolution % step:
+            below = resolution // step * step
+            raise UserError(
+                f"framing.resolution={resolution} is no multiple of {step} pixels, which {model.name} needs: "
+                f"use {below or step} or {below + step}"
+            )
+        self.flips = (False, True) if framing.flip else (False,)
+        self.vae, self.factor = model.fingerprints.vae, model.factor
+        self.all_sizes = framing.sizes(resolution, step)
+        number = {size: n for n, size in enumerate(self.all_sizes)}
+        together = np.stack([side.sizes for side in samples.sides], axis=1).reshape(len(samples), -1)
+        unique, inverse = np.unique(together, axis=0, return_inverse=True)
+        nearest = [number[nearest_size(self.all_sizes, *map(tuple, row.reshape(-1, 2).tolist()))] for row in unique]
+        self.numbers = np.array(nearest, np.int16)[inverse.reshape(-1)]
+        self.sizes = np.array(self.all_sizes, np.int32)[self.numbers]
+        self._sides = samples.sides
+
+    def of(self, side: ImageFiles, row: int, where: tuple[float, float] = MIDDLE) -> Frame:
+        """The part of a picture that is trained on."""
+        return frame(tuple(side.sizes[row].tolist()), tuple(self.sizes[row].tolist()), where)
+
+    def keys(self, side: ImageFiles) -> list[str]:
+        """What the latents of a side are kept under: of all rows and, where pictures are mirrored, of all again."""
+        return [
+            content_key(
+                kind="latent 1", image=side.sha256[row].decode(), frame=self.of(side, row), flip=flip, vae=self.vae
+            )
+            for flip in self.flips
+            for row in range(len(side.paths))
+        ]
+
+    def time_ids(self, side: ImageFiles) -> np.ndarray:
+        """What SDXL is told of the sizes of a side: (n, 6), int32."""
+        rows = (time_ids(tuple(side.sizes[row].tolist()), self.of(side, row)) for row in range(len(side.paths)))
+        return np.array(list(rows), np.int32).reshape(-1, 6)
+
+    def upscaled(self) -> int:
+        """Pictures that are smaller than their size in some direction."""
+        return int(sum((side.sizes < self.sizes).any(axis=1).sum() for side in self._sides))
+
+
+class Pixels:
+    """Pictures that the training step encodes by itself.
+
+    Args:
+        side: the files.
+        frames: their sizes.
+    """
+
+    def __init__(self, side: ImageFiles, frames: Frames):
+        self.side, self.frames = side, frames
+
+    def read(self, row: int, flip: bool, where: tuple[float, float]) -> tuple[Tensor, Tensor]:
+        import torch
+
+        framed = self.frames.of(self.side, row, where)
+        picture = load_image(self.side.folder / self.side.paths[row])
+        ids = time_ids(tuple(self.side.sizes[row].tolist()), framed)
+        return pixels(picture, framed, flip), torch.tensor(ids, dtype=torch.float32)
+
+
+class _Job(NamedTuple):
+    """One latent to be made."""
+
+    key: str
+    file: Path
+    framed: Frame
+    flip: bool
+
+    def read(self) -> Tensor | UserError:
+        try:
+            return pixels(load_image(self.file), self.framed, self.flip)
+        except UserError as error:
+            return error
+
+
+def _encode(
+    model: StableDiffusion, samples: Samples, frames: Frames, cache: Cache, what: str
+) -> tuple[TensorStore, dict[int, str]]:
+    """The store with all latents in it, and why samples could not be encoded, by row."""
+    import torch
+    from tqdm import tqdm
+
+    store, n = cache.store("latents"), len(samples)
+    keys = [frames.keys(side) for side in samples.sides]
+    missing = set(store.missing([key for column in keys for key in column]))
+    jobs: dict[str, _Job] = {}
+    for side, column in zip(samples.sides, keys, strict=True):
+        for place, key in enumerate(column):
+            if key in missing:
+                row = place % n
+                jobs[key] = _Job(key, side.folder / side.paths[row], frames.of(side, row), place >= n)
+    _check_room(store, list(jobs.values()), frames.factor)
+    problems: dict[str, str] = {}
+    with (
+        torch.inference_mode(),
+        model.working(model.vae),
+        tqdm(total=len(jobs), desc=f"encoding {what} pictures", unit="picture", disable=not jobs) as bar,
+    ):
+        for batch, tensors in _read_ahead(_batches(jobs.values())):
+            whole = []
+            for job, tensor in zip(batch, tensors, strict=True):
+                if isinstance(tensor, UserError):
+                    problems[job.key] = str(tensor)
+                else:
+                    whole.append((job.key, tensor))
+            if whole:
+                latents = encode_bytes(model, torch.stack([tensor for _, tensor in whole]))
+                for (key, _), latent in zip(whole, latents, strict=True):
+                    store.put(key, latent)
+            bar.update(len(batch))
+    store.flush()
+    broken = {place % n: problems[key] for column in keys for place, key in enumerate(column) if key in problems}
+    return store, broken
+
+
+def _batches(jobs: Iterable[_Job]) -> Iterator[list[_Job]]:
+    """The jobs in batches of one size each."""
+    by_size: dict[tuple[int, int], list[_Job]] = {}
+    for job in jobs:
+        by_size.setdefault((job.framed.width, job.framed.height), []).append(job)
+    for (width, height), members in by_size.items():
+        size = max(1, min(64, BATCH_PIXELS // (width * height)))
+        for start in range(0, len(members), size):
+            yield members[start : start + size]
+
+
+def _read_ahead(batches: Iterator[list[_Job]]) -> Iterator[tuple[list[_Job], list[Tensor | UserError]]]:
+    """Each batch with its pictures; the next one is read while the last one is worked on."""
+    with ThreadPoolExecutor(1) as reader:
+        waiting: deque[tuple[list[_Job], Future]] = deque()
+        for batch in itertools.chain(batches, [None]):
+            if batch is not None:
+                waiting.append((batch, reader.submit(lambda batch: [job.read() for job in batch], batch)))
+            while len(waiting) > 1 or (batch is None and waiting):
+                done, pictures = waiting.popleft()
+                yield done, pictures.result()
+
+
+def _check_room(store: TensorStore, jobs: Sequence[_Job], factor: int) -> None:
+    """Refuses to begin what the disk cannot hold."""
+    latent_pixels = sum(job.framed.width * job.framed.height for job in jobs) // factor**2
+    needed = 4 * latent_pixels * store.dtype.itemsize
+    place = next(folder for folder in (store.folder, *store.folder.parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise UserError(
+            f"the cache needs {needed / 2**30:.1f} GiB for {len(jobs)} latents, and {place} has {free / 2**30:.1f} GiB "
+            "left: make room, choose another place with cache_dir=<folder>, or use cache=off"
+        )
