@@ -1,11 +1,15 @@
-"""What a training step costs beside the arithmetic it cannot do without: `python -m dpo_sd.benchmark`."""
+"""What our speed claims are made of, measured side by side: `python -m dpo_sd.benchmark`."""
 
 from __future__ import annotations
 
+import copy
+import gc
 import statistics
 import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -13,148 +17,399 @@ from omegaconf import DictConfig
 
 from dpo_sd.config import entry_point
 
-ROUNDS, UPDATES, WARM_UP = 6, 12, 2
+if TYPE_CHECKING:
+    import torch
+
+    from dpo_sd.data.batches import PreparedSamples
+    from dpo_sd.models import Family, StableDiffusion
+
+WARM_UP = 2  # updates that are not timed
+
+
+class Case(NamedTuple):
+    """What is measured.
+
+    Args:
+        family: whose networks, at their real shapes and with random weights.
+        resolution: side of the pictures in pixels.
+        pairs: of one update, in one pass.
+        updates: timed in every round; their median counts.
+        rounds: in which the ways to train take turns.
+    """
+
+    family: Family
+    resolution: int
+    pairs: int
+    updates: int
+    rounds: int
+
+    def __str__(self) -> str:
+        return f"{self.family} at {self.resolution}, {self.pairs} pairs"
+
+
+CASES = {
+    "cpu": [Case("tiny", 64, 16, 8, 6), Case("sd15", 256, 1, 1, 3)],
+    "cuda": [Case("sd15", 512, 4, 5, 5), Case("sdxl", 1024, 1, 5, 5)],
+}
 
 
 @entry_point("benchmark")
 def main(cfg: DictConfig) -> None:
-    """Times our training against a bare loop over the same UNet and batches, in turns, in one process.
-
-    Prints seconds per update of both and their ratio, and writes them to benchmark.json.
-    """
+    """Times our training, a bare loop and the way of the public scripts in turns, and writes benchmark.json."""
     import torch
 
-    from dpo_sd.errors import UserError
     from dpo_sd.files import write_json
-    from dpo_sd.losses import DiffusionDPOLoss
 
     hardware = instantiate(cfg.hardware)
     hardware.check(preset=HydraConfig.get().runtime.choices.get("hardware"))
-    loss, lora, sampler, optimizer, source, base = (
-        instantiate(cfg[group]) for group in ("loss", "lora", "sampler", "optimizer", "data", "model")
-    )
-    if type(loss) is not DiffusionDPOLoss or loss.min_snr_gamma or cfg.trainer.gradient_clip is None:
-        raise UserError("the bare loop is plain Diffusion-DPO with clipped gradients: use loss=dpo")
-    torch.manual_seed(cfg.seed)
-    model = base.load(hardware.weights)
-    lora.attach(model.unet, cfg.seed)
-    data = source.prepare(model, sampler, Path(cfg.cache_dir).expanduser())
-    device = torch.device("cuda" if hardware.accelerator == "cuda" else "cpu")
-    model.unet.to(device)
-
-    ours, bare = [], []  # median seconds per update, one per round
-    for _ in range(ROUNDS):  # in turns, so that whatever else the machine does strikes both
-        ours.append(statistics.median(_our_updates(cfg, hardware, model, loss, optimizer, source, sampler, data)))
-        bare.append(statistics.median(_bare_updates(cfg, hardware, model, loss, optimizer, data, device)))
-    result = {
-        "ours_s": _spread(ours),
-        "bare_loop_s": _spread(bare),
-        "step_over_bare_loop": _spread([a / b for a, b in zip(ours, bare, strict=True)]),
-        "rounds": ROUNDS,
-        "updates_per_round": UPDATES,
-        "pairs_per_update": cfg.pairs_per_update,
+    lora, loss, optimizer = (instantiate(cfg[group]) for group in ("lora", "loss", "optimizer"))
+    device = hardware.device
+    results: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "precision": hardware.precision,
+        "lora": {"rank": lora.rank, "modules": lora.target_modules},
     }
+    for case in CASES[device.type]:
+        results[str(case)] = Bench(case, hardware, lora, loss, optimizer, cfg.seed).compare()
+        _print(str(case), results[str(case)])
+    largest = results[str(CASES[device.type][-1])]
+    results |= {
+        name: largest[name] for name in ("step_over_bare_loop", "speedup_over_public", "speedup_cached_reference")
+    }
+    results["data loading, pairs/s"] = loading_rate(Path(cfg.cache_dir).expanduser())
+    print(f"\ndata loading        {results['data loading, pairs/s']:.0f} pairs/s from disk, one process")
+    results["cost"] = cost(hardware, lora, loss, optimizer, cfg.seed)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    write_json(folder / "benchmark.json", result)
-    for name in ("ours_s", "bare_loop_s", "step_over_bare_loop"):
-        row = result[name]
-        print(f"{name:<20} {row['median']:.4f}  [{row['low']:.4f}, {row['high']:.4f}]")
+    write_json(folder / "benchmark.json", results)
     print(folder / "benchmark.json")
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+class Bench:
+    """One case: networks with random weights, random pictures and prompts, and ways to train on them.
+
+    Args:
+        case: what is measured.
+        hardware, lora, loss, optimizer: of the composition.
+        seed: of weights and pictures.
+    """
+
+    def __init__(self, case: Case, hardware: Any, lora: Any, loss: Any, optimizer: Any, seed: int):
+        import torch
+
+        self.case, self.hardware, self.loss, self.optimizer, self.seed = case, hardware, loss, optimizer, seed
+        torch.manual_seed(seed)
+        self.model = random_model(case.family, hardware)
+        if hardware.gradient_checkpointing:
+            self.model.unet.enable_gradient_checkpointing()
+        lora.attach(self.model, seed)
+        self.pixels, self.samples = random_samples(self.model, case)
+        self.updates = case.updates + WARM_UP
+
+    def compare(self) -> dict[str, Any]:
+        """Seconds per update of each way, and their ratios: median, lowest and highest over the rounds."""
+        public = _PublicWay(self)
+        ways: dict[str, Callable[[], list[float]]] = {
+            "ours": self.ours,
+            "bare": self.bare,
+            "public": public.updates,
+            "cached": lambda: self.ours(self._reference()),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(self.case.rounds):  # in turns, so that whatever else the machine does strikes all
+            for name, way in ways.items():
+                seconds[name].append(statistics.median(way()[WARM_UP:]))
+                gc.collect()
+
+        def ratio(of: str, to: str) -> dict[str, float]:
+            return spread([a / b for a, b in zip(seconds[of], seconds[to], strict=True)])
+
+        return {f"{name}_s": spread(values) for name, values in seconds.items()} | {
+            "step_over_bare_loop": ratio("ours", "bare"),
+            "speedup_over_public": ratio("public", "ours"),
+            "speedup_cached_reference": ratio("public", "cached"),
+        }
+
+    def _reference(self) -> Any:
+        """A cache that knows the reference's errors of the one draw that each pair has."""
+        import tempfile
+
+        import torch
+
+        from dpo_sd.data.reference import ReferenceErrors
+        from dpo_sd.losses import PairErrors
+
+        kept = ReferenceErrors(Path(tempfile.gettempdir()) / "no such folder", self.samples.sample_ids, draws=1)
+        n = len(self.samples)
+        kept.put(list(range(n)), [0] * n, PairErrors(torch.ones(n), torch.ones(n)))
+        return kept
+
+    def ours(self, reference: Any = None) -> list[float]:
+        """Seconds per update of the Lightning trainer with the metrics of a real run."""
+        import lightning as L
+
+        from dpo_sd.callbacks.metrics import Metrics
+        from dpo_sd.data.datamodule import PairData
+        from dpo_sd.data.source import PreparedData
+        from dpo_sd.module import DiffusionModule, quiet_lightning
+        from dpo_sd.sampling import Sampler
+
+        class Clock(L.Callback):
+            def __init__(self) -> None:
+                self.ends = [time.perf_counter()]
+
+            def on_train_batch_end(self, *_: Any) -> None:
+                _synchronise()
+                self.ends.append(time.perf_counter())
+
+        quiet_lightning()
+        clock = Clock()
+        trainer = L.Trainer(
+            accelerator="gpu" if self.hardware.accelerator == "cuda" else "cpu",
+            devices=1,
+            precision=self.hardware.precision,
+            max_epochs=-1,
+            max_steps=self.updates,
+            gradient_clip_val=1.0,
+            callbacks=[Metrics(log_every=1, validate_every=0), clock],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        module = DiffusionModule(
+            self.model, self.loss, self.optimizer, self.updates, self.seed, reference_cache=reference
+        )
+        module.set_training(True)
+        source: Any = type("NoDropout", (), {"caption_dropout": 0.0})
+        data = PairData(
+            PreparedData(self.samples, self.samples, [], []),
+            source,
+            Sampler(),
+            self.case.pairs,
+            self.case.pairs,
+            self.seed,
+            num_train_timesteps=1000,
+            factor=self.model.factor,
+            draws_per_pair=None if reference is None else 1,
+            num_workers=self.hardware.num_workers,
+        )
+        trainer.fit(module, datamodule=data)
+        return [end - start for start, end in zip(clock.ends[:-1], clock.ends[1:], strict=True)]
+
+    def bare(self) -> list[float]:
+        """Seconds per update of the same operations and nothing else: batches lie ready, nothing is logged."""
+        import torch
+
+        from dpo_sd.data.batches import Visits, stack
+        from dpo_sd.lora import policy_parameters, reference
+
+        model, device = self.model, torch.device(self.hardware.device)
+        visits = Visits(self.samples, self.seed, 1000, model.factor)
+        batches: list[Any] = [
+            stack([visits[pair, draw] for pair in range(self.case.pairs)])[0] for draw in range(self.updates)
+        ]
+        unet = model.unet.to(device).train()
+        parameters = policy_parameters(model)
+        adam, schedule = self.optimizer.build(parameters, self.updates)
+        seconds = []
+        for batch in batches:
+            latents = torch.cat([batch.chosen, batch.rejected]).to(device)
+            noise, timesteps = batch.noise.to(device).repeat(2, 1, 1, 1), batch.timesteps.to(device).repeat(2)
+            told = self.told(batch, device)
+            _synchronise()
+            start = time.perf_counter()
+            adam.zero_grad()
+            with self.autocast():
+                noisy = model.noise_scheduler.add_noise(latents, noise, timesteps)
+                policy = unet(noisy, timesteps, *told[:1], added_cond_kwargs=told[1]).sample
+                with torch.no_grad(), reference(model):
+                    frozen = unet(noisy, timesteps, *told[:1], added_cond_kwargs=told[1]).sample
+            self.step(policy, frozen, noise, parameters, adam, schedule)
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+    def told(self, batch: Any, device: torch.device) -> tuple[Any, dict[str, Any] | None]:
+        """What the UNet is told beside the latents, for both pictures of each pair."""
+        import torch
+
+        hidden, pooled = batch.embeds
+        if pooled is None:
+            return hidden.to(device).repeat(2, 1, 1), None
+        ids = torch.cat([batch.chosen_time_ids, batch.rejected_time_ids]).to(device)
+        return hidden.to(device).repeat(2, 1, 1), {"text_embeds": pooled.to(device).repeat(2, 1), "time_ids": ids}
+
+    def autocast(self) -> Any:
+        import torch
+
+        half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.hardware.precision)
+        return torch.autocast(torch.device(self.hardware.device).type, half, enabled=half is not None)
+
+    def step(self, policy: Any, frozen: Any, noise: Any, parameters: Any, adam: Any, schedule: Any) -> None:
+        """Loss, gradients and update, written out."""
+        import torch
+
+        e_w, e_l = (policy.float() - noise).square().mean(dim=(1, 2, 3)).chunk(2)
+        r_w, r_l = (frozen.float() - noise).square().mean(dim=(1, 2, 3)).chunk(2)
+        margin = 0.5 * self.loss.beta * ((r_w - e_w) - (r_l - e_l))
+        (-torch.nn.functional.logsigmoid(margin).mean()).backward()
+        torch.nn.utils.clip_grad_norm_([p for group in parameters.values() for p in group], 1.0)
+        adam.step()
+        schedule.step()
+        _synchronise()
+
+
+class _PublicWay:
+    """The same algorithm as public scripts run it: VAE and text encoders in every step, a second UNet as reference."""
+
+    def __init__(self, bench: Bench):
+        import torch
+
+        self.bench = bench
+        device = torch.device(bench.hardware.device)
+        model = bench.model
+        self.networks = [network.to(device) for network in (model.vae, *model.text_encoders)]
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            self.second = copy.deepcopy(model.unet).to(device).requires_grad_(False)
+        self.second.disable_adapters()
+
+    def updates(self) -> list[float]:
+        """Seconds per update."""
+        import torch
+
+        from dpo_sd.data.batches import Visits, stack
+        from dpo_sd.lora import policy_parameters
+
+        bench, model = self.bench, self.bench.model
+        device = torch.device(bench.hardware.device)
+        unet = model.unet.to(device).train()
+        visits = Visits(bench.samples, bench.seed, 1000, model.factor)
+        parameters = policy_parameters(model)
+        adam, schedule = bench.optimizer.build(parameters, bench.updates)
+        pairs, seconds = bench.case.pairs, []
+        length = model.text_encoders[0].config.max_position_embeddings
+        tokens = torch.randint(0, model.text_encoders[0].config.vocab_size - 2, (pairs, length))
+        for draw in range(bench.updates):
+            batch = stack([visits[pair, draw] for pair in range(pairs)])[0]
+            pixels = torch.cat([side[:pairs] for side in bench.pixels])
+            _synchronise()
+            start = time.perf_counter()
+            adam.zero_grad()
+            with bench.autocast():
+                with torch.no_grad():
+                    latents = model.encode_pixels(pixels.to(device)).float()
+                    for encoder in model.text_encoders:
+                        encoder(tokens.to(device), output_hidden_states=True)
+                noise, timesteps = batch.noise.to(device).repeat(2, 1, 1, 1), batch.timesteps.to(device).repeat(2)
+                told = bench.told(batch, device)
+                noisy = model.noise_scheduler.add_noise(latents, noise, timesteps)
+                policy = unet(noisy, timesteps, *told[:1], added_cond_kwargs=told[1]).sample
+                with torch.no_grad():
+                    frozen = self.second(noisy, timesteps, *told[:1], added_cond_kwargs=told[1]).sample
+            bench.step(policy, frozen, noise, parameters, adam, schedule)
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+
+def random_model(family: Family, hardware: Any) -> StableDiffusion:
+    """A base of a family's real shape with random weights, where the hardware works."""
+    import torch
+
+    from dpo_sd.models import Fingerprints, StableDiffusion, skeleton
+
+    with torch.device(hardware.device):
+        parts = skeleton(family)
+    unet = parts["unet"].to(getattr(torch, hardware.weights))
+    encoders = [parts[name] for name in ("text_encoder", "text_encoder_2") if name in parts]
+    unknown = Fingerprints("random", "random", "random")
+    return StableDiffusion(family, unet, parts["vae"], encoders, [], parts["scheduler"], unknown, hardware.device)
+
+
+def random_samples(model: StableDiffusion, case: Case) -> tuple[list[torch.Tensor], PreparedSamples]:
+    """Pixels of both sides in [-1, 1], and the same pairs as samples in memory."""
+    import numpy as np
+    import torch
+
+    from dpo_sd.data.batches import Latents, PreparedSamples, Prompts
+
+    n, side, latent = max(case.pairs, 4), case.resolution, case.resolution // model.factor
+    pixels = [torch.rand(case.pairs, 3, side, side) * 2 - 1 for _ in range(2)]
+    width, tokens = model.unet.config["cross_attention_dim"], model.text_encoders[0].config.max_position_embeddings
+    pooled = torch.randn(2, model.text_encoders[-1].config.projection_dim) if model.is_xl else None
+    time_ids = np.tile(np.array([side, side, 0, 0, side, side], np.int32), (n, 1))
+    return pixels, PreparedSamples(
+        chosen=Latents(torch.randn(n, 4, latent, latent), time_ids),
+        rejected=Latents(torch.randn(n, 4, latent, latent), time_ids),
+        prompts=Prompts(["a prompt"], np.zeros(n, int), torch.randn(2, tokens, width), pooled),
+        label=np.ones(n, np.float32),
+        weight=np.ones(n, np.float32),
+        sample_ids=np.arange(n),
+    )
+
+
+def loading_rate(folder: Path, n: int = 2000) -> float:
+    """Pairs per second that one process reads from the cache and gives noise and a timestep, at SD 1.5's size."""
+    import tempfile
+
+    import numpy as np
+    import torch
+
+    from dpo_sd.data.batches import Latents, PreparedSamples, Prompts, Visits, stack
+    from dpo_sd.data.store import TensorStore
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        store = TensorStore(Path(place), torch.float16)
+        keys = [f"{row:024x}" for row in range(2 * n)]
+        for key in keys:
+            store.put(key, torch.randn(4, 64, 64))
+        store.flush()
+        time_ids = np.zeros((n, 6), np.int32)
+        sides = [Latents(store.rows(keys[start::2]), time_ids) for start in (0, 1)]
+        texts = Prompts(["a prompt"], np.zeros(n, int), torch.randn(2, 77, 768))
+        ones = np.ones(n, np.float32)
+        visits = Visits(PreparedSamples(sides[0], sides[1], texts, ones, ones, np.arange(n)), 0, 1000)
+        start = time.perf_counter()
+        for row in range(0, n, 4):
+            stack([visits[row + k, 0] for k in range(4)])
+        return n / (time.perf_counter() - start)
+
+
+def cost(hardware: Any, lora: Any, loss: Any, optimizer: Any, seed: int) -> dict[str, float]:
+    """Seconds per update of the smallest case as one thing changes: pairs, resolution, rank."""
+    basis = CASES["cpu" if hardware.accelerator == "cpu" else "cuda"][0]._replace(rounds=1)
+    changed: dict[str, tuple[Case, int]] = {
+        f"{basis}, rank {lora.rank}": (basis, lora.rank),
+        "a quarter of the pairs": (basis._replace(pairs=basis.pairs // 4), lora.rank),
+        "twice the resolution": (basis._replace(resolution=2 * basis.resolution), lora.rank),
+        "eight times the rank": (basis, 8 * lora.rank),
+    }
+    seconds = {}
+    for name, (case, rank) in changed.items():
+        adapter = copy.copy(lora)
+        adapter.rank, adapter.alpha = rank, float(rank)
+        bench = Bench(case, hardware, adapter, loss, optimizer, seed)
+        seconds[name] = statistics.median(bench.ours()[WARM_UP:])
+        print(f"{name:<44}{seconds[name]:8.3f} s an update")
+    return seconds
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, lowest and highest."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def _our_updates(cfg: Any, hardware: Any, model: Any, loss: Any, optimizer: Any, source: Any, sampler: Any, data: Any):
-    """Seconds per update of the Lightning trainer with the metrics of a real run, warm-up left out."""
-    import lightning as L
+def _synchronise() -> None:
     import torch
 
-    from dpo_sd.callbacks.metrics import Metrics
-    from dpo_sd.data.datamodule import PairData
-    from dpo_sd.module import DiffusionModule, quiet_lightning
-
-    class Clock(L.Callback):
-        def __init__(self) -> None:
-            self.ends: list[float] = []
-
-        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-            if (_[-1] + 1) % trainer.accumulate_grad_batches == 0:
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                self.ends.append(time.perf_counter())
-
-    quiet_lightning()
-    clock = Clock()
-    trainer = L.Trainer(
-        accelerator="gpu" if hardware.accelerator == "cuda" else "cpu",
-        devices=1,
-        precision=hardware.precision,
-        max_epochs=-1,
-        max_steps=UPDATES + WARM_UP,
-        accumulate_grad_batches=hardware.accumulation(cfg.pairs_per_update),
-        gradient_clip_val=cfg.trainer.gradient_clip,
-        callbacks=[Metrics(cfg.trainer.log_every, validate_every=0), clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    module = DiffusionModule(model, loss, optimizer, UPDATES + WARM_UP, cfg.seed).train()
-    steps = model.noise_scheduler.config["num_train_timesteps"]
-    workers = hardware.num_workers
-    trainer.fit(
-        module,
-        datamodule=PairData(
-            data, source, sampler, cfg.pairs_per_update, hardware.micro_batch, cfg.seed, steps, workers
-        ),
-    )
-    return [end - start for start, end in zip(clock.ends[WARM_UP - 1 :], clock.ends[WARM_UP:], strict=False)]
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
-def _bare_updates(cfg: Any, hardware: Any, model: Any, loss: Any, optimizer: Any, data: Any, device: Any):
-    """Seconds per update of the same operations and nothing else: batches lie ready, nothing is logged."""
-    import torch
-
-    from dpo_sd.data.batches import UpdateOrder, Visits, stack
-    from dpo_sd.lora import policy_parameters, reference
-
-    scheduler, unet = model.noise_scheduler, model.unet.train()
-    visits = Visits(data.train, cfg.seed, scheduler.config["num_train_timesteps"])
-    order = UpdateOrder(len(data.train), cfg.seed, range(UPDATES + WARM_UP), cfg.pairs_per_update, hardware.micro_batch)
-    batches = [stack([visits[visit] for visit in batch]) for batch in order]
-    batches: Any = [type(batch)(*(tensor.to(device) for tensor in batch)) for batch in batches]  # type: ignore
-    accumulation = hardware.accumulation(cfg.pairs_per_update)
-    parameters = policy_parameters(unet)
-    adam, schedule = optimizer.build(parameters, UPDATES + WARM_UP)
-    half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(hardware.precision)
-    seconds = []
-    for update in range(UPDATES + WARM_UP):
-        start = time.perf_counter()
-        adam.zero_grad()
-        for batch in batches[update * accumulation : (update + 1) * accumulation]:
-            latents = torch.cat([batch.chosen, batch.rejected])
-            noise, timesteps = batch.noise.repeat(2, 1, 1, 1), batch.timesteps.repeat(2)
-            states = batch.prompt_embeds.repeat(2, 1, 1)
-            with torch.autocast(device.type, half, enabled=half is not None):
-                noisy = scheduler.add_noise(latents, noise, timesteps)
-                policy = unet(noisy, timesteps, states).sample
-                with torch.no_grad(), reference(unet):
-                    frozen = unet(noisy, timesteps, states).sample
-            e_w, e_l = (policy.float() - noise).square().mean(dim=(1, 2, 3)).chunk(2)
-            r_w, r_l = (frozen.float() - noise).square().mean(dim=(1, 2, 3)).chunk(2)
-            margin = 0.5 * loss.beta * ((r_w - e_w) - (r_l - e_l))
-            (-torch.nn.functional.logsigmoid(margin).mean() / accumulation).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, cfg.trainer.gradient_clip)
-        adam.step()
-        schedule.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if update >= WARM_UP:
-            seconds.append(time.perf_counter() - start)
-    return seconds
+def _print(title: str, rows: dict[str, Any]) -> None:
+    print(f"\n{title}")
+    for name, row in rows.items():
+        print(f"  {name:<26}{row['median']:9.4f}  [{row['low']:.4f}, {row['high']:.4f}]", flush=True)
 
 
 if __name__ == "__main__":
