@@ -17,7 +17,8 @@ from omegaconf import DictConfig
 from dpo_sd.config import entry_point
 from dpo_sd.errors import UserError
 from dpo_sd.files import write_json
-from dpo_sd.lora import find_lora, load_for_drawing
+from dpo_sd.lora import load_for_drawing
+from dpo_sd.lora_files import lora_digest
 from dpo_sd.noise import image_seed
 from dpo_sd.pairs import PAIRS, Pair, current, image_uid, pair_id, read_pairs, write_pairs
 from dpo_sd.pictures import save_png
@@ -40,7 +41,7 @@ def main(cfg: DictConfig) -> None:
     hardware.check()
     made_by = {
         "model": base.name,
-        "model_fingerprint": base.fingerprint(),
+        "model_fingerprint": base.fingerprints().model,
         "loras": [lora._asdict() for lora in loras],
         "weights": hardware.weights,
         "seed": cfg.seed,
@@ -143,8 +144,7 @@ def parse_lora(text: str) -> WeightedLoRA:
         path = text
     if not math.isfinite(strength):
         raise UserError(f"loras={text}: the weight must be a finite number, got {weight}")
-    file = find_lora(path)
-    return WeightedLoRA(path, strength, hashlib.sha256(file.read_bytes()).hexdigest())
+    return WeightedLoRA(path, strength, lora_digest(path))
 
 
 def check_same_folder(folder: Path, made_by: dict[str, Any]) -> None:
@@ -192,7 +192,7 @@ def draw(
     """Draws the pictures, batch by batch, each with what it was drawn with in its text chunk."""
     from tqdm import tqdm
 
-    for line in load_for_drawing(model.unet, [(lora.path, lora.weight) for lora in loras]):
+    for line in load_for_drawing(model, [(lora.path, lora.weight) for lora in loras]):
         print(f"lora    {line}")
     for prompt in model.truncated(list(dict.fromkeys(picture.prompt for picture in pictures)))[:5]:
         print(f"cut at the text encoder's limit: {prompt!r}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_sd.errors import UserError
 
@@ -27,6 +27,7 @@ class AdamW:
         weight_decay: decoupled from the gradient, at least 0.
         schedule: of lr after the warm-up; "cosine" and "linear" end at 0.
         warmup_steps: updates over which lr rises from 0, at least 0.
+        text_encoder_lr: lr of text encoders where they are trained, positive; None takes lr.
 
     Raises:
         UserError: when a value is out of range.
@@ -40,6 +41,7 @@ class AdamW:
         weight_decay: float = 1e-2,
         schedule: Schedule = "constant",
         warmup_steps: int = 0,
+        text_encoder_lr: float | None = None,
     ) -> None:
         if not 0 < lr < math.inf:
             raise UserError(f"lr must be positive and finite, got {lr}")
@@ -55,8 +57,11 @@ class AdamW:
         self.betas = (betas[0], betas[1])
         self.eps = eps
         self.weight_decay = weight_decay
+        if text_encoder_lr is not None and not 0 < text_encoder_lr < math.inf:
+            raise UserError(f"text_encoder_lr must be positive and finite, or null for lr, got {text_encoder_lr}")
         self.schedule: Schedule = schedule
         self.warmup_steps = warmup_steps
+        self.text_encoder_lr = text_encoder_lr
 
     def check(self, max_steps: int) -> None:
         """Refuse a warm-up that takes all updates.
@@ -67,35 +72,41 @@ class AdamW:
         if self.warmup_steps >= max_steps:
             raise UserError(f"warmup_steps must be below max_steps={max_steps}, got {self.warmup_steps}")
 
-    def build(self, parameters: Iterable[Parameter], max_steps: int) -> tuple[Optimizer, LRScheduler]:
+    def build(self, parameters: Mapping[str, Sequence[Parameter]], max_steps: int) -> tuple[Optimizer, LRScheduler]:
         """The optimiser of these parameters and its schedule, which is stepped once an update.
 
         Args:
+            parameters: by the network they train, one group each: `unet`, `text_encoder`, `text_encoder_2`.
             max_steps: updates until the schedule ends, at least 1.
 
         Raises:
-            UserError: as `check`.
+            UserError: as `check`, and when text_encoder_lr is given without a text encoder to train.
         """
         from diffusers.optimization import get_scheduler
 
         self.check(max_steps)
-        optimizer = self._optimizer(list(parameters))
+        if self.text_encoder_lr is not None and not set(parameters) - {"unet"}:
+            raise UserError("text_encoder_lr is given, but no text encoder is trained: use lora.text_encoder=true")
+        text_lr = self.lr if self.text_encoder_lr is None else self.text_encoder_lr
+        optimizer = self._optimizer(
+            [{"params": list(own), "lr": self.lr if name == "unet" else text_lr} for name, own in parameters.items()]
+        )
         # diffusers' "constant" overlooks the warm-up
         schedule = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=max_steps)
         return optimizer, scheduler
 
-    def _optimizer(self, parameters: list[Parameter]) -> Optimizer:
+    def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         import torch
 
-        return torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
 
 
 class AdamW8bit(AdamW):
     """AdamW with its state in 8 bit (Dettmers et al. 2022, arXiv:2110.02861), by bitsandbytes.
 
     Args:
-        lr, betas, eps, weight_decay, schedule, warmup_steps: as in `AdamW`.
+        lr, betas, eps, weight_decay, schedule, warmup_steps, text_encoder_lr: as in `AdamW`.
 
     Raises:
         UserError: when a value is out of range, and when bitsandbytes is not installed.
@@ -109,18 +120,19 @@ class AdamW8bit(AdamW):
         weight_decay: float = 1e-2,
         schedule: Schedule = "constant",
         warmup_steps: int = 0,
+        text_encoder_lr: float | None = None,
     ) -> None:
-        super().__init__(lr, betas, eps, weight_decay, schedule, warmup_steps)
+        super().__init__(lr, betas, eps, weight_decay, schedule, warmup_steps, text_encoder_lr)
         _check_installed("bitsandbytes", "adamw8bit")
 
-    def _optimizer(self, parameters: list[Parameter]) -> Optimizer:
+    def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports] - optional extra
 
-        return AdamW8bit(parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
+        return AdamW8bit(groups, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
 
 
 class Prodigy(AdamW):
-    """Prodigy (Mishchenko and Defazio 2023, arXiv:2306.06101), which finds the step size; by prodigyopt.
+    """Prodigy (Mishchenko and Defazio 2023, arXiv:2306.06101), which finds the step size, one for all; by prodigyopt.
 
     Args:
         lr: factor on the step size found, positive; the paper's is 1.
@@ -142,11 +154,11 @@ class Prodigy(AdamW):
         super().__init__(lr, betas, eps, weight_decay, schedule, warmup_steps)
         _check_installed("prodigyopt", "prodigy")
 
-    def _optimizer(self, parameters: list[Parameter]) -> Optimizer:
+    def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         from prodigyopt import Prodigy  # pyright: ignore[reportMissingImports] - optional extra
 
         return Prodigy(
-            parameters,
+            groups,
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,

@@ -17,7 +17,8 @@ FLOORS = {  # a folder stands for all that is in it
     "errors": 0, "files": 0, "losses": 0, "noise": 0, "statistics": 0, "pictures": 0,
     "pairs": 0, "preferences": 0, "annotator": 0, "pickapic": 0,
     "shapes.scenes": 0, "shapes.render": 0, "shapes.captions": 0, "shapes.oracle": 0,
-    "hardware": 1, "models": 1, "sampling": 1, "optimization": 1, "lora": 1, "data": 1, "annotation": 1,
+    "hardware": 1, "models": 1, "sampling": 1, "optimization": 1, "data": 1, "annotation": 1,
+    "lora": 1, "lora_files": 1, "loaders": 1,
     "module": 2, "shapes.card": 2,
     "callbacks": 3,
     "schema": 4, "mistakes": 4, "config": 4, "resume": 4,
@@ -123,7 +124,9 @@ def test_composing_imports_nothing_heavy(name):
     assert not loaded_with(name) & HEAVY
 
 
-@pytest.mark.parametrize("name", ["models", "sampling", "lora", "optimization", "losses", "data.shapes", "hardware"])
+@pytest.mark.parametrize(
+    "name", ["models", "sampling", "lora", "lora_files", "optimization", "losses", "data.shapes", "hardware"]
+)
 def test_what_can_fail_before_weights_load_costs_no_more_than_torch(name):
     assert not loaded_with(name) & (HEAVY - {"torch"})
 

@@ -137,7 +137,7 @@ def test_a_picture_tells_what_drew_it(drawn):
     text = Image.open(drawn / pair.image_0).text  # type: ignore[attr-defined]
     assert (text["prompt"], text["seed"]) == (RED, str(pair.seed_0))
     made_by = json.loads(text["dpo_sd"])
-    assert made_by["model_fingerprint"] == Model().fingerprint() and made_by["loras"] == []
+    assert made_by["model_fingerprint"] == Model().fingerprints().model and made_by["loras"] == []
     assert made_by == json.loads((drawn / "generate.json").read_text())
 
 

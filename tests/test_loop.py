@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dpo_sd.lora import read_lora
+from dpo_sd.lora_files import read_lora
 from dpo_sd.preferences import read_preferences
 
 SMALL = (
@@ -55,7 +55,7 @@ def test_the_pairs_are_those_of_the_style_lora_and_all_are_judged(loop):
 
 def test_the_policy_begins_at_the_style_lora_and_leaves_it(loop):
     style, policy = (read_lora(loop / name) for name in ("style", "dpo"))
-    assert style.rank == policy.rank and style.modules == policy.modules
+    assert style.ranks == policy.ranks and style.modules == policy.modules
     assert any(not torch.equal(style.state[key], policy.state[key]) for key in style.state)
     assert json.loads((loop / "dpo" / "run.json").read_text())["parents"] == [str(loop / "style")]
 

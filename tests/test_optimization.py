@@ -11,10 +11,14 @@ from dpo_sd.errors import UserError
 from dpo_sd.optimization import AdamW, AdamW8bit, Prodigy, Schedule
 
 
+def parameters(*networks: str) -> dict[str, list[torch.nn.Parameter]]:
+    return {name: [torch.nn.Parameter(torch.zeros(1))] for name in networks}
+
+
 def learning_rates(schedule: Schedule, warmup_steps: int, max_steps: int) -> list[float]:
     """The learning rate of every update."""
     settings = AdamW(lr=1.0, schedule=schedule, warmup_steps=warmup_steps)
-    optimizer, scheduler = settings.build([torch.nn.Parameter(torch.zeros(1))], max_steps)
+    optimizer, scheduler = settings.build(parameters("unet"), max_steps)
     rates = []
     for _ in range(max_steps):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -24,11 +28,28 @@ def learning_rates(schedule: Schedule, warmup_steps: int, max_steps: int) -> lis
 
 
 def test_adamw_hands_its_values_to_torch():
-    optimizer, _ = AdamW(lr=0.1, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3).build(
-        [torch.nn.Parameter(torch.zeros(1))], max_steps=1
-    )
+    optimizer, _ = AdamW(lr=0.1, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3).build(parameters("unet"), max_steps=1)
     group = optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.1, (0.8, 0.9), 1e-6, 0.3)
+
+
+def test_text_encoders_have_a_learning_rate_of_their_own_under_the_same_schedule():
+    settings = AdamW(lr=1.0, text_encoder_lr=0.1, schedule="linear")
+    optimizer, scheduler = settings.build(parameters("unet", "text_encoder", "text_encoder_2"), max_steps=2)
+    assert [group["lr"] for group in optimizer.param_groups] == [1, 0.1, 0.1]
+    optimizer.step()
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.05, 0.05]
+
+
+def test_text_encoders_learn_at_the_rate_of_the_unet_unless_told_otherwise():
+    optimizer, _ = AdamW(lr=0.3).build(parameters("unet", "text_encoder"), max_steps=1)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.3]
+
+
+def test_a_learning_rate_for_text_encoders_that_are_not_trained_is_refused():
+    with pytest.raises(UserError, match=r"no text encoder is trained: use lora\.text_encoder=true"):
+        AdamW(text_encoder_lr=0.1).build(parameters("unet"), max_steps=1)
 
 
 def test_a_constant_schedule_stays():
@@ -59,6 +80,7 @@ def test_a_cosine_schedule_is_half_way_down_in_the_middle():
         ({"eps": 0.0}, "eps must be positive and finite, got 0.0"),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0 and finite, got -1.0"),
         ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
+        ({"text_encoder_lr": 0.0}, "text_encoder_lr must be positive and finite, or null for lr, got 0.0"),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(values, message):
@@ -68,7 +90,7 @@ def test_values_out_of_range_are_refused_by_name(values, message):
 
 def test_a_warm_up_longer_than_the_run_is_refused():
     with pytest.raises(UserError, match="warmup_steps must be below max_steps=10, got 10"):
-        AdamW(warmup_steps=10).build([torch.nn.Parameter(torch.zeros(1))], max_steps=10)
+        AdamW(warmup_steps=10).build(parameters("unet"), max_steps=10)
 
 
 @pytest.mark.parametrize(("kind", "package"), [(AdamW8bit, "bitsandbytes"), (Prodigy, "prodigyopt")])

@@ -8,7 +8,8 @@ from typing import Any
 import lightning as L
 
 from dpo_sd.errors import UserError
-from dpo_sd.lora import WEIGHTS_NAME, save_diffusers, save_kohya
+from dpo_sd.lora import weights_of
+from dpo_sd.lora_files import WEIGHTS_NAME, save_diffusers, save_kohya
 from dpo_sd.module import DiffusionModule
 
 
@@ -39,12 +40,14 @@ class Export(L.Callback):
             return
         assert isinstance(pl_module, DiffusionModule)
         folder, model = Path(trainer.default_root_dir) / "lora", pl_module.model
-        save_diffusers(model.unet, folder)
+        lora = weights_of(model)
+        save_diffusers(lora, folder / WEIGHTS_NAME)
         save_kohya(
-            model.unet,
+            lora,
             folder / f"{self.name}.safetensors",
+            model.name,
+            prediction_type=model.prediction_type,
             resolution=model.resolution,
-            prediction_type=model.noise_scheduler.config["prediction_type"],
             extra={
                 "ss_sd_model_name": model.name,
                 "ss_steps": str(trainer.global_step),

@@ -57,7 +57,7 @@ class Verdict(L.Callback):
         seeds = [image_seed(self.seed, prompt, 1, k) for prompt in held_out for k in range(self.seeds_per_prompt)]
         pictures = {}
         for which in ("reference", "policy"):
-            with using(pl_module.unet, which):
+            with using(pl_module.model, which):
                 pictures[which] = data.sampler.draw(pl_module.model, prompts, seeds, f"verdict: {which}")
 
         def by_prompt(scores: list[float]) -> np.ndarray:
