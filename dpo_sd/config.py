@@ -22,6 +22,7 @@ from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from dpo_sd.cluster import launched, run_id
 from dpo_sd.errors import UserError
 from dpo_sd.hardware import accumulation
 from dpo_sd.mistakes import (
@@ -132,6 +133,11 @@ def check_composition(cfg: DictConfig) -> None:
         )
     _check_cache(cfg)
     processes = cfg.trainer.devices * cfg.trainer.num_nodes
+    if cfg.trainer.num_nodes > 1 and not launched():
+        raise UserError(
+            f"trainer.num_nodes={cfg.trainer.num_nodes} needs a launcher that starts the other machines: "
+            "srun in a Slurm job, or torchrun on each of them; on this machine alone use trainer.num_nodes=1"
+        )
     if processes > 1 and _sweeping():
         raise UserError(
             f"a sweep trains on one device, got {processes}: the processes of DDP start by repeating the command line, "
@@ -309,10 +315,10 @@ def _report(error: BaseException) -> None:
         print(f"error: {message}", file=sys.stderr)
 
 
-def _groups() -> str:
-    """Groups and options of conf/, for `--help`."""
-    folders = sorted(path for path in CONF_DIR.iterdir() if path.is_dir())
-    return "\n".join(f"  {folder.name:<11}{', '.join(options(folder.name))}" for folder in folders)
+def _groups(*names: str) -> str:
+    """Groups of conf/ and their options, for `--help`; all of them where none is named."""
+    groups = names or sorted(path.name for path in CONF_DIR.iterdir() if path.is_dir() and path.name != "annotator")
+    return "\n".join(f"  {group:<11}{', '.join(options(group))}" for group in groups)
 
 
 def _wandb_logged_out() -> bool:
@@ -341,6 +347,7 @@ def _register() -> None:
         group, _, option = f"schema/{name}".rpartition("/")
         store.store(group=group, name=option, node=schema(target))
     OmegaConf.register_new_resolver("config_groups", _groups, replace=True)
+    OmegaConf.register_new_resolver("run_id", lambda otherwise: run_id() or otherwise, replace=True)
     OmegaConf.register_new_resolver("for_model", _for_model, replace=True)
     OmegaConf.register_new_resolver("wandb_logged_out", _wandb_logged_out, replace=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from dpo_sd import cluster
 from dpo_sd.config import entry_point
 from dpo_sd.data.source import Cache
 from dpo_sd.errors import UserError
@@ -46,15 +46,22 @@ def main(cfg: DictConfig) -> float | None:
     lora.check()
     cache = Cache(Path(cfg.cache_dir).expanduser(), cfg.cache, half=hardware.weights != "float32")
     optimizer.check(cfg.trainer.max_steps)
-    if cfg.resume is None and (run / "run.json").exists() and "LOCAL_RANK" not in os.environ:
-        raise UserError(f"{run} holds a run already: continue it with resume={run}, or choose another hydra.run.dir")
+    resume = cfg.resume
+    if resume is None and (run / "run.json").exists():
+        if cluster.restarted():
+            resume = str(run)
+        elif cluster.first_process():
+            raise UserError(
+                f"{run} holds a run already: continue it with resume={run}, or choose another hydra.run.dir"
+            )
     world_size = cfg.trainer.devices * cfg.trainer.num_nodes
     accumulation = hardware.accumulation(cfg.pairs_per_update, world_size)
-    checkpoint = newest_checkpoint(cfg.resume)
+    checkpoint = newest_checkpoint(resume)
     if checkpoint is not None:
         check_same_run(checkpoint, settings)
 
     import lightning as L
+    from lightning.pytorch.plugins.environments import SLURMEnvironment
 
     from dpo_sd.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
     from dpo_sd.callbacks.metrics import Metrics, MetricsFile
@@ -68,6 +75,8 @@ def main(cfg: DictConfig) -> float | None:
     watchers = [instantiate(callback) for callback in cfg.callbacks.values()]
     watchers.sort(key=lambda watcher: isinstance(watcher, Checkpoint))  # it saves what the others have done
     metrics = Metrics(cfg.trainer.log_every, cfg.trainer.validate_every)
+    # the Checkpoint callback puts the job back into the queue, at the end of an update
+    slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
     trainer = L.Trainer(
         accelerator="gpu" if hardware.accelerator == "cuda" else "cpu",
         devices=cfg.trainer.devices,
@@ -82,7 +91,7 @@ def main(cfg: DictConfig) -> float | None:
         use_distributed_sampler=False,
         callbacks=[metrics, *watchers, record],
         logger=[MetricsFile(run / "metrics.csv"), *(instantiate(logger) for logger in cfg.logger.values())],
-        plugins=[AtomicCheckpointIO(accumulation)],
+        plugins=[AtomicCheckpointIO(accumulation), *slurm],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -110,8 +119,8 @@ def main(cfg: DictConfig) -> float | None:
         say(f"resume  {checkpoint}")
         if trainer.is_global_zero:
             record.begin()
-    elif cfg.resume:
-        say(f"resume  {cfg.resume} has no checkpoint yet: starting it again from its first update")
+    elif resume:
+        say(f"resume  {resume} has no checkpoint yet: starting it again from its first update")
     for watcher in watchers:
         if isinstance(watcher, Verdict):
             say(f"verdict {watcher.promise(source.judge, data.held_out_prompts)}")
@@ -172,7 +181,7 @@ def reference_cache(
         framing=OmegaConf.to_container(cfg.framing, resolve=True),
         cache=[cache.keep, cache.half],
     )
-    kept = ReferenceErrors(cache.folder / "reference" / key, data.train.sample_ids, loss.draws_per_pair, rank)
+    kept = ReferenceErrors(cache.folder / "reference" / key, data.train.contents, loss.draws_per_pair, rank)
     say(f"loss    {kept.filled:.0%} of the reference's errors are known from earlier runs")
     return kept
 

@@ -14,6 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from dpo_sd import cluster
 from dpo_sd.errors import UserError
 from dpo_sd.files import replacing
 
@@ -52,7 +53,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class Checkpoint(L.Callback):
     """Keeps `checkpoints/last.ckpt` and the newest few `checkpoints/step=000200.ckpt`.
 
-    Ctrl-C and SIGTERM finish the update, save it and end the run; a second one ends it at once.
+    Ctrl-C and SIGTERM finish the update, save it and end the run; a second one ends it at once. In a Slurm job SIGUSR1
+    does the same and puts the job back into the queue.
 
     Args:
         every: updates between checkpoints, at least 1; the last update is always kept.
@@ -65,19 +67,19 @@ class Checkpoint(L.Callback):
         if keep < 1:
             raise UserError(f"keep must be at least 1, got {keep}")
         self.every, self.keep = every, keep
-        self.interrupted = self._silent = False
+        self.interrupted = self.preempted = self._silent = False
         self._handlers: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._silent = not trainer.is_global_zero
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, *([cluster.PREEMPTED] if cluster.in_slurm() else [])):
                 self._handlers[number] = signal.signal(number, self._interrupt)
 
     def _interrupt(self, number: int, frame: Any) -> None:
         if self.interrupted:
             raise KeyboardInterrupt
-        self.interrupted = True
+        self.interrupted, self.preempted = True, number == cluster.PREEMPTED
         if not self._silent:
             print("\ninterrupted: finishing this update and saving it; once more to stop at once", flush=True)
 
@@ -93,6 +95,8 @@ class Checkpoint(L.Callback):
         if stop or last or trainer.global_step % self.every == 0:
             self.save(trainer)
         if stop:
+            if self.preempted and trainer.is_global_zero:
+                print(cluster.requeue(), flush=True)
             raise KeyboardInterrupt
         if last:  # what follows can be stopped at once, and done again
             self._release()
