@@ -90,6 +90,16 @@ class Annotate:
 
 
 @dataclass
+class Export:
+    """Types of the top level of export.yaml."""
+
+    lora: Any = MISSING
+    format: str = field(default=MISSING, metadata={"choices": ("kohya", "diffusers", "peft", "merged")})
+    out: str = MISSING
+    model: Any = MISSING
+
+
+@dataclass
 class Trainer:
     """Types of the trainer group, whose values conf/trainer holds and the entry point reads."""
 
@@ -342,6 +352,7 @@ def _register() -> None:
     store.store(group="schema", name="train", node=Train)
     store.store(group="schema", name="generate", node=Generate)
     store.store(group="schema", name="annotate", node=Annotate)
+    store.store(group="schema", name="export", node=Export)
     store.store(group="schema", name="trainer", node=Trainer)
     for name, target in SCHEMAS.items():
         group, _, option = f"schema/{name}".rpartition("/")

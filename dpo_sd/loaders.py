@@ -6,7 +6,6 @@ networks at their real shapes, which are built without weights.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -57,11 +56,10 @@ def adaptable(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     return {name: module for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
 
 
-@functools.cache
-def modules_of(family: Family) -> dict[str, str]:
-    """All modules that a LoRA of a family can adapt: canonical names, with the name inside of their network."""
-    networks = on_meta(family).networks
-    return {canonical(name, module): module for name, network in networks.items() for module in adaptable(network)}
+def modules_of(model: StableDiffusion) -> dict[str, str]:
+    """All modules that a LoRA can adapt, of a model without adapters: canonical names, with the networks' own."""
+    networks = model.networks.items()
+    return {canonical(name, module): module for name, network in networks for module in adaptable(network)}
 
 
 def on_meta(family: Family) -> StableDiffusion:
@@ -69,7 +67,20 @@ def on_meta(family: Family) -> StableDiffusion:
     import torch
 
     with torch.device("meta"):
-        parts = skeleton(family)
+        return _without_weights(family, skeleton(family))
+
+
+def blank(model: StableDiffusion) -> StableDiffusion:
+    """A model of the same shape without weights, vocabulary and adapters."""
+    import torch
+
+    with torch.device("meta"):
+        parts: dict[str, Any] = {"unet": type(model.unet).from_config(model.unet.config), "vae": None}
+        parts |= {name: type(n)(n.config) for name, n in zip(ADAPTED[1:], model.text_encoders, strict=False)}
+    return _without_weights(model.name, parts | {"scheduler": model.noise_scheduler})
+
+
+def _without_weights(family: Family, parts: dict[str, Any]) -> StableDiffusion:
     encoders = [parts[name] for name in ADAPTED[1:] if name in parts]
     nothing: Any = [None] * len(encoders)
     unknown = Fingerprints("", "", "")
@@ -104,24 +115,24 @@ def kohya_name(module: str, family: Family) -> str:
     return prefix + _flat(inside)
 
 
-def unmatched(path: str | Path, family: Family) -> dict[str, list[str]]:
+def unmatched(path: str | Path, model: StableDiffusion) -> dict[str, list[str]]:
     """The keys of a LoRA file in Kohya's or diffusers' form that a program would leave unread, by program.
 
     For `tiny` only diffusers is asked: the others have no model of that size.
-    """
-    from safetensors import safe_open
 
-    with safe_open(path, framework="numpy") as file:
-        keys = sorted(file.keys())
-    read_by = {"diffusers": set(diffusers_scales(path, family))}
-    if family != "tiny":
+    Args:
+        model: of the shape that the LoRA is for, without adapters; its weights are not read.
+    """
+    keys, modules = keys_of(path), modules_of(model)
+    loaded = diffusers_scales(path, model)
+    read_by = {"diffusers": {n for m in loaded for n in [m, *_kohya_names(m, model.name)]}}
+    if model.name != "tiny":
         for program, reads in (("ComfyUI", _comfyui), ("A1111", _a1111), ("InvokeAI", _invokeai)):
-            read_by[program] = {name for module in modules_of(family) for name in reads(module, family)}
-        stems = {_stem(key) for key in keys if key.startswith("lora_unet_")}
-        if len({stem in _sgm_stems(family) for stem in stems}) > 1:
-            read_by["InvokeAI"] = set()  # it converts all of the names, or refuses the file
-    named = _modules_by_stem(family)
-    read_by["diffusers"] = {stem for stem, module in named.items() if module in read_by["diffusers"]}
+            read_by[program] = {name for module in modules for name in reads(module, model.name)}
+    if model.name == "sdxl":  # InvokeAI converts all names of Stability's, or refuses the file
+        sgm = {"lora_unet_" + _flat(sgm_name(module[5:])) for module in modules if module.startswith("unet.")}
+        if len({_stem(key) in sgm for key in keys if key.startswith("lora_unet_")}) > 1:
+            read_by["InvokeAI"] = set()
     return {
         program: [key for key in keys if _stem(key) not in read_by[program]]
         for program in PROGRAMS
@@ -129,27 +140,35 @@ def unmatched(path: str | Path, family: Family) -> dict[str, list[str]]:
     }
 
 
-def loader_report(path: str | Path, family: Family) -> list[str]:
-    """One line per program: `ComfyUI    0 unmatched keys of 96`, and the first of them where there are any."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="numpy") as file:
-        total = len(file.keys())
+def loader_report(path: str | Path, model: StableDiffusion) -> list[str]:
+    """One line per program: `ComfyUI   0 unmatched keys of 96`, and the first of them where there are any."""
+    total = len(keys_of(path))
     return [
         f"{program:<10}{len(keys)} unmatched keys of {total}" + (f" (first: {keys[0]})" if keys else "")
-        for program, keys in unmatched(path, family).items()
+        for program, keys in unmatched(path, model).items()
     ]
 
 
-def diffusers_scales(path: str | Path, family: Family) -> dict[str, float]:
+def keys_of(path: str | Path) -> list[str]:
+    """The names of the tensors in a file."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return sorted(file.keys())
+
+
+def diffusers_scales(path: str | Path, model: StableDiffusion) -> dict[str, float]:
     """What diffusers' own loader makes of a file: the modules it adapts, and by what it multiplies each of them.
 
     Nothing at all for a file that it refuses.
+
+    Args:
+        model: as in `unmatched`.
     """
     from peft.tuners.lora import LoraLayer
 
     quiet_libraries()
-    model = on_meta(family)
+    model = blank(model)
     pipeline: Any = model.pipeline()
     try:
         pipeline.load_lora_weights(str(Path(path).parent), weight_name=Path(path).name, local_files_only=True)
@@ -170,16 +189,6 @@ def _flat(module: str) -> str:
 def _stem(key: str) -> str:
     match = _KOHYA_KEY.fullmatch(key) or _DOTTED_KEY.fullmatch(key)
     return match[1] if match else key
-
-
-@functools.cache
-def _sgm_stems(family: Family) -> set[str]:
-    unet = [module.partition(".")[2] for module in modules_of(family) if module.startswith("unet.")]
-    return {"lora_unet_" + _flat(sgm_name(module)) for module in unet} if family == "sdxl" else set()
-
-
-def _modules_by_stem(family: Family) -> dict[str, str]:
-    return {name: module for module in modules_of(family) for name in [module, *_kohya_names(module, family)]}
 
 
 def _kohya_names(module: str, family: Family) -> list[str]:

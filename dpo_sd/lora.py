@@ -197,8 +197,10 @@ def check_base(model: StableDiffusion, file: LoRAFile) -> None:
         if names
     ]
     looks = _family(file)
-    hint = f"; it looks like {looks}, this model is {model.name}" if looks not in (None, model.name) else ""
-    raise UserError(f"{file.path} was made for another base: {', '.join(complaints)}{hint}")
+    hint = f"this model is {model.name}"
+    if looks not in (None, model.name):
+        hint = f"it looks like {looks}, {hint}: use model={looks}"
+    raise UserError(f"{file.path} was made for another base: {', '.join(complaints)}; {hint}")
 
 
 def summary(model: StableDiffusion, adapter: str = "policy") -> str:

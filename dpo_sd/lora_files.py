@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from dpo_sd.errors import UserError
 from dpo_sd.files import replacing, write_json
 from dpo_sd.loaders import ADAPTED, canonical, kohya_name, modules_of
-from dpo_sd.models import PICKLES, Family, PredictionType
+from dpo_sd.models import PICKLES, Family, PredictionType, StableDiffusion
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -457,10 +457,11 @@ def save_kohya(
     return path
 
 
-def save_peft(lora: LoRAWeights, folder: str | Path, family: Family) -> Path:
+def save_peft(lora: LoRAWeights, folder: str | Path, model: StableDiffusion) -> Path:
     """Write a LoRA in PEFT's form: `<folder>/unet/` and so on, each for `PeftModel.from_pretrained(pipe.unet, …)`.
 
-    Modules are named as in the networks of the installed transformers.
+    Args:
+        model: of the shape that the LoRA is for, without adapters; PEFT wants modules named as in its networks.
 
     Raises:
         UserError: when a file cannot be written.
@@ -468,7 +469,7 @@ def save_peft(lora: LoRAWeights, folder: str | Path, family: Family) -> Path:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    folder, inside = Path(folder), modules_of(family)
+    folder, inside = Path(folder), modules_of(model)
     for network in lora.networks:
         part = lora.of(network)
         state = {}

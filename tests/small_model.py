@@ -9,9 +9,10 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from dpo_sd.loaders import modules_of, on_meta
 from dpo_sd.lora import LoRA, adapter_state, load_adapter_state
-from dpo_sd.lora_files import ATTENTION
-from dpo_sd.models import Fingerprints, StableDiffusion
+from dpo_sd.lora_files import ATTENTION, LoRAWeights
+from dpo_sd.models import Family, Fingerprints, StableDiffusion
 
 TRANSFORMER = [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
@@ -74,3 +75,15 @@ def trained(lora: LoRA, model: StableDiffusion | None = None) -> StableDiffusion
             value.copy_(torch.randn(value.shape, generator=generator) * 0.2)
     load_adapter_state(model, "policy", state)
     return model
+
+
+def ones(family: Family, *ends: str) -> LoRAWeights:
+    """A LoRA of rank 2 and alpha 1 on all modules of a family, or on those whose names end so."""
+    networks, state = (model := on_meta(family)).networks, {}
+    modules = {name: inside for name, inside in modules_of(model).items() if not ends or name.endswith(ends)}
+    for number, (name, inside) in enumerate(modules.items()):
+        module: Any = networks[name.partition(".")[0]].get_submodule(inside)
+        out, width, *kernel = module.weight.shape
+        state[f"{name}.lora_A.weight"] = torch.full((2, width, *kernel), 1.0 + number)
+        state[f"{name}.lora_B.weight"] = torch.full((out, 2, *(1 for _ in kernel)), 1.0 + number)
+    return LoRAWeights(state, dict.fromkeys(modules, 1.0))

@@ -15,7 +15,8 @@ from PIL import Image
 from dpo_sd import generate
 from dpo_sd.errors import UserError
 from dpo_sd.generate import parse_lora, read_prompts
-from dpo_sd.lora import LoRA, policy_parameters, save_diffusers
+from dpo_sd.lora import LoRA, policy_parameters, weights_of
+from dpo_sd.lora_files import WEIGHTS_NAME, save_diffusers
 from dpo_sd.models import Model
 from dpo_sd.noise import image_seed
 from dpo_sd.pairs import current, read_pairs
@@ -47,11 +48,11 @@ def drawn(draw, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory) -> Path:
     """A LoRA of the tiny model that changes its pictures."""
-    unet = Model().load().unet
-    LoRA(rank=2).attach(unet)
-    for parameter in policy_parameters(unet):
+    model = Model().load()
+    LoRA(rank=2).attach(model)
+    for parameter in policy_parameters(model)["unet"]:
         parameter.data.fill_(0.1)
-    return save_diffusers(unet, tmp_path_factory.mktemp("lora"))
+    return save_diffusers(weights_of(model), tmp_path_factory.mktemp("lora") / WEIGHTS_NAME)
 
 
 def pictures(folder: Path) -> dict[str, bytes]:

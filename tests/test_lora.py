@@ -438,7 +438,7 @@ def test_a_lora_of_another_base_is_refused_naming_both_families(tmp_path: Path) 
     path = save_kohya(weights_of(trained(LoRA(rank=4), make_model(width=1024))), tmp_path / "x.safetensors", "sd21")
     with pytest.raises(UserError, match="of 32 modules have another shape") as caught:
         LoRA(init_from=str(path)).attach(make_model())
-    assert str(caught.value).endswith("; it looks like sd21, this model is tiny")
+    assert str(caught.value).endswith("; it looks like sd21, this model is tiny: use model=sd21")
 
 
 def test_a_lora_with_a_second_text_encoder_is_one_for_sdxl(with_text: Path, tmp_path: Path) -> None:

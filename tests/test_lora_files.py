@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_model import CONVOLUTIONS, FULL, TRANSFORMER, make_model, output, trained
+from small_model import CONVOLUTIONS, FULL, TRANSFORMER, make_model, ones, output, trained
 
 from dpo_sd.errors import UserError
-from dpo_sd.loaders import modules_of, on_meta
+from dpo_sd.loaders import on_meta
 from dpo_sd.lora import TEXT_ATTENTION, LoRA, load_for_drawing, weights_of
 from dpo_sd.lora_files import (
     ATTENTION,
@@ -43,7 +43,11 @@ FORMS = ["diffusers", "kohya", "peft"]
 def save(lora: LoRAWeights, form: str, folder: Path, family: Family = "tiny") -> Path:
     if form == "kohya":
         return save_kohya(lora, folder / "style.safetensors", family)
-    return save_peft(lora, folder / "peft", family) if form == "peft" else save_diffusers(lora, folder / WEIGHTS_NAME)
+    return (
+        save_peft(lora, folder / "peft", on_meta(family))
+        if form == "peft"
+        else save_diffusers(lora, folder / WEIGHTS_NAME)
+    )
 
 
 def varied(lora: LoRAWeights, ranks: dict[str, int], alphas: dict[str, float]) -> LoRAWeights:
@@ -150,18 +154,6 @@ def test_alphas_that_diffusers_would_misread_become_one_and_b_makes_up_for_it(tm
 
 
 # families at their real shapes
-
-
-def ones(family: Family, *ends: str) -> LoRAWeights:
-    """A LoRA of rank 2 and alpha 1 on all modules of a family, or on those whose names end so."""
-    networks, state = on_meta(family).networks, {}
-    modules = {name: inside for name, inside in modules_of(family).items() if not ends or name.endswith(ends)}
-    for number, (name, inside) in enumerate(modules.items()):
-        module: Any = networks[name.partition(".")[0]].get_submodule(inside)
-        out, width, *kernel = module.weight.shape
-        state[f"{name}.lora_A.weight"] = torch.full((2, width, *kernel), 1.0 + number)
-        state[f"{name}.lora_B.weight"] = torch.full((out, 2, *(1 for _ in kernel)), 1.0 + number)
-    return LoRAWeights(state, dict.fromkeys(modules, 1.0))
 
 
 @pytest.mark.parametrize("form", FORMS)

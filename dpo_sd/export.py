@@ -1,0 +1,204 @@
+"""Writes a LoRA for other programs, or a model with it: `python -m dpo_sd.export lora=<run> format=kohya out=…`."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from dpo_sd.config import entry_point
+from dpo_sd.errors import UserError
+from dpo_sd.loaders import blank, diffusers_scales, loader_report, on_meta, unmatched
+from dpo_sd.lora import check_base, load_for_drawing
+from dpo_sd.lora_files import LoRAFile, read_lora, save_diffusers, save_kohya, save_peft
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dpo_sd.models import Model, StableDiffusion
+
+PROMPTS = ["a photo of a cat", "a small red circle on a blue background"]  # for which outputs are compared
+TOLERANCE = 1e-3  # of the largest output: above the rounding of merged weights, far below what can be seen
+
+
+def main() -> None:
+    """`lora=` is short for `lora.path=`, since the group `lora` of trainings has nothing to say here."""
+    sys.argv[1:] = [re.sub("^lora=", "lora.path=", argument) for argument in sys.argv[1:]]
+    export()
+
+
+@entry_point("export")
+def export(cfg: DictConfig) -> None:
+    """Writes `out`, reads it back and says who can load it; nothing is written over."""
+    out = Path(cfg.out).expanduser()
+    check_place(out, cfg.format)
+    base = instantiate(cfg.model)
+    if cfg.lora.path is None:
+        if cfg.format != "merged":
+            raise UserError(
+                "lora has no value: give lora=<file or run folder>; only format=merged writes a model alone"
+            )
+        write_merged(base.load(), None, out)
+        print(f"wrote     {out}")
+        return
+    lora = read_lora(cfg.lora.path)
+    at_hand = cfg.format == "merged" or Path(base.path).expanduser().exists()
+    model = base.load() if at_hand else on_meta(base.name)
+    check_base(model, lora)
+    print(f"lora      {lora.path}: {lora.summary()}")
+    shape = blank(model)
+    expected = outputs_with(model, lora) if at_hand else {}
+    del model  # before another one is loaded
+    if cfg.format == "merged":
+        write_merged(base.load(), lora, out)
+    else:
+        write(lora, cfg.format, out, shape, base)
+    print(f"wrote     {out}")
+    check(lora, cfg.format, out, shape)
+    if at_hand:
+        compare(expected, outputs(loaded_by_its_library(base, cfg.format, out)), out)
+    else:
+        print(f"outputs   not compared: the weights of {base.path} were not loaded")
+
+
+def check_place(out: Path, form: str) -> None:
+    """Raises UserError when `out` cannot be what the form is, or is there already."""
+    if form in ("kohya", "diffusers") and out.suffix != ".safetensors":
+        raise UserError(f"out={out}: format={form} is a file, so its name must end in .safetensors")
+    if form in ("peft", "merged") and out.suffix == ".safetensors":
+        raise UserError(f"out={out}: format={form} is a folder, so its name must not end in .safetensors")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"out={out} exists: choose another name, or move it away")
+
+
+def write(lora: LoRAFile, form: str, out: Path, shape: StableDiffusion, base: Model) -> None:
+    """Writes a LoRA in Kohya's, diffusers' or PEFT's form."""
+    if form == "kohya":
+        kept = {key: value for key, value in lora.metadata.items() if key.startswith(("ss_", "modelspec."))}
+        prediction_type: Any = base.prediction_type or shape.prediction_type
+        save_kohya(lora, out, base.name, prediction_type=prediction_type, extra=kept)
+    elif form == "diffusers":
+        save_diffusers(lora, out)
+    else:
+        save_peft(lora, out, shape)
+
+
+def write_merged(model: StableDiffusion, lora: LoRAFile | None, out: Path) -> None:
+    """Writes a whole model as a diffusers folder, what the LoRA adds added to its weights; it appears whole or not."""
+    from diffusers import DDIMScheduler
+
+    for name, change in ((name, lora.change(name)) for name in lora.modules) if lora is not None else ():
+        network, _, inside = name.partition(".")
+        root = model.networks[network]
+        module: Any = root.get_submodule(inside if hasattr(root, "text_model") else inside.removeprefix("text_model."))
+        module.weight += change.to(module.weight)
+    pipeline: Any = model.pipeline()
+    pipeline.scheduler = DDIMScheduler.from_config(model.noise_scheduler.config)  # DDPM would draw for minutes
+    unfinished = out.with_name(f".{out.name}.partial")
+    try:
+        pipeline.save_pretrained(unfinished, safe_serialization=True)
+        if out.is_dir():
+            out.rmdir()  # an empty one
+        unfinished.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def check(lora: LoRAFile, form: str, out: Path, shape: StableDiffusion) -> None:
+    """Reads a LoRA back and reports it; raises UserError when it is not the same, or a key would be left unread."""
+    if form == "merged":
+        return
+    again = read_lora(out)
+    differences = [difference(lora.change(module), again.change(module)) for module in lora.modules]
+    if again.alphas.keys() != lora.alphas.keys() or max(differences) > TOLERANCE:
+        raise UserError(f"{out} does not hold what {lora.path} does: please report this")
+    print(f"weights   {len(differences)} modules read back, differing by {_words(max(differences))}")
+    if form == "peft":
+        return
+    programs = {"kohya": ("ComfyUI", "A1111", "InvokeAI", "diffusers"), "diffusers": ("diffusers",)}[form]
+    for line in loader_report(out, shape):
+        if line.startswith(programs):
+            print(line)
+    if form == "kohya" and shape.name == "tiny":
+        print("          (ComfyUI, A1111 and InvokeAI have no model of this size)")
+    left = {program: keys for program, keys in unmatched(out, shape).items() if keys and program in programs}
+    if left:
+        raise UserError(f"{out} is written, but {' and '.join(left)} would leave out what is named above")
+    scales = diffusers_scales(out, shape)
+    wrong = [name for name, alpha in again.alphas.items() if scales[name] != alpha / again.ranks[name]]
+    if wrong:
+        raise UserError(f"{out} is written, but diffusers takes {len(wrong)} modules at another strength: {wrong[0]}")
+
+
+def loaded_by_its_library(base: Model, form: str, out: Path) -> StableDiffusion:
+    """The base with what was written, loaded as the users of that form load it."""
+    from dpo_sd.models import Model
+
+    if form == "merged":
+        return Model(base.name, path=str(out)).load()
+    model = base.load()
+    if form == "peft":
+        from peft import PeftModel
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft's, about transformers
+            for name, network in model.networks.items():
+                if (out / name).is_dir():
+                    PeftModel.from_pretrained(network, out / name)
+    else:
+        pipeline: Any = model.pipeline()
+        pipeline.load_lora_weights(str(out.parent), weight_name=out.name, local_files_only=True)
+    return model
+
+
+def outputs_with(model: StableDiffusion, lora: LoRAFile) -> dict[str, Tensor]:
+    load_for_drawing(model, [(lora.path, 1.0)])
+    return outputs(model)
+
+
+def outputs(model: StableDiffusion) -> dict[str, Tensor]:
+    """What text encoders and UNet answer to two prompts and two noises."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    config: Any = model.unet.config
+    side = min(16, config.sample_size)  # small, so that it takes seconds on a CPU
+    latents = torch.randn(2, config.in_channels, side, side, generator=generator)
+    with torch.inference_mode():
+        embeds = model.embed(PROMPTS)
+        told = {"text_embeds": embeds.pooled, "time_ids": torch.full((2, 6), 8.0 * side)} if model.is_xl else None
+        noise: Any = model.unet(latents, torch.tensor([20, 700]), embeds.hidden, added_cond_kwargs=told)
+    return {"text": embeds.hidden, "unet": noise.sample}
+
+
+def compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], out: Path) -> None:
+    """Prints by how much outputs differ; raises UserError when it can be seen."""
+    apart = {name: difference(value, found[name]) for name, value in expected.items()}
+    words = ", ".join(f"{name} by {_words(value)}" for name, value in apart.items())
+    print(f"outputs   differ from those of the LoRA that was read: {words}")
+    if not max(apart.values()) <= TOLERANCE:
+        raise UserError(
+            f"{out} is written, but its outputs are not those of the LoRA that was read: please report this"
+        )
+
+
+def difference(expected: Tensor, found: Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    return float((expected - found).abs().max() / expected.abs().max().clamp(min=1e-12))
+
+
+def _words(difference: float) -> str:
+    return f"{difference:.0e} of the largest value" if difference else "nothing"
+
+
+if __name__ == "__main__":
+    main()
