@@ -142,6 +142,10 @@ def check_composition(cfg: DictConfig) -> None:
             f"use {' or '.join(paired + single).replace('/', '=')}"
         )
     _check_cache(cfg)
+    if cfg.optimizer.get("text_encoder_lr") is not None and not cfg.lora.get("text_encoder"):
+        raise UserError(
+            "optimizer.text_encoder_lr is given, but no text encoder is trained: add lora.text_encoder=true"
+        )
     processes = cfg.trainer.devices * cfg.trainer.num_nodes
     if cfg.trainer.num_nodes > 1 and not launched():
         raise UserError(

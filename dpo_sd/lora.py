@@ -244,8 +244,8 @@ def using(model: StableDiffusion, which: Literal["base", "reference", "policy"])
     try:
         # peft's own switches set and clear requires_grad as they go; these two attributes are all a forward pass reads
         for layer in layers:
-            layer._active_adapter = [which]  # of which a layer may know nothing
-            layer._disable_adapters = which == "base"
+            layer._active_adapter = [which]
+            layer._disable_adapters = which not in layer.lora_A
         if which != "policy":
             for dropout in dropouts:
                 dropout.training = False

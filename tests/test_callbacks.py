@@ -28,7 +28,8 @@ from dpo_sd.callbacks.run_record import RunRecord
 from dpo_sd.callbacks.samples import Samples
 from dpo_sd.callbacks.verdict import Verdict
 from dpo_sd.errors import UserError
-from dpo_sd.lora import LoRA, save_diffusers
+from dpo_sd.lora import LoRA, weights_of
+from dpo_sd.lora_files import WEIGHTS_NAME, save_diffusers
 from dpo_sd.losses import DiffusionDPOLoss
 from dpo_sd.models import Model
 from dpo_sd.module import DiffusionModule
@@ -40,7 +41,7 @@ HELD_OUT = [f"prompt {i}" for i in range(9)]
 
 def build(init_from: str | None = None) -> DiffusionModule:
     model = Model().load()
-    LoRA(rank=2, init_from=init_from).attach(model.unet)
+    LoRA(rank=2, init_from=init_from).attach(model)
     return DiffusionModule(model, DiffusionDPOLoss(), AdamW(lr=2e-3), max_steps=10)
 
 
@@ -319,7 +320,7 @@ def test_what_training_does_not_change_is_drawn_once(tmp_path, module):
 
 
 def test_a_lora_that_training_started_from_has_a_row_of_its_own(tmp_path, module):
-    started = build(str(save_diffusers(module.unet, tmp_path)))
+    started = build(str(save_diffusers(weights_of(module.model), tmp_path / WEIGHTS_NAME)))
     trainer = make_trainer(tmp_path)
     Samples(n_prompts=2).on_train_start(trainer, started)
     sheet = Image.open(tmp_path / "samples" / "step=000000.png").convert("RGB")

@@ -212,6 +212,10 @@ def test_a_mistake_is_one_message_before_anything_is_written(run, tmp_path, argu
             "logger.wandb.offline must be true or false, got 'no'",
         ),
         (["~lora"], "lora has no value: give lora=attention|full|transformer"),
+        (
+            ["optimizer.text_encoder_lr=1e-5"],
+            "optimizer.text_encoder_lr is given, but no text encoder is trained: add lora.text_encoder=true",
+        ),
         (["callbacks.samples=null"], "callbacks.samples is null: leave it out with ~callbacks.samples"),
         (["+foo=1"], "foo: no such setting"),
         (
