@@ -50,6 +50,8 @@ def _facts(file: str) -> ImageFacts:
             return ImageFacts(sha256, *((height, width) if turned else (width, height)), "")
     except UserError as error:
         return ImageFacts(sha256, 0, 0, str(error))
+    except Exception as error:  # to find their EXIF, PNGs are decoded
+        return ImageFacts(sha256, 0, 0, f"image {file} cannot be read to its end ({error})")
 
 
 def open_image(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:

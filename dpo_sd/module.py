@@ -96,13 +96,17 @@ class DiffusionModule(L.LightningModule):
 
     def reference_errors(self, batch: PairBatch, kept: ReferenceErrors | None) -> PairErrors:
         """`pair_errors` of the frozen reference, or what is kept of them from an earlier visit."""
-        if kept is not None and (known := kept.get(batch.index, batch.draw)) is not None:
-            return PairErrors(*(errors.to(batch.noise.device, non_blocking=True) for errors in known))
-        with torch.no_grad(), reference(self.model):
-            errors = self.pair_errors(batch)
-        if kept is not None:
-            kept.put(batch.index, batch.draw, errors)
-        return errors
+        if kept is None:
+            with torch.no_grad(), reference(self.model):
+                return self.pair_errors(batch)
+        known, before = kept.get(batch.index, batch.draw)
+        before = PairErrors(*(errors.to(batch.noise.device, non_blocking=True) for errors in before))
+        if known.all():
+            return before
+        now = self.reference_errors(batch, None)
+        kept.put(batch.index, batch.draw, now)
+        known = known.to(batch.noise.device, non_blocking=True)
+        return PairErrors(*(torch.where(known, old, new) for old, new in zip(before, now, strict=True)))
 
     def embeds(self, batch: PairBatch) -> TextEmbeds:
         """What the text encoders make of the prompts: kept, or asked with the adapters that are set."""

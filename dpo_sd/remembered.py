@@ -53,16 +53,19 @@ def remembered(files: Iterable[str | Path], what: str, compute: Callable[[str], 
 
 
 def _remembered(connection: sqlite3.Connection, file: str, what: str, compute: Callable[[str], Any]) -> Any:
-    status = os.lstat(file)
+    now, status = time.time(), os.lstat(file)
     if stat.S_ISLNK(status.st_mode):
         file = os.path.realpath(file)
         status = os.stat(file)
     state = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino} {status.st_dev}"
-    row = connection.execute("SELECT state, value FROM files WHERE what = ? AND path = ?", (what, file)).fetchone()
+    try:
+        row = connection.execute("SELECT state, value FROM files WHERE what = ? AND path = ?", (what, file)).fetchone()
+    except sqlite3.Error:  # damaged: the insertion below says so
+        row = None
     if row is not None and row[0] == state:
         return json.loads(row[1])
     value = compute(file)
-    if time.time() - max(status.st_mtime, status.st_ctime) > RACY:
+    if now - max(status.st_mtime, status.st_ctime) > RACY:
         try:
             connection.execute(
                 "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", (what, file, state, json.dumps(value))

@@ -74,7 +74,7 @@ class Prompts:
         return len(self.row)
 
     def __getitem__(self, sample: int) -> str:
-        return self.texts[self.row[sample]]
+        return self.texts[int(self.row[sample])]
 
     def embeds(self, sample: int, dropped: bool) -> TextEmbeds | None:
         """What the text encoders make of a sample's prompt, or of the empty one where it is dropped."""
@@ -99,6 +99,8 @@ class PreparedSamples:
         flip: mirrors half of the visits.
         random_crop: cuts another part out at every visit.
         vary: makes another text of a prompt at every visit, given a generator; None leaves it as it is.
+        content_ids: of prompts and pictures, chosen and rejected in their order, (n,), int64: what is computed from
+            them may be kept under these; None where `sample_ids` are such.
     """
 
     chosen: Pictures
@@ -111,15 +113,21 @@ class PreparedSamples:
     flip: bool = False
     random_crop: bool = False
     vary: Callable[[str, np.random.Generator], str] | None = None
+    content_ids: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.sample_ids)
 
     @property
+    def contents(self) -> np.ndarray:
+        """`content_ids`, or the `sample_ids` where they are such."""
+        return self.sample_ids if self.content_ids is None else self.content_ids
+
+    @property
     def fingerprint(self) -> str:
-        """Hash of the samples, their prompts, labels and weights: 16 hexadecimal digits."""
+        """Hash of the samples, their pictures, prompts, labels and weights: 16 hexadecimal digits."""
         hashed = hashlib.sha256(repr((self.flip, self.random_crop)).encode())
-        for column in (self.sample_ids, self.label, self.weight):
+        for column in (self.sample_ids, self.contents, self.label, self.weight):
             hashed.update(np.ascontiguousarray(column).tobytes())
         for sample in range(len(self)):
             hashed.update(self.prompts[sample].encode("utf-8", "surrogatepass") + b"\0")

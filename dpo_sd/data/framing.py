@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from dpo_sd.errors import UserError
 
@@ -67,40 +70,48 @@ class Framing:
         return sorted(found | {(resolution, resolution)}, key=lambda size: size[0] / size[1])
 
 
-def nearest_size(sizes: list[tuple[int, int]], *pictures: tuple[int, int]) -> tuple[int, int]:
-    """The bucket whose aspect ratio is nearest to that of the pictures, their geometric mean where there are several.
+def nearest_sizes(sizes: Sequence[tuple[int, int]], pictures: np.ndarray) -> np.ndarray:
+    """Which bucket has the aspect ratio nearest to that of the pictures, their geometric mean: (n,), int16.
 
     Args:
-        sizes: widths and heights of the buckets.
-        pictures: widths and heights of the pictures that share a bucket.
+        sizes: widths and heights of the buckets; of two that are equally near the larger one is taken.
+        pictures: widths and heights of the pictures that share a bucket, (n, pictures, 2).
     """
-    wanted = sum(math.log(width / height) for width, height in pictures) / len(pictures)
-    return min(sizes, key=lambda size: (abs(math.log(size[0] / size[1]) - wanted), -size[0] * size[1]))
+    larger_first = sorted(range(len(sizes)), key=lambda number: -math.prod(sizes[number]))
+    ratios = np.array([math.log(sizes[number][0] / sizes[number][1]) for number in larger_first])
+    nearest = np.empty(len(pictures), np.int16)
+    for start in range(0, len(pictures), 4096):  # the table of distances stays small
+        part = slice(start, start + 4096)
+        wanted = np.log(pictures[part, :, 0] / pictures[part, :, 1]).mean(axis=1)
+        nearest[part] = np.array(larger_first)[np.abs(ratios - wanted[:, None]).argmin(axis=1)]
+    return nearest
 
 
-def frame(picture: tuple[int, int], size: tuple[int, int], where: tuple[float, float] = MIDDLE) -> Frame:
-    """The picture scaled until it covers a bucket, and the part of it that fills the bucket.
+def frames(pictures: np.ndarray, sizes: np.ndarray, where: tuple[float, float] = MIDDLE) -> np.ndarray:
+    """Pictures scaled until they cover their buckets, and the parts that fill these: (n, 6), int32, as in `Frame`.
 
     Args:
-        picture: its width and height in pixels.
-        size: those of the bucket.
+        pictures, sizes: widths and heights of the pictures and of their buckets in pixels, (n, 2).
         where: how far right and down the part lies, each in [0, 1].
     """
-    scale = max(size[0] / picture[0], size[1] / picture[1])
-    width, height = (max(round(side * scale), least) for side, least in zip(picture, size, strict=True))
-    left, top = (round((whole - part) * at) for whole, part, at in zip((width, height), size, where, strict=True))
-    return Frame(*size, width, height, left, top)
+    scale = (sizes / pictures).max(axis=1, keepdims=True)
+    scaled = np.maximum(np.rint(pictures * scale), sizes)
+    return np.concatenate([sizes, scaled, np.rint((scaled - sizes) * where)], axis=1).astype(np.int32)
 
 
-def time_ids(picture: tuple[int, int], framed: Frame) -> tuple[int, int, int, int, int, int]:
+def time_ids(pictures: np.ndarray, framed: np.ndarray) -> np.ndarray:
     """SDXL's micro-conditioning (Podell et al. 2023, arXiv:2307.01952, §2.2): original height and width, top and left
-    corner of the crop, height and width of the target, in pixels."""
-    return picture[1], picture[0], framed.top, framed.left, framed.height, framed.width
+    corner of the crop, height and width of the target, in pixels; (n, 6), int32.
+
+    Args:
+        pictures: widths and heights, (n, 2).
+        framed: as `frames` gives them, (n, 6).
+    """
+    return np.concatenate([pictures[:, ::-1], framed[:, [5, 4, 1, 0]]], axis=1).astype(np.int32)
 
 
 def pixels(picture: Image.Image, framed: Frame, flip: bool = False) -> Tensor:
     """The framed part of an RGB picture: (3, height, width), uint8."""
-    import numpy as np
     import torch
     from PIL import Image
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
+import math
+import os
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +17,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dpo_sd.data.framing import MIDDLE, Frame, Framing, frame, nearest_size, pixels, time_ids
+from dpo_sd.data.framing import MIDDLE, Frame, Framing, frames, nearest_sizes, pixels, time_ids
 from dpo_sd.data.source import Cache, PreparedData, encode_bytes, encode_texts, too_long
-from dpo_sd.data.store import content_key
+from dpo_sd.data.store import KEY
 from dpo_sd.errors import UserError
 from dpo_sd.images import facts, load_image
 from dpo_sd.noise import order, sample_id
+from dpo_sd.remembered import remembered
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
     from dpo_sd.models import StableDiffusion
 
 BATCH_PIXELS = 8 * 512 * 512  # that the VAE encodes together
+READERS = 8  # threads that decode pictures while the VAE works, at most one for each core
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class ImageFiles:
     sizes: np.ndarray
 
     def take(self, rows: np.ndarray) -> ImageFiles:
-        return ImageFiles(self.folder, [self.paths[row] for row in rows], self.sha256[rows], self.sizes[rows])
+        return ImageFiles(self.folder, [self.paths[int(row)] for row in rows], self.sha256[rows], self.sizes[rows])
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class Samples:
     def take(self, rows: np.ndarray) -> Samples:
         """Those of the samples, in this order."""
         return Samples(
-            [self.prompts[row] for row in rows],
+            [self.prompts[int(row)] for row in rows],
             self.chosen.take(rows),
             None if self.rejected is None else self.rejected.take(rows),
             self.label[rows],
@@ -139,7 +145,9 @@ def find(
     left_out("that cannot be read", complaints, n, report)
     if len(sides) == 2:
         same = kept & (sides[0].sha256 == sides[1].sha256)
-        left_out("whose two pictures are the same file", [f"{chosen[row]}" for row in np.flatnonzero(same)], n, report)
+        left_out(
+            "whose two pictures are the same file", [chosen[row] for row in np.flatnonzero(same).tolist()], n, report
+        )
         kept &= ~same
     samples = Samples(
         prompts,
@@ -156,19 +164,24 @@ def _facts(
 ) -> tuple[ImageFiles, dict[int, str]]:
     """What is known of the files, and why some cannot be used, by row."""
     problems: dict[int, str] = {}
-    rows, files = [], []
-    for row, path in enumerate(paths):
-        try:
-            file = folder / path if resolve is None else resolve(path)
-            if not file.is_file():
-                raise UserError(f"image {file} does not exist")
-            rows.append(row)
-            files.append(file)
-        except UserError as error:
-            problems[row] = str(error)
+    rows: list[int] = []
+
+    def files() -> Iterator[Path]:  # one by one: a million paths are not for the memory
+        for row, path in enumerate(paths):
+            try:
+                file = folder / path if resolve is None else resolve(path)
+                if not file.is_file():
+                    raise UserError(f"image {file} does not exist")
+            except UserError as error:
+                problems[row] = str(error)
+            else:
+                rows.append(row)
+                yield file
+
     sha256 = np.zeros(len(paths), "S64")
     sizes = np.zeros((len(paths), 2), np.int32)
-    for row, known in zip(rows, facts(files), strict=True):
+    for known in facts(files()):
+        row = rows.pop()
         if known.problem:
             problems[row] = known.problem
         sha256[row], sizes[row] = known.sha256.encode(), (known.width, known.height)
@@ -234,15 +247,13 @@ def prepare(
         UserError: when all samples of a part turn out unreadable, and when there is no room for the cache.
     """
     report = list(found.report)
-    parts = []
-    for what, samples in (("training", found.train), ("validation", found.validation)):
-        prepared = _prepare(model, samples, framing, cache, report, what)
-        parts.append(prepared)
+    train = _prepare(model, found.train, framing, cache, report, "training")
+    validation = _prepare(model, found.validation, framing, cache, report, "validation")
     texts = sorted({*found.train.prompts, *found.validation.prompts})
     report += too_long(model, texts)
     known = set(found.train.prompts)
     candidates = sorted(set(found.validation.prompts)) if held_out is None else held_out
-    return PreparedData(*parts, [prompt for prompt in candidates if prompt not in known], report)
+    return PreparedData(train, validation, [prompt for prompt in candidates if prompt not in known], report)
 
 
 def _prepare(
@@ -250,29 +261,33 @@ def _prepare(
 ) -> PreparedSamples:
     from dpo_sd.data.batches import Latents, PreparedSamples
 
-    frames = Frames(model, samples, framing)
+    frames, store = Frames(model, samples, framing), None
     if cache.keep == "off":
-        sides = [Pixels(side, frames) for side in samples.sides]
+        broken = _broken(samples, what)
     else:
         store, broken = _encode(model, samples, frames, cache, what)
-        if broken:
-            left_out(f"{what} samples that cannot be read to their end", list(broken.values()), len(samples), report)
-            if len(broken) == len(samples):
-                raise UserError(f"no {what} sample can be read: {next(iter(broken.values()))}")
-            samples = samples.without(broken)
-            frames = Frames(model, samples, framing)
+        report += store.notes
+    if broken:
+        left_out(f"{what} samples that cannot be read to their end", list(broken.values()), len(samples), report)
+        if len(broken) == len(samples):
+            raise UserError(f"no {what} sample can be read: {next(iter(broken.values()))}")
+        samples = samples.without(broken)
+        frames = Frames(model, samples, framing)
+    if store is None:
+        sides = [Pixels(side, frames) for side in samples.sides]
+    else:
         sides = [Latents(store.rows(frames.keys(side)), frames.time_ids(side)) for side in samples.sides]
     if upscaled := frames.upscaled():
         report.append(f"{upscaled} {what} pictures are smaller than the training size and are scaled up")
-    if len(used := Counter(map(tuple, frames.sizes.tolist()))) > 1:
-        named = ", ".join(f"{w}x{h}: {n}" for (w, h), n in used.most_common())
+    if len(used := Counter(frames.numbers.tolist())) > 1:
+        named = ", ".join("{}x{}: {}".format(*frames.all_sizes[number], n) for number, n in used.most_common())
         report.append(f"{what} sizes: {named}")
     texts = sorted(set(samples.prompts))
     place = {text: row for row, text in enumerate(texts)}
     return PreparedSamples(
         chosen=sides[0],
         rejected=sides[1] if len(sides) == 2 else None,
-        prompts=encode_texts(model, texts, [place[prompt] for prompt in samples.prompts], cache),
+        prompts=encode_texts(model, texts, [place[prompt] for prompt in samples.prompts], cache, report),
         label=samples.label,
         weight=samples.weight / samples.weight.mean(),
         sample_ids=np.fromiter(_ids(samples), np.int64, len(samples)),
@@ -311,32 +326,30 @@ class Frames:
         self.flips = (False, True) if framing.flip else (False,)
         self.vae, self.factor = model.fingerprints.vae, model.factor
         self.all_sizes = framing.sizes(resolution, step)
-        number = {size: n for n, size in enumerate(self.all_sizes)}
-        together = np.stack([side.sizes for side in samples.sides], axis=1).reshape(len(samples), -1)
+        together = np.stack([side.sizes for side in samples.sides], axis=1)
         unique, inverse = np.unique(together, axis=0, return_inverse=True)
-        nearest = [number[nearest_size(self.all_sizes, *map(tuple, row.reshape(-1, 2).tolist()))] for row in unique]
-        self.numbers = np.array(nearest, np.int16)[inverse.reshape(-1)]
+        self.numbers = nearest_sizes(self.all_sizes, unique)[inverse.reshape(-1)]
         self.sizes = np.array(self.all_sizes, np.int32)[self.numbers]
         self._sides = samples.sides
 
     def of(self, side: ImageFiles, row: int, where: tuple[float, float] = MIDDLE) -> Frame:
         """The part of a picture that is trained on."""
-        return frame(tuple(side.sizes[row].tolist()), tuple(self.sizes[row].tolist()), where)
+        return Frame(*frames(side.sizes[row : row + 1], self.sizes[row : row + 1], where)[0].tolist())
 
-    def keys(self, side: ImageFiles) -> list[str]:
+    def keys(self, side: ImageFiles) -> np.ndarray:
         """What the latents of a side are kept under: of all rows and, where pictures are mirrored, of all again."""
-        return [
-            content_key(
-                kind="latent 1", image=side.sha256[row].decode(), frame=self.of(side, row), flip=flip, vae=self.vae
-            )
-            for flip in self.flips
-            for row in range(len(side.paths))
-        ]
+        images, framed = side.sha256.tobytes(), frames(side.sizes, self.sizes).astype("<i4").tobytes()
+        keys = bytearray()
+        for flip in self.flips:
+            kind = json.dumps({"kind": "latent 1", "vae": self.vae, "flip": flip}, sort_keys=True).encode()
+            for row in range(len(side.paths)):
+                made_from = kind + images[64 * row : 64 * row + 64] + framed[24 * row : 24 * row + 24]
+                keys += hashlib.sha256(made_from).hexdigest()[:KEY].encode()
+        return np.frombuffer(keys, f"S{KEY}")
 
     def time_ids(self, side: ImageFiles) -> np.ndarray:
         """What SDXL is told of the sizes of a side: (n, 6), int32."""
-        rows = (time_ids(tuple(side.sizes[row].tolist()), self.of(side, row)) for row in range(len(side.paths)))
-        return np.array(list(rows), np.int32).reshape(-1, 6)
+        return time_ids(side.sizes, frames(side.sizes, self.sizes))
 
     def upscaled(self) -> int:
         """Pictures that are smaller than their size in some direction."""
@@ -359,14 +372,36 @@ class Pixels:
 
         framed = self.frames.of(self.side, row, where)
         picture = load_image(self.side.folder / self.side.paths[row])
-        ids = time_ids(tuple(self.side.sizes[row].tolist()), framed)
-        return pixels(picture, framed, flip), torch.tensor(ids, dtype=torch.float32)
+        (ids,) = time_ids(self.side.sizes[row : row + 1], np.array([framed]))
+        return pixels(picture, framed, flip), torch.from_numpy(ids).float()
+
+
+def _broken(samples: Samples, what: str) -> dict[int, str]:
+    """Why samples cannot be decoded, by row: found once and remembered, and not in the middle of a training."""
+    from tqdm import tqdm
+
+    problems: dict[int, str] = {}
+    for side in samples.sides:
+        files = (side.folder / path for path in side.paths)
+        found = remembered(files, "decoded 1", _decoding_problem)
+        for row, problem in enumerate(tqdm(found, f"checking {what} pictures", len(samples), unit="picture", delay=2)):
+            if problem:
+                problems.setdefault(row, problem)
+    return problems
+
+
+def _decoding_problem(file: str) -> str:
+    try:
+        load_image(Path(file))
+        return ""
+    except UserError as error:
+        return str(error)
 
 
 class _Job(NamedTuple):
     """One latent to be made."""
 
-    key: str
+    key: bytes
     file: Path
     framed: Frame
     flip: bool
@@ -378,6 +413,50 @@ class _Job(NamedTuple):
             return error
 
 
+class _Jobs:
+    """Latents to be made, in the order of their sizes; as columns, since there can be millions.
+
+    Args:
+        store: what is in it need not be made.
+    """
+
+    def __init__(self, samples: Samples, frames: Frames, store: TensorStore):
+        self.samples, self.frames = samples, frames
+        self.keys = np.concatenate([frames.keys(side) for side in samples.sides])
+        _, first = np.unique(self.keys, return_index=True)
+        first = np.sort(first)[store.lacks(self.keys[np.sort(first)])]
+        self.places = first[np.argsort(frames.numbers[first % len(samples)], kind="stable")]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def latent_pixels(self) -> int:
+        sizes = self.frames.sizes[self.places % len(self.samples)]
+        return int((sizes // self.frames.factor).astype(np.int64).prod(axis=1).sum())
+
+    def batches(self) -> Iterator[list[_Job]]:
+        """Jobs of one size each."""
+        numbers = self.frames.numbers[self.places % len(self.samples)]
+        for members in np.split(self.places, np.flatnonzero(np.diff(numbers)) + 1):
+            if not len(members):
+                continue
+            area = math.prod(self.frames.sizes[members[0] % len(self.samples)].tolist())
+            size = max(1, min(64, BATCH_PIXELS // area))
+            for start in range(0, len(members), size):
+                yield [self._job(int(place)) for place in members[start : start + size]]
+
+    def _job(self, place: int) -> _Job:
+        n = len(self.samples)
+        side = self.samples.sides[place // (n * len(self.frames.flips))]
+        row, flip = place % n, bool(place // n % len(self.frames.flips))
+        return _Job(self.keys[place], side.folder / side.paths[row], self.frames.of(side, row), flip)
+
+    def rows(self, problems: dict[bytes, str]) -> dict[int, str]:
+        """The samples that need what could not be made, and why it could not."""
+        places = np.flatnonzero(np.isin(self.keys, np.array(list(problems)))) if problems else ()
+        return {int(place) % len(self.samples): problems[self.keys[place]] for place in places}
+
+
 def _encode(
     model: StableDiffusion, samples: Samples, frames: Frames, cache: Cache, what: str
 ) -> tuple[TensorStore, dict[int, str]]:
@@ -385,23 +464,16 @@ def _encode(
     import torch
     from tqdm import tqdm
 
-    store, n = cache.store("latents"), len(samples)
-    keys = [frames.keys(side) for side in samples.sides]
-    missing = set(store.missing([key for column in keys for key in column]))
-    jobs: dict[str, _Job] = {}
-    for side, column in zip(samples.sides, keys, strict=True):
-        for place, key in enumerate(column):
-            if key in missing:
-                row = place % n
-                jobs[key] = _Job(key, side.folder / side.paths[row], frames.of(side, row), place >= n)
-    _check_room(store, list(jobs.values()), frames.factor)
-    problems: dict[str, str] = {}
+    store = cache.store("latents")
+    jobs = _Jobs(samples, frames, store)
+    _check_room(store, len(jobs), jobs.latent_pixels())
+    problems: dict[bytes, str] = {}
     with (
         torch.inference_mode(),
         model.working(model.vae),
         tqdm(total=len(jobs), desc=f"encoding {what} pictures", unit="picture", disable=not jobs) as bar,
     ):
-        for batch, tensors in _read_ahead(_batches(jobs.values())):
+        for batch, tensors in _read_ahead(jobs.batches()):
             whole = []
             for job, tensor in zip(batch, tensors, strict=True):
                 if isinstance(tensor, UserError):
@@ -409,46 +481,33 @@ def _encode(
                 else:
                     whole.append((job.key, tensor))
             if whole:
-                latents = encode_bytes(model, torch.stack([tensor for _, tensor in whole]))
+                latents = encode_bytes(model, torch.stack([tensor for _, tensor in whole])).to("cpu", store.dtype)
                 for (key, _), latent in zip(whole, latents, strict=True):
-                    store.put(key, latent)
+                    store.put(key.decode(), latent)
             bar.update(len(batch))
     store.flush()
-    broken = {place % n: problems[key] for column in keys for place, key in enumerate(column) if key in problems}
-    return store, broken
-
-
-def _batches(jobs: Iterable[_Job]) -> Iterator[list[_Job]]:
-    """The jobs in batches of one size each."""
-    by_size: dict[tuple[int, int], list[_Job]] = {}
-    for job in jobs:
-        by_size.setdefault((job.framed.width, job.framed.height), []).append(job)
-    for (width, height), members in by_size.items():
-        size = max(1, min(64, BATCH_PIXELS // (width * height)))
-        for start in range(0, len(members), size):
-            yield members[start : start + size]
+    return store, jobs.rows(problems)
 
 
 def _read_ahead(batches: Iterator[list[_Job]]) -> Iterator[tuple[list[_Job], list[Tensor | UserError]]]:
     """Each batch with its pictures; the next one is read while the last one is worked on."""
-    with ThreadPoolExecutor(1) as reader:
-        waiting: deque[tuple[list[_Job], Future]] = deque()
+    with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as readers:
+        waiting: deque[tuple[list[_Job], list[Future]]] = deque()
         for batch in itertools.chain(batches, [None]):
             if batch is not None:
-                waiting.append((batch, reader.submit(lambda batch: [job.read() for job in batch], batch)))
+                waiting.append((batch, [readers.submit(job.read) for job in batch]))
             while len(waiting) > 1 or (batch is None and waiting):
                 done, pictures = waiting.popleft()
-                yield done, pictures.result()
+                yield done, [picture.result() for picture in pictures]
 
 
-def _check_room(store: TensorStore, jobs: Sequence[_Job], factor: int) -> None:
+def _check_room(store: TensorStore, n: int, latent_pixels: int) -> None:
     """Refuses to begin what the disk cannot hold."""
-    latent_pixels = sum(job.framed.width * job.framed.height for job in jobs) // factor**2
     needed = 4 * latent_pixels * store.dtype.itemsize
     place = next(folder for folder in (store.folder, *store.folder.parents) if folder.exists())
     free = shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
-            f"the cache needs {needed / 2**30:.1f} GiB for {len(jobs)} latents, and {place} has {free / 2**30:.1f} GiB "
+            f"the cache needs {needed / 2**30:.1f} GiB for {n} latents, and {place} has {free / 2**30:.1f} GiB "
             "left: make room, choose another place with cache_dir=<folder>, or use cache=off"
         )

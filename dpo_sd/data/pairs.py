@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,7 +86,7 @@ class Pairs:
             label=[_label(p, soft_labels) for p in usable],
             weight=by_prompt(prompts) if weight_by_prompt else None,
             report=report,
-            resolve=lambda path: image_file(self.folder, path),
+            resolve=_Inside(self.folder),
         )
         if not rows:
             raise UserError(f"no decided pair of {self.folder} can be read: {report[-1]}")
@@ -106,6 +107,23 @@ class Pairs:
             return [{key: lora[key] for key in ("path", "weight", "sha256")} for lora in record["loras"]]
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+
+class _Inside:
+    """`image_file` for many files of a folder: the folders in it are looked at once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._known: set[str] = set()
+
+    def __call__(self, path: str) -> Path:
+        parent, file = os.path.dirname(path), os.path.join(self.folder, path)
+        if parent in self._known and not os.path.islink(file):
+            return Path(file)
+        checked = image_file(self.folder, path)
+        if (self.folder / parent).resolve().is_relative_to(self.folder.resolve()):
+            self._known.add(parent)
+        return checked
 
 
 def _changed(samples: Any, preferences: Sequence[Preference]) -> dict[int, str]:

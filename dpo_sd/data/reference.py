@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -22,20 +24,24 @@ log = logging.getLogger(__name__)
 class ReferenceErrors:
     """Errors of the reference on every pair at each of its draws, in memory, and on disk for later runs.
 
+    What is once known never changes, so that a run that is continued reads the numbers that it has computed.
+
     Args:
         folder: of all that was computed under the same base, reference, seed, precision and weighting: a change of any
             of these is another folder.
-        sample_ids: content ids of the pairs, (n,), int64.
+        content_ids: of the pairs' pictures and prompts, (n,), int64, see `PreparedSamples`.
         draws: noises and timesteps per pair, at least 1.
         rank: which process this is; each writes a file of its own and reads those of all.
     """
 
-    def __init__(self, folder: Path, sample_ids: np.ndarray, draws: int, rank: int = 0):
+    def __init__(self, folder: Path, content_ids: np.ndarray, draws: int, rank: int = 0):
         import torch
 
-        self.folder, self.sample_ids, self.draws = folder, sample_ids, draws
-        self.file = folder / f"{rank:04d}.npz"
-        self.errors = torch.full((len(sample_ids), draws, 2), torch.nan)
+        self.folder, self.content_ids, self.draws = folder, content_ids, draws
+        pairs = hashlib.sha256(np.ascontiguousarray(content_ids).tobytes()).hexdigest()[:12]
+        self.file = folder / f"{pairs}-{draws}-{rank}.npz"  # other pairs of the same reference keep theirs
+        self.errors = torch.full((len(content_ids), draws, 2), torch.nan)
+        self.known = torch.zeros((len(content_ids), draws), dtype=torch.bool)
         self.hits = self.asked = 0
         self._pending: list[tuple[list[int], list[int], PairErrors]] = []  # on the device until they are asked for
         self._load()
@@ -43,58 +49,66 @@ class ReferenceErrors:
     def _load(self) -> None:
         import torch
 
-        order = np.argsort(self.sample_ids, kind="stable")
-        known = self.sample_ids[order]
+        order = np.argsort(self.content_ids, kind="stable")
+        sorted_ids = self.content_ids[order]
         for file in sorted(self.folder.glob("*.npz")):
             try:
                 with np.load(file, allow_pickle=False) as kept:
-                    ids, errors = kept["sample_ids"], kept["errors"]
-            except (OSError, ValueError, KeyError, EOFError) as error:
+                    ids, errors = kept["content_ids"], kept["errors"]
+                if ids.shape != errors.shape[:1] or errors.shape[2:] != (2,):
+                    raise ValueError("its columns do not belong together")
+            except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
                 log.warning("%s cannot be read (%s): its errors are computed anew", file, error)
                 continue
-            places = np.searchsorted(known, ids).clip(max=len(known) - 1)
-            mine = known[places] == ids
-            rows, draws = order[places[mine]], min(self.draws, errors.shape[1])
-            values = torch.from_numpy(errors[mine][:, :draws])
+            by_id = np.argsort(ids, kind="stable")
+            places = np.searchsorted(ids[by_id], sorted_ids).clip(max=max(len(ids) - 1, 0))
+            mine = ids[by_id][places] == sorted_ids if len(ids) else np.zeros(len(sorted_ids), bool)
+            rows, draws = order[mine], min(self.draws, errors.shape[1])
+            values = torch.from_numpy(errors[by_id[places[mine]]][:, :draws])
             now = self.errors[rows, :draws]
             self.errors[rows, :draws] = torch.where(now.isnan(), values, now)
+        self.known = ~self.errors.isnan().any(dim=-1)
 
     @property
     def filled(self) -> float:
         """Share of all errors that are known, in [0, 1]."""
-        self._settle()
-        return 1 - float(self.errors.isnan().any(dim=-1).float().mean())
+        return float(self.known.float().mean())
 
-    def get(self, rows: Sequence[int], draws: Sequence[int]) -> tuple[Tensor, Tensor] | None:
-        """Errors on chosen and rejected, each (pairs,), fp32, on the CPU; None where one of them is not known."""
-        self.asked += len(rows)
-        found = self.errors[list(rows), list(draws)]
-        if found.isnan().any():
+    def get(self, rows: Sequence[int], draws: Sequence[int]) -> tuple[Tensor, PairErrors]:
+        """Which of the errors are known, (pairs,), bool; and the errors, each (pairs,), fp32, NaN where they are not.
+
+        All on the CPU.
+        """
+        from dpo_sd.losses import PairErrors
+
+        place = list(rows), list(draws)
+        known = self.known[place]
+        if known.any():
             self._settle()
-            found = self.errors[list(rows), list(draws)]
-            if found.isnan().any():
-                return None
-        self.hits += len(rows)
-        chosen, rejected = found.unbind(-1)
-        return chosen.contiguous(), rejected.contiguous()
+        self.asked += len(rows)
+        self.hits += int(known.sum())
+        chosen, rejected = self.errors[place].unbind(-1)
+        return known, PairErrors(chosen.contiguous(), rejected.contiguous())
 
     def put(self, rows: Sequence[int], draws: Sequence[int], errors: PairErrors) -> None:
-        """Keeps errors, each (pairs,); they may stay on the device until somebody asks, so that no step waits."""
+        """Keeps errors, each (pairs,), where none are known; they may stay on the device, so that no step waits."""
         self._pending.append((list(rows), list(draws), errors))
+        self.known[list(rows), list(draws)] = True
 
     def _settle(self) -> None:
         import torch
 
         for rows, draws, errors in self._pending:
-            self.errors[rows, draws] = torch.stack(list(errors), dim=-1).float().cpu()
+            values, now = torch.stack(list(errors), dim=-1).float().cpu(), self.errors[rows, draws]
+            self.errors[rows, draws] = torch.where(now.isnan(), values, now)
         self._pending.clear()
 
     def save(self) -> None:
         """Writes what is known; a folder that cannot be written costs later runs the cache, not this one its result."""
         self._settle()
-        known = (~self.errors.isnan().any(dim=-1)).any(dim=-1).numpy()
+        some = self.known.any(dim=-1).numpy()
         try:
             with replacing(self.file) as temporary, open(temporary, "wb") as file:
-                np.savez(file, sample_ids=self.sample_ids[known], errors=self.errors.numpy()[known])
+                np.savez(file, content_ids=self.content_ids[some], errors=self.errors.numpy()[some])
         except OSError as error:
             log.warning("%s cannot be written (%s): these errors will be computed again", self.file, error)

@@ -189,8 +189,7 @@ def _drawn(
     settings: dict[str, Any] = {"model": model.fingerprint, "lora": adapter_key(model, "reference")}
     settings |= {"arithmetic": f"{model.unet.dtype} on {model.device}", **sampler.settings()}
     keys = [content_key(**settings, prompt=prompt, seed=seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-    missing = set(store.missing(keys))
-    todo = [row for row, key in enumerate(keys) if key in missing]
+    todo = np.flatnonzero(store.lacks(keys)).tolist()
     with tqdm(total=len(keys), initial=len(keys) - len(todo), desc=what, unit="picture") as bar, reference(model):
         for start in range(0, len(todo), CHUNK):
             rows = todo[start : start + CHUNK]

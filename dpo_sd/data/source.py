@@ -123,12 +123,17 @@ def encode_drawn(
     import numpy as np
 
     from dpo_sd.data.batches import Latents, PreparedSamples, Prompts
+    from dpo_sd.noise import sample_id
 
     n, texts = len(prompts), sorted(set(prompts))
     place = {prompt: row for row, prompt in enumerate(texts)}
     hidden, pooled = model.encode_prompts([*texts, ""])
     side = model.resolution
     time_ids = np.tile(np.array([side, side, 0, 0, side, side], np.int32), (n, 1))
+    pictures = zip(chosen, strict=True) if rejected is None else zip(chosen, rejected, strict=True)
+    contents = [
+        sample_id(text, *(each.tobytes() for each in pair)) for text, pair in zip(prompts, pictures, strict=True)
+    ]
     return PreparedSamples(
         chosen=Latents(encode_images(model, chosen), time_ids),
         rejected=None if rejected is None else Latents(encode_images(model, rejected), time_ids),
@@ -136,6 +141,7 @@ def encode_drawn(
         label=np.ones(n, np.float32),
         weight=np.ones(n, np.float32),
         sample_ids=np.array(sample_ids, np.int64),
+        content_ids=np.array(contents, np.int64),
     )
 
 
@@ -157,12 +163,15 @@ def encode_bytes(model: StableDiffusion, pixels: torch.Tensor) -> torch.Tensor:
     return model.encode_pixels(pixels.to(model.vae.device, model.vae.dtype) / 127.5 - 1)
 
 
-def encode_texts(model: StableDiffusion, texts: Sequence[str], rows: Sequence[int], cache: Cache) -> Prompts:
+def encode_texts(
+    model: StableDiffusion, texts: Sequence[str], rows: Sequence[int], cache: Cache, report: list[str]
+) -> Prompts:
     """Prompts with what the text encoders make of them, kept in the cache unless the step is to ask them itself.
 
     Args:
         texts: each once.
         rows: which of them each sample has.
+        report: gets a line for what the cache held and cannot be read.
     """
     import numpy as np
     from tqdm import tqdm
@@ -176,8 +185,8 @@ def encode_texts(model: StableDiffusion, texts: Sequence[str], rows: Sequence[in
     wanted = [*texts, ""]
     encoder = [model.fingerprints.text, adapter_key(model, "policy", "text_encoder")]  # a LoRA may change it too
     keys = [content_key(kind="text 1", encoder=encoder, text=text) for text in wanted]
-    missing = set().union(*(store.missing(keys) for store in stores))
-    todo = [(key, text) for key, text in zip(keys, wanted, strict=True) if key in missing]
+    lacking = np.any([store.lacks(keys) for store in stores], axis=0)
+    todo = [(key, text) for key, text, lacks in zip(keys, wanted, lacking, strict=True) if lacks]
     with model.working(*model.text_encoders), tqdm(total=len(todo), desc="encoding prompts", disable=not todo) as bar:
         for start in range(0, len(todo), 64):
             part = todo[start : start + 64]
@@ -188,6 +197,7 @@ def encode_texts(model: StableDiffusion, texts: Sequence[str], rows: Sequence[in
             bar.update(len(part))
     for store in stores:
         store.flush()
+        report += store.notes
     hidden, *pooled = (store.rows(keys) for store in stores)
     return Prompts(texts, np.asarray(rows), hidden, pooled[0] if pooled else None)
 

@@ -9,6 +9,7 @@ import os
 import struct
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 SHARD = 256  # tensors: what a killed run has to compute again at most
 OPEN = 64  # shards that are kept open for reading
 KEY = 24  # hexadecimal digits
+_DAMAGE = (ValueError, struct.error, AttributeError, TypeError, KeyError, IndexError, RecursionError)
 
 
 def content_key(**made_from: Any) -> str:
@@ -43,43 +45,49 @@ class TensorStore:
 
     def __init__(self, folder: Path, dtype: torch.dtype):
         self.folder, self.dtype = folder, dtype
+        self.notes: list[str] = []
         self._waiting: dict[str, Tensor] = {}
+        self._stale = False  # whether the index lacks what was written since
         self._read_index()
 
     def _read_index(self) -> None:
         """Where every key lies, as sorted columns: Python objects would not do for millions."""
-        self.files, self.notes = [], []
-        keys, shards, offsets, shapes = [], [], [], []
+        self.files: list[Path] = []
+        keys, shards, offsets, numbers = [], [], [], []
+        known: dict[tuple[int, ...], int] = {}
         for file in sorted(self.folder.glob("*.safetensors")):
             try:
                 start, header = _header(file)
-            except (OSError, ValueError, struct.error) as error:
+                shapes = [tuple(map(int, entry["shape"])) for entry in header.values()]
+                offsets.append(np.array([entry["data_offsets"][0] for entry in header.values()], np.int64) + start)
+            except OSError as error:
                 self.notes.append(f"{file} cannot be read ({error}): what it held is computed anew")
                 continue
-            for key, entry in header.items():
-                keys.append(key.encode())
-                shards.append(len(self.files))
-                offsets.append(start + entry["data_offsets"][0])
-                shapes.append(tuple(entry["shape"]))
+            except _DAMAGE as error:
+                self.notes.append(f"{file} is damaged ({error}): it is deleted, and what it held is computed anew")
+                with suppress(OSError):
+                    file.unlink()
+                continue
+            keys.append(np.array([key.encode() for key in header], f"S{KEY}"))
+            shards.append(np.full(len(header), len(self.files), np.int32))
+            numbers.append(np.array([known.setdefault(shape, len(known)) for shape in shapes], np.int16))
             self.files.append(file)
-        known = sorted(set(shapes))
-        number = {shape: index for index, shape in enumerate(known)}
-        order = np.argsort(np.array(keys, dtype=f"S{KEY}"), kind="stable")
-        self.shapes = known
-        self._keys = np.array(keys, dtype=f"S{KEY}")[order]
-        self._shards = np.array(shards, dtype=np.int32)[order]
-        self._offsets = np.array(offsets, dtype=np.int64)[order]
-        self._shape_numbers = np.array([number[shape] for shape in shapes], dtype=np.int16)[order]
+        self.shapes, self._stale = list(known), False
+        together = np.concatenate([np.empty(0, f"S{KEY}"), *keys])
+        order = np.argsort(together, kind="stable")
+        self._keys = together[order]
+        self._shards = np.concatenate([np.empty(0, np.int32), *shards])[order]
+        self._offsets = np.concatenate([np.empty(0, np.int64), *offsets])[order]
+        self._shape_numbers = np.concatenate([np.empty(0, np.int16), *numbers])[order]
 
-    def missing(self, keys: Sequence[str]) -> list[str]:
-        """Those of the keys that nothing is kept under, each once."""
-        unique = list(dict.fromkeys(keys))
-        places = self._places(unique)
-        return [key for key, place in zip(unique, places, strict=True) if place < 0 and key not in self._waiting]
+    def lacks(self, keys: Sequence[str] | np.ndarray) -> np.ndarray:
+        """Whether nothing is kept under each key: (n,), bool."""
+        wanted = _columns(keys)
+        lacking = self._places(wanted) < 0
+        return lacking & ~np.isin(wanted, _columns(list(self._waiting))) if self._waiting else lacking
 
-    def _places(self, keys: Sequence[str]) -> np.ndarray:
+    def _places(self, wanted: np.ndarray) -> np.ndarray:
         """The row of the index that holds each key, -1 for none."""
-        wanted = np.array([key.encode() for key in keys], dtype=f"S{KEY}")
         if not len(self._keys):
             return np.full(len(wanted), -1)
         places = np.searchsorted(self._keys, wanted).clip(max=len(self._keys) - 1)
@@ -96,14 +104,15 @@ class TensorStore:
             self._write()
 
     def flush(self) -> None:
-        """Writes what waits, and reads the index anew.
+        """Writes what waits; it can be read afterwards.
 
         Raises:
             UserError: as `put`.
         """
         if self._waiting:
             self._write()
-        self._read_index()
+        if self._stale:
+            self._read_index()
 
     def _write(self) -> None:
         from safetensors import SafetensorError
@@ -119,17 +128,17 @@ class TensorStore:
                 f"{file} cannot be written ({error}): make room, or choose another place with cache_dir=<folder>; "
                 "what is complete is kept"
             ) from error
-        self._waiting = {}
+        self._waiting, self._stale = {}, True
 
-    def rows(self, keys: Sequence[str]) -> StoredTensors:
+    def rows(self, keys: Sequence[str] | np.ndarray) -> StoredTensors:
         """The tensors under these keys, in this order, to be read from disk one by one.
 
         Raises:
             KeyError: when one is missing; `flush` comes before.
         """
-        places = self._places(keys)
+        places = self._places(_columns(keys))
         if (places < 0).any():
-            raise KeyError(keys[int(np.argmax(places < 0))])
+            raise KeyError(str(keys[int(np.argmax(places < 0))]))
         columns = (self._shards[places], self._offsets[places], self._shape_numbers[places])
         return StoredTensors(self.files, self.shapes, self.dtype, *columns)
 
@@ -173,7 +182,10 @@ class StoredTensors:
         if shard in self._open:
             self._open.move_to_end(shard)
         else:
-            self._open[shard] = os.open(self.files[shard], os.O_RDONLY)
+            try:
+                self._open[shard] = os.open(self.files[shard], os.O_RDONLY)
+            except FileNotFoundError as error:
+                raise UserError(f"{self.files[shard]} was deleted while it was in use: start again") from error
             if len(self._open) > OPEN:
                 os.close(self._open.popitem(last=False)[1])
         return self._open[shard]
@@ -184,6 +196,10 @@ class StoredTensors:
     def __del__(self) -> None:
         for descriptor in getattr(self, "_open", {}).values():
             os.close(descriptor)
+
+
+def _columns(keys: Sequence[str] | np.ndarray) -> np.ndarray:
+    return np.asarray(keys).astype(f"S{KEY}")
 
 
 def _header(file: Path) -> tuple[int, dict[str, Any]]:

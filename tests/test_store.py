@@ -1,0 +1,185 @@
+"""The store of tensors: what is kept comes back to the bit, and what goes wrong costs no more than its shard."""
+
+from __future__ import annotations
+
+import errno
+import json
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_sd.data import store as store_module
+from dpo_sd.data.store import TensorStore, content_key
+from dpo_sd.errors import UserError
+
+
+def key(number: int) -> str:
+    return content_key(number=number)
+
+
+def fill(store: TensorStore, numbers: range) -> None:
+    for number in numbers:
+        store.put(key(number), torch.full((2, number % 3 + 1), float(number)))
+
+
+@pytest.fixture
+def shards_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "SHARD", 4)
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def test_what_is_kept_comes_back_in_any_order_and_in_another_process(tmp_path, shards_of_four):
+    store = TensorStore(tmp_path / "new" / "folder", torch.float32)
+    fill(store, range(10))
+    store.flush()
+    for each in (store, TensorStore(store.folder, torch.float32)):
+        rows = each.rows([key(number) for number in (7, 0, 9, 7)])
+        assert len(rows) == 4
+        assert [rows[row].flatten().tolist() for row in range(4)] == [[7.0] * 4, [0.0] * 2, [9.0] * 2, [7.0] * 4]
+        assert [rows.shape(row) for row in range(4)] == [(2, 2), (2, 1), (2, 1), (2, 2)]
+        assert torch.equal(pickle.loads(pickle.dumps(rows))[2], rows[2])
+    assert len(shards(store.folder)) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.uint8])
+def test_tensors_are_kept_in_the_precision_of_the_store(tmp_path, dtype):
+    store = TensorStore(tmp_path, dtype)
+    store.put(key(0), torch.arange(6.0).view(2, 3).T)
+    store.flush()
+    (tensor,) = store.rows([key(0)])
+    assert tensor.dtype == dtype and tensor.tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_what_is_lacking_is_known_before_and_after_the_flush(tmp_path):
+    store = TensorStore(tmp_path, torch.float32)
+    asked = [key(number) for number in range(4)]
+    assert store.lacks(asked).tolist() == [True] * 4
+    fill(store, range(1, 3))
+    for _ in range(2):
+        assert store.lacks(asked).tolist() == store.lacks(np.array(asked, "S24")).tolist() == [True, False, False, True]
+        store.flush()
+    assert store.lacks([]).tolist() == []
+    with pytest.raises(KeyError, match=key(3)):
+        store.rows([key(1), key(3)])
+
+
+def test_a_kill_costs_what_was_waiting_and_leaves_complete_shards(tmp_path, shards_of_four):
+    fill(TensorStore(tmp_path, torch.float32), range(10))  # and no flush
+    after = TensorStore(tmp_path, torch.float32)
+    assert after.lacks([key(number) for number in range(10)]).tolist() == [False] * 8 + [True] * 2
+    assert after.notes == []
+
+
+def test_a_kill_in_the_middle_of_a_shard_leaves_no_shard(tmp_path, shards_of_four, monkeypatch):
+    def killed(*names: Any) -> None:
+        raise KeyboardInterrupt
+
+    store = TensorStore(tmp_path, torch.float32)
+    fill(store, range(4))
+    monkeypatch.setattr("dpo_sd.files.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fill(store, range(4, 8))
+    assert len(shards(tmp_path)) == 1
+    assert TensorStore(tmp_path, torch.float32).notes == []
+
+
+def test_a_full_disk_is_said_and_what_is_complete_stays(tmp_path, shards_of_four, monkeypatch):
+    store = TensorStore(tmp_path, torch.float32)
+    fill(store, range(4))
+
+    def full(tensors: Any, file: Path) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(UserError, match=r"No space left on device.*cache_dir=<folder>; what is complete is kept"):
+        fill(store, range(4, 8))
+    assert [file.name for file in tmp_path.iterdir()] == [shards(tmp_path)[0].name]
+    assert not TensorStore(tmp_path, torch.float32).lacks([key(number) for number in range(4)]).any()
+
+
+def header(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: b"",
+        lambda whole: b"<!DOCTYPE html>" * 20,
+        lambda whole: whole[:-1],
+        lambda whole: whole[:20],
+        lambda whole: header(b"[1, 2]"),
+        lambda whole: header(b'{"key": {"shape": [1]}}'),
+        lambda whole: header(b'{"key": 3}'),
+        lambda whole: header(b"\xff\xfe"),
+        lambda whole: header(json.dumps({"key": {"shape": ["x"], "data_offsets": [0, 0]}}).encode()),
+    ],
+)
+def test_a_damaged_shard_is_said_and_taken_away_and_the_others_are_read(tmp_path, shards_of_four, damage):
+    fill(TensorStore(tmp_path, torch.float32), range(8))
+    broken, whole = shards(tmp_path)
+    held = [number for number in range(8) if key(number).encode() in broken.read_bytes()]
+    broken.write_bytes(damage(broken.read_bytes()))
+    store = TensorStore(tmp_path, torch.float32)
+    (note,) = store.notes
+    assert str(broken) in note and "computed anew" in note
+    assert store.lacks([key(number) for number in range(8)]).tolist() == [number in held for number in range(8)]
+    assert shards(tmp_path) == [whole]
+    fill(store, range(8))
+    store.flush()
+    assert TensorStore(tmp_path, torch.float32).notes == []
+    assert store.rows([key(5)])[0].unique().tolist() == [5.0]
+
+
+def test_two_runs_that_write_the_same_at_once_read_the_same(tmp_path, shards_of_four):
+    one, other = TensorStore(tmp_path, torch.float32), TensorStore(tmp_path, torch.float32)
+    fill(one, range(6))
+    fill(other, range(2, 8))
+    one.flush()
+    other.flush()
+    rows = TensorStore(tmp_path, torch.float32).rows([key(number) for number in range(8)])
+    assert [float(rows[number].mean()) for number in range(8)] == list(range(8))
+
+
+def test_only_so_many_shards_are_open_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "SHARD", 1)
+    monkeypatch.setattr(store_module, "OPEN", 3)
+    store = TensorStore(tmp_path, torch.float32)
+    fill(store, range(12))
+    store.flush()
+    rows = store.rows([key(number) for number in range(12)])
+    for _ in range(2):
+        assert [int(rows[number].mean()) for number in range(12)] == list(range(12))
+    assert len(rows._open) == 3
+
+
+def test_a_shard_that_vanishes_or_shrinks_during_a_run_is_named(tmp_path):
+    store = TensorStore(tmp_path, torch.float32)
+    fill(store, range(2))
+    store.flush()
+    rows, (file,) = store.rows([key(0), key(1)]), shards(tmp_path)
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(UserError, match=f"{file} is cut short"):
+        [rows[row] for row in range(2)]
+    file.unlink()
+    with pytest.raises(UserError, match=f"{file} was deleted while it was in use"):
+        store.rows([key(0)])[0]
+
+
+def test_the_key_depends_on_every_ingredient_and_not_on_their_order():
+    made_from: dict[str, Any] = {"model": "a", "steps": 12, "guidance": 4.0, "prompts": ["x", "y"], "seeds": [1, 2]}
+    changes: list[dict[str, Any]] = [
+        {"model": "b"}, {"steps": 13}, {"guidance": 4.5}, {"prompts": ["y", "x"]}, {"seeds": [1, 3]}, {"more": None},
+    ]  # fmt: skip
+    keys = {content_key(**made_from), *(content_key(**made_from | change) for change in changes)}
+    assert len(keys) == 1 + len(changes)
+    assert content_key(**dict(reversed(made_from.items()))) == content_key(**made_from)
