@@ -24,7 +24,13 @@ from dpo_sd.annotation import views
 from dpo_sd.annotation.app import Person
 from dpo_sd.annotation.desk import WINDOW, Desk, token
 from dpo_sd.annotation.items import REPEAT_AFTER, implied, judgements, make_items, unjudged, upcoming
-from dpo_sd.annotation.summary import position_words, smoothing_override, summarise, train_command
+from dpo_sd.annotation.summary import (
+    position_words,
+    smoothing_override,
+    smoothing_words,
+    summarise,
+    train_command,
+)
 from dpo_sd.errors import UserError
 from dpo_sd.pairs import Pair, image_uid, pair_id, write_pairs
 from dpo_sd.preferences import REFUSED, Event, flag, standing, vote
@@ -376,7 +382,7 @@ def draw(folder: Path, pair: Pair, seed: int = 0) -> Pair:
     for image in (pair.image_0, pair.image_1):
         (folder / image).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(folder / image)
-    uids = [image_uid(folder / image) for image in (pair.image_0, pair.image_1)]
+    uids = image_uid(folder / pair.image_0), image_uid(folder / pair.image_1)
     return Pair(pair_id(pair.prompt, *uids), pair.prompt, pair.image_0, pair.image_1, *uids)
 
 
@@ -461,8 +467,8 @@ def test_the_summary_of_a_few_votes(pairs):
     assert (ben.votes, ben.seconds, ben.steady, ben.flip_rate) == (2, None, None, None)
     assert summary.statuses == {"disputed": 1, "image_1": 1, "tie": 1, "skipped": 1, "undecided": 196}
     assert [(model, rate.rate, rate.n) for model, rate in summary.models] == [
-        ("tiny + style:0.8", 0.7, 5),  # of a: one and one, of b: two, of c: half
-        ("tiny", 0.3, 5),
+        ("tiny + style:0.8", pytest.approx(2 / 3), 3),  # of a: half, of b: all, of c: half
+        ("tiny", pytest.approx(1 / 3), 3),
     ]
     assert summary.shared == 2
     assert summary.agreement == pytest.approx(0.0)  # one of two agrees, and half would by chance
@@ -473,6 +479,12 @@ def test_pairs_drawn_by_one_model_have_no_win_rates():
     assert summarise([pair], [vote(pair, "image_0", "image_0", "anna")]).models == []
 
 
+def test_a_pair_reported_as_unfit_is_in_no_win_rate(pairs):
+    events = [vote(pairs[0], "image_0", "image_0", "anna"), vote(pairs[1], "image_0", "image_0", "anna")]
+    ((_, rate), _) = summarise(pairs, [*events, flag(pairs[0], "image_0", "ben")]).models
+    assert rate.n == 1
+
+
 @pytest.mark.parametrize(("alike", "smoothing"), [(20, "0.000"), (18, "0.053"), (16, "0.113"), (15, "0.146")])
 def test_steadiness_becomes_the_setting_of_the_loss(pairs, alike, smoothing):
     events = []
@@ -480,14 +492,18 @@ def test_steadiness_becomes_the_setting_of_the_loss(pairs, alike, smoothing):
         events.append(vote(pair, "image_0", "image_0", "anna"))
         choice = "image_0" if k < alike else "image_1"
         events.append(vote(pair, choice, "image_1", "anna", repeat_of=events[-1].event_id))
-    assert smoothing_override(summarise(pairs, events).together) == f"loss.label_smoothing={smoothing}"
+    together = summarise(pairs, events).together
+    assert smoothing_override(together) == f"loss.label_smoothing={smoothing}"
+    assert f"so {smoothing} [" in smoothing_words(together)
 
 
 def test_repeats_answered_by_chance_give_no_setting(pairs):
     first = vote(pairs[0], "image_0", "image_0", "anna")
     again = vote(pairs[0], "image_1", "image_1", "anna", repeat_of=first.event_id)
     assert smoothing_override(summarise(pairs, [first, again]).together) is None
+    assert "as good as chance" in smoothing_words(summarise(pairs, [first, again]).together)
     assert smoothing_override(summarise(pairs, [first]).together) is None
+    assert "not known yet" in smoothing_words(summarise(pairs, [first]).together)
 
 
 @pytest.mark.parametrize(
@@ -507,8 +523,11 @@ def test_a_habit_of_sides_is_only_claimed_when_there_are_votes_enough(pairs, lef
 
 @pytest.mark.parametrize("name", ["pairs/style", "my pairs", "a,b", "it's", "a=b [x]", "back\\'s", "end\\", "ü"])
 def test_the_train_command_survives_the_shell_and_hydra(tmp_path, name):
-    (tmp_path / "generate.json").write_text('{"loras": [{"path": "outputs/style/2031-05-17_12-00-00"}]}')
-    assert "lora.init_from=outputs/style/2031-05-17_12-00-00" in train_command(tmp_path)
+    drawn_by = {"model": "tiny", "loras": [{"path": "outputs/style/2031-05-17_12-00-00"}]}
+    (tmp_path / "generate.json").write_text(json.dumps(drawn_by))
+    assert train_command(tmp_path).endswith(" lora.init_from=outputs/style/2031-05-17_12-00-00")
+    (tmp_path / "generate.json").write_text(json.dumps(drawn_by | {"model": "sdxl"}))
+    assert " model=sdxl lora.init_from=" in train_command(tmp_path)
     words = shlex.split(train_command(Path(name)))
     assert words[:4] == ["python", "-m", "dpo_sd.train", "experiment=style_dpo"]
     override = OverridesParser.create().parse_override(words[4])

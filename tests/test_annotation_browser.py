@@ -61,9 +61,11 @@ WATCH = """
 """
 
 
-def make_folder(folder: Path, n: int = 60, size: int = 96, per_set: int = 2, prompts: list[str] | None = None) -> Path:
+def make_folder(
+    folder: Path, n: int = 60, size: int = 96, per_set: int = 2, prompts: list[str] | None = None, seed: int = 0
+) -> Path:
     """Pairs, or sets, of noise in different colours."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     pairs = []
     (folder / "images").mkdir(parents=True)
     for i in range(n):
@@ -164,11 +166,15 @@ def ready(page: Any) -> None:
     page.wait_for_function("() => window.panes().length >= 2 && window.panes().every((name) => name.length === 32)")
 
 
-def votes(folder: Path) -> list[Any]:
-    """The votes that stand, in the order of the log."""
+def log_of(folder: Path) -> list[Any]:
+    """The votes and flags that stand, in the order of the log."""
     ids = {pair.pair_id for pair in read_pairs(folder)}
     file = folder / "annotations.jsonl"
-    return [each for each in standing(read_events(file, ids)) if each.event_type == "vote"] if file.exists() else []
+    return standing(read_events(file, ids)) if file.exists() else []
+
+
+def votes(folder: Path) -> list[Any]:
+    return [each for each in log_of(folder) if each.event_type == "vote"]
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 20) -> Any:
@@ -305,6 +311,42 @@ def test_a_held_f_shows_the_one_picture_in_the_place_of_the_other(serve, open_pa
     assert not votes(folder)
 
 
+def test_x_reports_a_pair_as_unfit_and_backspace_takes_that_back(serve, open_page, folder):
+    page = open_page(serve(folder))
+    before = page.evaluate("window.panes()")
+    page.keyboard.press("x")
+    wait_for(lambda: [each.event_type for each in log_of(folder)] == ["flag"])
+    assert page.evaluate("window.panes()") != before
+    page.keyboard.press("Backspace")
+    wait_for(lambda: log_of(folder) == [])
+    assert page.evaluate("window.panes()") == before
+    page.get_by_role("button", name="Unfit").click()
+    assert wait_for(lambda: log_of(folder))[0].input == "mouse"
+
+
+def test_a_picture_is_chosen_with_tab_and_enter_also_after_it_was_dragged(serve, open_page, folder):
+    page = open_page(serve(folder))
+    pane = page.locator(".pane").first
+    box = pane.bounding_box()
+    page.mouse.move(box["x"] + 100, box["y"] + 100)
+    page.mouse.wheel(0, -400)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 180, box["y"] + 160, steps=5)
+    page.mouse.up()
+    pane.focus()
+    page.keyboard.press("Enter")
+    event = wait_for(lambda: votes(folder))[0]
+    assert (event.choice, event.input) == (event.left_image, "key")
+
+
+def test_words_below_the_pictures_do_not_move_them(serve, open_page, folder):
+    page = open_page(serve(folder))
+    before = page.locator(".pane").first.bounding_box()
+    page.keyboard.press("1")
+    page.get_by_text("Left chosen.").wait_for()
+    assert page.locator(".pane").first.bounding_box() == before
+
+
 # ---- nothing is lost
 
 
@@ -353,6 +395,36 @@ def test_a_disk_that_is_full_is_said_and_the_vote_is_saved_once_there_is_room(se
     resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     wait_for(lambda: len(votes(folder)) == 2)
     page.get_by_text("vote not saved").first.wait_for(state="hidden", timeout=10_000)
+
+
+def test_a_vote_that_can_never_be_saved_is_said_and_kept_and_holds_nothing_up(serve, open_page, folder):
+    server = serve(folder)
+    page = open_page(server)
+    page.keyboard.press("1")
+    page.get_by_text("Saved", exact=True).wait_for()
+    server.kill()
+    page.keyboard.press("2")
+    page.evaluate(
+        """() => {
+        for (const [key, value] of Object.entries(localStorage).filter(([key]) => key.startsWith("dpo_sd.vote."))) {
+          localStorage.setItem(key, value.replace(/"item":"[0-9a-f]+"/, '"item":"of pairs drawn anew since"'));
+          localStorage.setItem(key.slice(0, -36) + "damaged", "{nonsense");
+        }
+        }"""
+    )
+    context = page.context
+    page.close()
+    serve(folder, port=server.port)
+    page = context.new_page()
+    page.goto(server.url)
+    ready(page)
+    said = page.get_by_text("1 vote not counted but kept in annotations.refused.jsonl")
+    said.wait_for()
+    page.keyboard.press("1")
+    wait_for(lambda: len(votes(folder)) == 2)
+    page.wait_for_timeout(500)
+    assert said.is_visible()
+    assert len((folder / "annotations.refused.jsonl").read_text().splitlines()) == 1
 
 
 def test_two_browsers_on_two_servers_lose_and_double_nothing(serve, open_page, folder):
@@ -418,6 +490,24 @@ def test_neither_the_page_nor_its_addresses_tell_what_drew_a_picture(serve, open
     everything = page.content() + page.locator(".annotator").evaluate("e => e.outerHTML") + "".join(asked)
     for secret in ("secret", "image_0", "image_1", "00000-0", ".png"):
         assert secret not in everything
+
+
+def test_pictures_of_a_former_folder_on_the_same_port_are_not_shown_again(serve, open_page, tmp_path):
+    former, newer = (make_folder(tmp_path / name / "pairs", 2, seed=seed) for seed, name in enumerate(("a", "b")))
+    server = serve(former)
+    page = open_page(server)
+    server.kill()
+    serve(newer, port=server.port)
+    page.goto(server.url)
+    ready(page)
+    shown = page.evaluate(
+        """() => Promise.all(window.panes().map(async (name) => {
+        const answer = await fetch(`/pair-image/${name}`);
+        const digest = await crypto.subtle.digest("SHA-256", await answer.arrayBuffer());
+        return [...new Uint8Array(digest)].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+        }))"""
+    )
+    assert set(shown) in [{pair.image_0_uid, pair.image_1_uid} for pair in read_pairs(newer)]
 
 
 def test_a_picture_that_cannot_be_read_can_only_be_skipped(serve, open_page, tmp_path):

@@ -266,9 +266,9 @@ def test_images_of_other_modes_come_as_rgb(folder: Path, mode: str):
 
 def test_images_whose_bytes_are_no_longer_those_that_were_listed_are_found(folder: Path):
     (folder / "images/b.png").write_bytes((folder / "images/a.png").read_bytes() + b"more")
-    uids = image_uid(folder / "images/a.png"), image_uid(folder / "images/b.png")
-    there = Pair(pair_id("p", *uids), "p", "images/a.png", "images/b.png", *uids)
-    again = Pair(pair_id("q", *uids), "q", "images/b.png", "images/a.png", *uids[::-1])
+    a, b = image_uid(folder / "images/a.png"), image_uid(folder / "images/b.png")
+    there = Pair(pair_id("p", a, b), "p", "images/a.png", "images/b.png", a, b)
+    again = Pair(pair_id("q", b, a), "q", "images/b.png", "images/a.png", b, a)
     assert changed_images(folder, [there, again]) == {}
     (folder / "images/b.png").write_bytes(b"another")
     changed = {there.pair_id: ["images/b.png"], again.pair_id: ["images/b.png"]}

@@ -110,7 +110,7 @@ class Desk:
             return ""
         images = sorted({image for images in changed.values() for image in images})
         named = ", ".join(images[:3]) + (", …" if len(images) > 3 else "")
-        note = f"pictures of {_count(len(changed), 'pair')} have changed since they were voted on: {named}"
+        note = f"pictures of {count(len(changed), 'pair')} have changed since they were voted on: {named}"
         self.log.notes.append(note)
         return note
 
@@ -226,7 +226,7 @@ def refusal(reasons: Sequence[str]) -> str:
     """What to tell an annotator of votes that can never be stored."""
     if not reasons:
         return ""
-    return f"{_count(len(reasons), 'vote')} not counted but kept in {REFUSED}: {reasons[-1]}"
+    return f"{count(len(reasons), 'vote')} not counted but kept in {REFUSED}: {reasons[-1]}"
 
 
 def not_saved(error: OSError) -> str:
@@ -253,7 +253,8 @@ def _digest(text: str) -> str:
     return hashlib.sha256(f"dpo_sd annotation {text}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def _count(n: int, noun: str) -> str:
+def count(n: int, noun: str) -> str:
+    """A number with its noun: "1 pair", "2 pairs"."""
     return f"{n} {noun}{'s' * (n != 1)}"
 
 

@@ -65,7 +65,8 @@ class Summary:
         statuses: pairs by what was decided.
         annotators: by votes, most first; with more than one, `together` has all their votes.
         together: all annotators as one.
-        models: win rates against all others, best first; empty where all pairs were drawn by one.
+        models: win rates against all others, best first; empty where all pairs were drawn by one. Their n are pairs,
+            because several votes on one pair are no independent ones.
         agreement: Krippendorff's α between annotators, None where no pair has two.
         shared: pairs that more than one annotator voted on.
     """
@@ -129,15 +130,15 @@ def _annotator(name: str, votes: Sequence[Event]) -> Annotator:
 
 def _models(preferences: Iterable[Preference]) -> list[tuple[str, WinRate]]:
     wins: Counter[str] = Counter()
-    votes: Counter[str] = Counter()
+    pairs: Counter[str] = Counter()
     for each in preferences:
         model_0, model_1 = each.pair.model_0, each.pair.model_1
-        if model_0 is None or model_1 is None or model_0 == model_1:
-            continue
         directed = each.votes_0 + each.votes_1 + each.votes_tie
-        votes.update({model_0: directed, model_1: directed})
-        wins.update({model_0: each.votes_0 + each.votes_tie / 2, model_1: each.votes_1 + each.votes_tie / 2})
-    rates = [(model, wilson(wins[model], votes[model])) for model in votes if votes[model]]
+        if model_0 is None or model_1 is None or model_0 == model_1 or each.flagged or not directed:
+            continue
+        pairs.update((model_0, model_1))
+        wins.update({model_0: each.label_0, model_1: 1 - each.label_0})
+    rates = [(model, wilson(wins[model], pairs[model])) for model in pairs]
     return sorted(rates, key=lambda each: (-each[1].rate, each[0]))
 
 
@@ -171,6 +172,17 @@ def position_words(who: Annotator) -> str:
     return seen + "no habit to be seen."
 
 
+def smoothing_words(who: Annotator) -> str:
+    """What the repeats say about how many votes are slips."""
+    if who.steady is None or who.flip_rate is None:
+        return "How often votes are slips is not known yet: it takes repeats."
+    low, high = flip_rate(who.steady.high), flip_rate(who.steady.low)
+    seen = f"Repeats were answered alike in {who.steady}, so {who.flip_rate:.3f} [{low:.3f}, {high:.3f}] of the votes"
+    if smoothing_override(who) is None:
+        return seen + " are slips, which is as good as chance: there is nothing to learn from them."
+    return seen + " are slips. To tell the loss, add"
+
+
 def smoothing_override(who: Annotator) -> str | None:
     """The setting that tells the loss how often these votes are slips; None where that is not known."""
     rate = who.flip_rate
@@ -178,12 +190,15 @@ def smoothing_override(who: Annotator) -> str | None:
 
 
 def train_command(folder: Path) -> str:
-    """The command that trains on the preferences of a folder, from the LoRA that drew its images if it was one."""
+    """The command that trains on the preferences of a folder: the model that drew its images, from its LoRA if it had
+    one."""
     words = ["python", "-m", "dpo_sd.train", "experiment=style_dpo", _override("data.pairs", str(folder))]
     try:
-        loras = json.loads((folder / "generate.json").read_text(encoding="utf-8")).get("loras", [])
-        if len(loras) == 1:
-            words.append(_override("lora.init_from", str(loras[0]["path"])))
+        made_by = json.loads((folder / "generate.json").read_text(encoding="utf-8"))
+        if made_by["model"] != "tiny":  # which the experiment has
+            words.append(_override("model", made_by["model"]))
+        if len(made_by["loras"]) == 1:
+            words.append(_override("lora.init_from", made_by["loras"][0]["path"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # the images came from elsewhere
     return shlex.join(words)

@@ -10,7 +10,7 @@ from uuid import uuid4
 import streamlit as st
 from streamlit.components.v2 import component
 
-from dpo_sd.annotation.desk import Desk, Receipt, refusal, token
+from dpo_sd.annotation.desk import Desk, Receipt, count, refusal, token
 from dpo_sd.annotation.items import Mode
 from dpo_sd.errors import UserError
 from dpo_sd.preferences import Preference, fold
@@ -34,7 +34,7 @@ VERDICTS = {
     "both_bad": "both bad",
     "disputed": "disputed",
     "skipped": "skipped",
-    "flagged": "flagged",
+    "flagged": "reported as unfit",
 }
 STYLE = """<style>
 .stMainBlockContainer { padding: 0.75rem 1.5rem; max-width: none; }
@@ -75,7 +75,7 @@ def show() -> None:
     try:
         page.run()
     except (OSError, UserError) as error:  # of a log that can no longer be read
-        st.error("The votes cannot be read:")
+        st.error("The votes cannot be read, so no more are taken. Those not saved yet are kept in this browser.")
         st.text(str(error))
 
 
@@ -124,7 +124,7 @@ def _receive_queue(queue: dict[str, Any] | None) -> bool:
 
 def statistics() -> None:
     """What the votes say, and how far to trust them."""
-    from dpo_sd.annotation.summary import TOO_FAST_MS, position_words, smoothing_override, summarise
+    from dpo_sd.annotation.summary import TOO_FAST_MS, position_words, smoothing_override, smoothing_words, summarise
 
     desk = setting.desk
     desk.log.refresh()
@@ -140,12 +140,12 @@ def statistics() -> None:
             (
                 "Decided pairs",
                 summary.decided,
-                f"{summary.statuses['tie']} ties, {summary.statuses['both_bad']} both bad",
+                f"{count(summary.statuses['tie'], 'tie')}, {summary.statuses['both_bad']} both bad",
             ),
             ("Votes", together.votes, f"{together.skips} skipped, {summary.statuses['flagged']} reported as unfit"),
             ("Disputed pairs", summary.statuses["disputed"], "as many votes for one as for the other"),
             ("Steady", _percent(together.steady), "repeats answered as at first"),
-            ("Agreement α", _number(summary.agreement), f"Krippendorff, {summary.shared} shared pairs"),
+            ("Agreement α", _number(summary.agreement), f"Krippendorff, {count(summary.shared, 'shared pair')}"),
         ],
         strict=True,
     ):
@@ -154,7 +154,7 @@ def statistics() -> None:
 
     if summary.models:
         st.subheader("Win rates")
-        st.caption("Against all others, ties half, with 95 % Wilson intervals.")
+        st.caption("Against all others, a pair counting once and a tie half, with 95 % Wilson intervals.")
         st.dataframe(
             [
                 {
@@ -162,7 +162,7 @@ def statistics() -> None:
                     "Win rate": 100 * rate.rate,
                     "From": 100 * rate.low,
                     "To": 100 * rate.high,
-                    "Votes": rate.n,
+                    "Pairs": rate.n,
                 }
                 for model, rate in summary.models
             ],
@@ -197,14 +197,12 @@ def statistics() -> None:
             "p (no side favoured)": st.column_config.NumberColumn(format="%.2g"),
             "Flip rate ε": st.column_config.NumberColumn(format="%.3f"),
         },
+        placeholder="–",
     )
     st.text(position_words(together))
-    override = smoothing_override(together)
-    if override:
-        st.text(f"Repeats were answered alike in {together.steady}: to tell the loss of the slips, add")
+    st.text(smoothing_words(together))
+    if override := smoothing_override(together):
         st.code(override, language=None)
-    else:
-        st.text("How often votes are slips is not known yet: it takes repeats, most of them answered alike.")
     _what_next()
     for note in desk.log.notes:
         st.text(f"Note: {note}")
@@ -240,7 +238,7 @@ def _card(preference: Preference) -> dict[str, Any]:
         "prompt": pair.prompt,
         "shown": [token(pair.image_0, pair.image_0_uid), token(pair.image_1, pair.image_1_uid)],
         "chosen": {"image_0": 0, "image_1": 1}.get(status),
-        "verdict": f"{VERDICTS[status]} · {preference.n_votes} vote{'s' * (preference.n_votes != 1)}",
+        "verdict": f"{VERDICTS[status]} · {count(preference.n_votes, 'vote')}",
     }
 
 
@@ -252,7 +250,8 @@ def _what_next() -> None:
     decided = sum(each.status in ("image_0", "image_1") for each in preferences)
     st.subheader("What next")
     if decided:
-        st.text(f"{decided} pairs are decided. Train the LoRA on them:")
+        are = "pair is" if decided == 1 else "pairs are"
+        st.text(f"{decided} {are} decided. Train the LoRA on them:")
         st.code(train_command(desk.log.folder), language="bash", wrap_lines=True)
     else:
         st.text("No pair has a better picture yet, so there is nothing to train on.")

@@ -314,7 +314,8 @@ class Client {
     for (const end of ["pointerup", "pointercancel"]) pane.addEventListener(end, () => (grip = null));
     pane.addEventListener("click", (event) => {
       const twice = event.detail > 1 || (event.detail && performance.now() - this.clicked < DOUBLE_CLICK_MS);
-      if (dragged || twice) return;
+      const ofDrag = dragged && event.detail > 0; // a key has no drag before it, whatever the mouse did last
+      if (ofDrag || twice) return;
       this.clicked = event.detail ? performance.now() : this.clicked;
       this.judge("best", place, inputOf(event));
     });
@@ -466,6 +467,7 @@ class Client {
     const unsaved = late ? `${this.pending.size} not saved yet: is the server running?` : "";
     const problem = this.data.problem || unsaved;
     this.find(".saved").textContent = problem || (this.pending.size ? "Saving" : judged ? "Saved" : "");
+    this.find(".saved").title = problem;
     this.find(".annotator").classList.toggle("unsaved", Boolean(problem));
     if (!this.current) this.say(left ? "Loading" : this.data.finished);
   }
