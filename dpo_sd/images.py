@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from dpo_sd.errors import UserError
 from dpo_sd.remembered import read_sha256, remembered
@@ -15,6 +16,19 @@ from dpo_sd.remembered import read_sha256, remembered
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 8192 * 8192
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ON_THEIR_SIDE = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}
+
+# `open_image` refuses smaller ones already, in its own words
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class ImageFacts(NamedTuple):
@@ -46,12 +60,10 @@ def _facts(file: str) -> ImageFacts:
     try:
         with open_image(Path(file)) as image:
             width, height = image.size
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            turned = _turn(image) in _ON_THEIR_SIDE
             return ImageFacts(sha256, *((height, width) if turned else (width, height)), "")
     except UserError as error:
         return ImageFacts(sha256, 0, 0, str(error))
-    except Exception as error:  # to find their EXIF, PNGs are decoded
-        return ImageFacts(sha256, 0, 0, f"image {file} cannot be read to its end ({error})")
 
 
 def open_image(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
@@ -68,7 +80,8 @@ def open_image(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise UserError(f"image {file} has more than {MAX_PIXELS} pixels: {error}") from error
     except Image.UnidentifiedImageError as error:
-        raise UserError(f"image {file} is no {' or '.join(formats)} image, or its beginning is damaged") from error
+        what = _looks_like(file) or f"no {' or '.join(formats)} image, or its beginning is damaged"
+        raise UserError(f"image {file} is {what}") from error
     except Exception as error:  # readers of headers raise nearly anything on broken data
         raise UserError(f"image {file} cannot be read: {error}") from error
     width, height = image.size
@@ -89,9 +102,36 @@ def load_image(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """
     with open_image(file, formats) as image:
         try:
-            return _rgb(ImageOps.exif_transpose(image))
+            turn = _turn(image)
+            image.load()
+            return _rgb(image if turn is None else image.transpose(turn))
         except Exception as error:  # decoders raise nearly anything on broken data
             raise UserError(f"image {file} cannot be read to its end ({error}): replace or delete it") from error
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What brings an image upright, by what stands before its pixels."""
+    if image.format == "TIFF":  # Pillow turns it by itself
+        return None
+    try:
+        # the PNG reader's own method decodes the pixels to look for EXIF behind them
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except Exception:  # a damaged EXIF spoils no pixel
+        return None
+    return _TURNS.get(orientation)  # type: ignore[arg-type]
+
+
+def _looks_like(file: Path) -> str | None:
+    """What a file without an image is, with what to do."""
+    with open(file, "rb") as opened:
+        head = opened.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head.strip(b"\0"):
+        return "empty: replace or delete it"
+    if b"<svg" in head:
+        return "an SVG, which has no pixels: save it as PNG"
+    if head.startswith((b"<!doctype html", b"<html")):
+        return "a web page, perhaps an error message in place of the picture: download it again"
+    return None
 
 
 def _rgb(image: Image.Image) -> Image.Image:

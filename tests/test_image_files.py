@@ -419,15 +419,6 @@ def test_when_no_picture_can_be_read_to_its_end_that_is_the_error(model, tmp_pat
         prepared(model, tmp_path, prompts, keep=keep)
 
 
-def test_a_png_that_is_cut_is_found_when_its_size_is_asked(tmp_path):
-    make(tmp_path)
-    whole = (tmp_path / "1-0.png").read_bytes()
-    (tmp_path / "1-0.png").write_bytes(whole[: len(whole) // 2])
-    report: list[str] = []
-    _, rows = find(tmp_path, ["p"] * 3, [f"{i}-0.png" for i in range(3)], None, None, None, report)
-    assert rows == [0, 2] and "1-0.png cannot be read to its end" in report[0]
-
-
 def test_files_that_are_missing_broken_or_the_same_are_left_out_and_named(tmp_path):
     prompts = make(tmp_path)
     (tmp_path / "0-0.png").unlink()
