@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 
 from dpo_sd.errors import UserError
 from dpo_sd.files import replacing
-from dpo_sd.pairs import check_image, image_file
+from dpo_sd.pairs import changed_images, check_image, image_file
 from dpo_sd.preferences import Preference, read_preferences
 
 ROW_GROUP = 32  # pairs held in memory together: about 100 MB of 1024² PNG
@@ -40,14 +41,16 @@ COLUMNS = pa.schema(
         "__index_level_0__": pa.int64(),
     }
 )
+logger = logging.getLogger(__name__)
 _LABELS = {"image_0": 1.0, "image_1": 0.0, "tie": 0.5}
 
 
 def export_pickapic(folder: str | Path, file: str | Path, ties: bool = False) -> int:
     """Writes the decided pairs of a folder as a parquet file with the columns of Pick-a-Pic v2.
 
-    The images are the files' own bytes. A row sums up all annotators, so user_id is 0; ranking_id is a number per set
-    of images; the addresses are "", and so is best_image_uid of a tie.
+    The images are the files' own bytes; pairs of which one has changed since it was judged are left out with a warning.
+    A row sums up all annotators, so user_id is 0; ranking_id is a number per set of images; the addresses are "", and
+    so is best_image_uid of a tie.
 
     Args:
         folder: a pair folder with votes.
@@ -62,7 +65,12 @@ def export_pickapic(folder: str | Path, file: str | Path, ties: bool = False) ->
         OSError: when the file cannot be written.
     """
     wanted = ("image_0", "image_1", "tie") if ties else ("image_0", "image_1")
-    preferences = [each for each in read_preferences(folder) if each.status in wanted]
+    decided = [each for each in read_preferences(folder) if each.status in wanted]
+    changed = changed_images(folder, [each.pair for each in decided])
+    if changed:
+        named = ", ".join(image for images in list(changed.values())[:5] for image in images)
+        logger.warning("left out %d pairs with a picture that has changed since it was judged: %s", len(changed), named)
+    preferences = [each for each in decided if each.pair.pair_id not in changed]
     if not preferences:
         raise UserError(f"{folder} has no decided pair to export: annotate it with python -m dpo_sd.annotate")
     for preference in preferences:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dpo_sd import pickapic
 from dpo_sd.errors import UserError
-from dpo_sd.pairs import Pair, pair_id, write_pairs
+from dpo_sd.pairs import Pair, image_uid, pair_id, write_pairs
 from dpo_sd.pickapic import export_pickapic
 from dpo_sd.preferences import ANNOTATIONS, METADATA, Choice, EventLog, vote
 
@@ -27,7 +27,7 @@ def drawn(tmp_path: Path) -> Path:
             (tmp_path / "images").mkdir(exist_ok=True)
             Image.new("RGB", (8, 8), (i, k, 0)).save(tmp_path / name)
         prompt = f"prompt {i // 2}"
-        uids = f"{i}a", f"{i}b"
+        uids = image_uid(tmp_path / names[0]), image_uid(tmp_path / names[1])
         ranking = f"set {i // 2}" if i < 4 else None
         pairs.append(Pair(pair_id(prompt, *uids), prompt, *names, *uids, ranking, "tiny", "tiny + style:0.8"))
     write_pairs(tmp_path, pairs)
@@ -109,6 +109,15 @@ def test_nothing_is_exported_when_an_image_is_missing_or_nothing_is_decided(draw
     with pytest.raises(UserError, match="has no decided pair"):
         export_pickapic(drawn, drawn / "pairs.parquet")
     assert not list(drawn.glob("*.parquet"))
+
+
+def test_pairs_with_a_picture_that_changed_since_it_was_judged_are_left_out_and_named(
+    drawn: Path, caplog: pytest.LogCaptureFixture
+):
+    (drawn / "images/0-0.png").write_bytes((drawn / "images/1-0.png").read_bytes())
+    assert export_pickapic(drawn, drawn / "pairs.parquet") == 35
+    said = "left out 1 pairs with a picture that has changed since it was judged: images/0-0.png"
+    assert caplog.messages == [said]
 
 
 def test_an_export_that_fails_halfway_leaves_the_former_file(drawn: Path, monkeypatch: pytest.MonkeyPatch):
