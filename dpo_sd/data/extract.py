@@ -1,0 +1,435 @@
+"""Rows of a dataset that is streamed, never fetched whole; what is taken of them stays as files."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_sd.data.store import content_key
+from dpo_sd.errors import UserError
+from dpo_sd.files import replacing, write_json
+from dpo_sd.noise import order
+from dpo_sd.remembered import sha256
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+# columns of which one must be there, by the setting that names it
+Needed = Mapping[str, Sequence[str]]
+# of a row and its place, in words: what is kept of it, pictures as bytes; or why it is left out
+Pick = Callable[[dict[str, Any], str], dict[str, Any] | str]
+
+MEASURED = 32  # rows after which it is known how much room the others need
+FRUITLESS = 1000  # rows of which none can be used, after which nothing better is expected
+
+
+class Dataset:
+    """A dataset on the Hub, a local folder of parquet files in the same layout, or one such file.
+
+    Args:
+        path: `owner/name`, folder or file.
+        split: which part.
+        revision: branch, tag or commit of a repository; None takes its main branch as it is when it is first read.
+
+    Raises:
+        UserError: when it cannot be one, there is no such split, or a file is no parquet file.
+    """
+
+    def __init__(self, path: str, split: str = "train", revision: str | None = None):
+        self.path, self.split, self.revision = path, split, revision
+        local = Path(path).expanduser()
+        self.files: list[Path] | None = None  # on the Hub, they are known once it is asked
+        if local.exists():
+            if revision is not None:
+                raise UserError(f"{path} is on this computer and has no revision={revision}: leave it out")
+            self.files = self._local_files(local)
+            self._schemas = {file: _schema(file) for file in self.files}
+        elif not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+            raise UserError(
+                f"{path}: there is no such folder or file, and a dataset on the Hub is written owner/name, "
+                "as yuvalkirstain/pickapic_v2"
+            )
+
+    def _local_files(self, local: Path) -> list[Path]:
+        if local.is_file():
+            return [local]
+        if not any(local.rglob("*.parquet")):
+            raise UserError(f"{local} holds no parquet file")
+        from datasets import load_dataset_builder
+
+        files = load_dataset_builder("parquet", data_dir=str(local)).config.data_files or {}
+        if self.split not in files:
+            raise UserError(f"{local} has no split {self.split}: it has {', '.join(map(str, files))}")
+        return [Path(file) for file in files[self.split]]
+
+    def check(self, needed: Needed) -> None:
+        """Refuses a local dataset in which a column is missing; one on the Hub is checked when it is read.
+
+        Args:
+            needed: columns.
+
+        Raises:
+            UserError: when one is missing, naming those that there are.
+        """
+        for file in self.files or []:
+            check_columns(needed, self._schemas[file], str(file))
+
+    def identity(self) -> list[str | None]:
+        """What tells it from other datasets: of local files their content, wherever they lie."""
+        if self.files is None:
+            return [self.path, self.split, self.revision]
+        return [sha256(file) for file in self.files]
+
+    def commit(self) -> str | None:
+        """The commit that the revision means now; None for local files.
+
+        Raises:
+            UserError: when the Hub cannot be reached, or has no such dataset.
+        """
+        if self.files is not None:
+            return None
+        from huggingface_hub import HfApi
+
+        with self._reading():
+            return HfApi().dataset_info(self.path, revision=self.revision, timeout=10).sha
+
+    def stream(self, needed: Needed, optional: Sequence[str], commit: str | None) -> tuple[IterableDataset, list[str]]:
+        """Its rows, pictures undecoded, and the names of its files.
+
+        Args:
+            needed, optional: columns; those of the latter that are there are read too.
+            commit: of a repository.
+
+        Raises:
+            UserError: when it cannot be read, or a column is missing.
+        """
+        from datasets import load_dataset_builder
+
+        with self._reading():
+            if self.files is None:
+                builder = load_dataset_builder(self.path, revision=commit)
+            else:
+                builder = load_dataset_builder("parquet", data_files={self.split: [str(file) for file in self.files]})
+            data_files = builder.config.data_files or {}
+            if data_files and self.split not in data_files:
+                raise UserError(f"{self.path} has no split {self.split}: it has {', '.join(map(str, data_files))}")
+            rows: Any = builder.as_streaming_dataset(split=self.split)
+            names = rows.column_names or list(next(iter(rows)))
+            check_columns(needed, names, self.path)
+            wanted = {*optional}.union(*needed.values())
+            rows = rows.select_columns([column for column in names if column in wanted])
+            return (rows.decode(False) if rows.features else rows), [
+                Path(str(file)).name for file in data_files.get(self.split, [])
+            ]
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turns what goes wrong into one line that says what to do."""
+        from datasets.exceptions import DatasetNotFoundError
+        from huggingface_hub import constants
+        from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+        from pyarrow import ArrowException
+
+        try:
+            yield
+        except UserError:
+            raise
+        except RevisionNotFoundError as error:
+            raise UserError(f"{self.path} has no revision {self.revision} on the Hub") from error
+        except (RepositoryNotFoundError, DatasetNotFoundError) as error:
+            if isinstance(error, GatedRepoError) or "is a gated dataset" in str(error):
+                why = f"{self.path} asks for consent: accept its terms on its page, then hf auth login"
+            else:
+                why = f"the Hub has no public dataset {self.path}: check its name, or hf auth login"
+            raise UserError(why) from error
+        except (HTTPError, ArrowException, OSError, ValueError) as error:
+            message = next(iter(str(error).splitlines()), type(error).__name__)
+            if self.files is not None:
+                raise UserError(f"{self.path} cannot be read: {message}") from error
+            why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the Hub cannot be read ({message})"
+            raise UserError(
+                f"{self.path}: {why}; start again with a network, which goes on where this ended, or give a local "
+                "folder of parquet files as data.path"
+            ) from error
+
+
+class Extract:
+    """What `pick` takes of the rows of a dataset, as files in a folder.
+
+    The dataset's files are read in an order that the seed decides, and their rows as they stand. A log gets one line
+    for every row, after its pictures are on the disk, so that a killed extraction goes on at the next row and ends in
+    the same folder. More rows can be wanted later; the first ones stay the same.
+
+    Args:
+        dataset: where rows come from.
+        folder: what is kept is in a folder of its own in this one, named by what decides it.
+        needed: columns that `pick` reads.
+        optional: columns that it reads where there are such.
+        pick: what is kept of a row.
+        settings: all that `pick` depends on, beside the row.
+        seed: of the order of the dataset's files.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        folder: Path,
+        needed: Needed,
+        optional: Sequence[str],
+        pick: Pick,
+        settings: Any,
+        seed: int,
+    ):
+        self.dataset, self.needed, self.optional, self.pick, self.seed = dataset, needed, optional, pick, seed
+        key = content_key(kind="extract 1", dataset=dataset.identity(), settings=settings, seed=seed)
+        self.folder = folder / key
+        self.images, self.log, self.about = self.folder / "images", self.folder / "rows.jsonl", self.folder / "of.json"
+
+    def rows(self, wanted: int | None, what: str) -> Iterator[dict[str, Any]]:
+        """What was kept of the rows, until `wanted` of them are there, and in between what was left out.
+
+        A kept row has what `pick` returned, with paths below `images` for pictures; one that was left out has
+        `left_out`, why, and `where`. Only what is missing is read from the dataset.
+
+        Args:
+            wanted: None means all rows.
+            what: rows are called in messages.
+
+        Raises:
+            UserError: when the dataset cannot be read, nothing in it can be used, or there is no room.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may want the same
+            _cut_torn_line(self.log)
+            kept = file = row = 0
+            ended = False
+            for entry in self._entries():
+                ended = "end" in entry
+                if not ended:
+                    kept += "left_out" not in entry
+                    file, row = entry["file"], entry["row"] + 1
+            if not ended and (wanted is None or kept < wanted):
+                self._go_on(kept, file, row, wanted, what)
+        return self._first(wanted)
+
+    def _entries(self) -> Iterator[dict[str, Any]]:
+        if self.log.exists():
+            with open(self.log, encoding="utf-8") as lines:
+                for number, line in enumerate(lines, start=1):
+                    try:
+                        yield json.loads(line)
+                    except ValueError as error:
+                        raise UserError(f"line {number} of {self.log} is damaged: delete {self.folder}") from error
+
+    def _first(self, wanted: int | None) -> Iterator[dict[str, Any]]:
+        kept = 0
+        for entry in self._entries():
+            if "end" in entry or kept == wanted:
+                return
+            kept += "left_out" not in entry
+            yield entry
+
+    def _commit(self) -> str | None:
+        """The commit that was read first, so that all rows are of one state of the dataset."""
+        if not self.about.exists():
+            commit = self.dataset.commit()
+            write_json(self.about, {"path": self.dataset.path, "split": self.dataset.split, "commit": commit})
+        return json.loads(self.about.read_text(encoding="utf-8"))["commit"]
+
+    def _go_on(self, kept: int, first_file: int, first_row: int, wanted: int | None, what: str) -> None:
+        from tqdm import tqdm
+
+        stream, names = self.dataset.stream(self.needed, self.optional, self._commit())
+        total = _smaller(wanted, _length(stream))
+        files = order(self.seed, 0, stream.num_shards)
+        room = _Room(self.folder, None if total is None else total - kept, what)
+        read = 0
+        with (
+            open(self.log, "ab") as log,
+            tqdm(total=total, initial=kept, desc=f"reading {what}", unit=what.removesuffix("s")) as bar,
+            self.dataset._reading(),
+        ):
+            for file in range(first_file, len(files)):
+                part = stream.shard(len(files), files[file])
+                skipped = first_row if file == first_file else 0
+                name = names[files[file]] if len(names) == len(files) else f"part {files[file]}"
+                for row, values in enumerate(part.skip(skipped) if skipped else part, start=skipped):
+                    where = f"row {row} of {name}"
+                    taken = self.pick(values, where)
+                    entry: dict[str, Any] = {"file": file, "row": row}
+                    read += 1
+                    if isinstance(taken, str):
+                        entry |= {"left_out": taken, "where": where}
+                        if kept == 0 and read == FRUITLESS:
+                            raise UserError(f"{self.dataset.path}: the first {read} rows are all {taken}")
+                    else:
+                        kept += 1
+                        bar.update()
+                        entry |= self._written(taken, room)
+                    self._append(log, entry)
+                    if kept == wanted:
+                        return
+            self._append(log, {"end": True})
+
+    def _append(self, log: Any, entry: dict[str, Any]) -> None:
+        with _writing(self.folder):
+            log.write(json.dumps(entry).encode() + b"\n")
+            log.flush()
+
+    def _written(self, taken: dict[str, Any], room: _Room) -> dict[str, Any]:
+        """The same with paths for pictures, which are on the disk then."""
+        size, entry = 0, {}
+        for key, value in taken.items():
+            if isinstance(value, bytes):
+                digest = hashlib.sha256(value).hexdigest()
+                entry[key] = f"{digest[:2]}/{digest}"
+                file = self.images / entry[key]
+                size += len(value)
+                if not file.exists():
+                    with _writing(self.folder), replacing(file) as temporary:
+                        temporary.write_bytes(value)
+            else:
+                entry[key] = value
+        room.taken(size)
+        return entry
+
+
+class _Room:
+    """Measures the first rows, then says how much the others need, and refuses what the disk cannot hold."""
+
+    def __init__(self, folder: Path, rows: int | None, what: str):
+        self.folder, self.rows, self.what = folder, rows, what
+        self.n = self.size = 0
+
+    def taken(self, size: int) -> None:
+        from tqdm import tqdm
+
+        self.n, self.size = self.n + 1, self.size + size
+        if self.n != MEASURED or self.rows is None or self.rows <= MEASURED:
+            return
+        needed, free = self.size / self.n * (self.rows - self.n), shutil.disk_usage(self.folder).free
+        tqdm.write(f"data    {self.rows} {self.what} take about {needed / 2**30:.2g} GiB in {self.folder}")
+        if needed > free:
+            raise UserError(
+                f"{self.rows} {self.what} need about {needed / 2**30:.1f} GiB more, and {self.folder} has "
+                f"{free / 2**30:.1f} GiB left: make room, choose another place with cache_dir=<folder>, or take fewer"
+            )
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error}): make room, or choose another place with cache_dir=<folder>; "
+            "what is complete is kept"
+        ) from error
+
+
+def _cut_torn_line(log: Path) -> None:
+    """Takes away what a killed process has left of a line."""
+    if log.exists():
+        with open(log, "rb+") as file:
+            end = file.seek(0, os.SEEK_END)
+            start = max(0, end - 2**20)  # lines are shorter
+            file.seek(start)
+            file.truncate(start + file.read().rfind(b"\n") + 1)
+
+
+def check_columns(needed: Needed, there: Sequence[str], where: str) -> None:
+    """Refuses what lacks a column.
+
+    Raises:
+        UserError: naming the columns that there are, and the setting that names another.
+    """
+    for setting, columns in needed.items():
+        if not set(columns) & set(there):
+            raise UserError(
+                f"{where} has no column {' or '.join(columns)}: name it with {setting}=<column>; it has "
+                f"{', '.join(there)}"
+            )
+
+
+def _schema(file: Path) -> list[str]:
+    """Names of the columns of a parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_schema(file).names
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{file} is no parquet file, or it is damaged: {str(error).splitlines()[0]}") from error
+
+
+def _length(rows: IterableDataset) -> int | None:
+    splits = rows.info.splits
+    return splits[str(rows.split)].num_examples if splits and str(rows.split) in splits else None
+
+
+def _smaller(first: int | None, second: int | None) -> int | None:
+    return min((n for n in (first, second) if n), default=None)
+
+
+def picture_bytes(value: Any, column: str, where: str) -> bytes | None:
+    """The bytes of a picture as a dataset holds it; None where there is none.
+
+    Args:
+        value: bytes, or `{"bytes": …, "path": …}` with bytes or with a path on the Hub.
+
+    Raises:
+        UserError: when it is no picture.
+    """
+    if isinstance(value, dict) and value.keys() >= {"bytes", "path"}:
+        if value["bytes"] is None and "://" in (value["path"] or ""):
+            import fsspec
+
+            with fsspec.open(value["path"], "rb") as file:
+                return file.read()  # type: ignore[union-attr]
+        value = value["bytes"]
+    if value is not None and not isinstance(value, bytes):
+        raise UserError(f"{where}: column {column} holds {type(value).__name__}, not pictures")
+    return value or None
+
+
+class Tally:
+    """Tells rows that were kept from those that were left out, and counts the latter.
+
+    Args:
+        named: reasons whose first five rows are named.
+    """
+
+    def __init__(self, named: Sequence[str]):
+        self.named = named
+        self.read = 0
+        self.left_out: Counter[str] = Counter()
+        self.places: dict[str, list[str]] = {}
+
+    def kept(self, entries: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for entry in entries:
+            self.read += 1
+            if "left_out" not in entry:
+                yield entry
+                continue
+            reason = entry["left_out"]
+            self.left_out[reason] += 1
+            if reason in self.named and self.left_out[reason] <= 5:
+                self.places.setdefault(reason, []).append(entry["where"])
+
+    def __str__(self) -> str:
+        """`120 rows read; left out: 12 tied, 2 without a caption (row 5 of a.parquet; row 9 of a.parquet)`"""
+        said = []
+        for reason, n in self.left_out.most_common():
+            places = "; ".join(self.places.get(reason, [])) + (" …" if reason in self.places and n > 5 else "")
+            said.append(f"{n} {reason}" + (f" ({places})" if places else ""))
+        return f"{self.read} rows read" + (f"; left out: {', '.join(said)}" if said else "")

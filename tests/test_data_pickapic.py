@@ -1,0 +1,277 @@
+"""Pick-a-Pic and datasets like it: what is used of the rows, what is left out and said, and what is refused."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from PIL import Image
+from torch.testing import assert_close
+
+from dpo_sd.config import check_settings
+from dpo_sd.data.batches import Visits
+from dpo_sd.data.framing import Framing
+from dpo_sd.data.image_files import Found
+from dpo_sd.data.pickapic import PickAPic
+from dpo_sd.data.source import Cache
+from dpo_sd.errors import UserError
+from dpo_sd.models import Model
+from dpo_sd.pairs import Pair, pair_id, write_pairs
+from dpo_sd.pickapic import COLUMNS, export_pickapic
+from dpo_sd.preferences import EventLog, vote
+from dpo_sd.sampling import Sampler
+from dpo_sd.schema import CONF_DIR
+
+
+@pytest.fixture(autouse=True)
+def memory(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("DPO_SD_CACHE", str(tmp_path / "memory"))
+
+
+def jpeg(number: int, size: tuple[int, int] = (64, 64)) -> bytes:
+    """A picture of its own for each number up to 256."""
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize(size).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def row(number: int, label_0: Any = 1.0, **changes: Any) -> dict[str, Any]:
+    """A row as Pick-a-Pic v2 has it, with pictures 2n and 2n + 1; those that do not matter here stay null."""
+    rest: dict[str, Any] = {name: None for name in COLUMNS.names}
+    label_1 = None if label_0 is None else 1 - label_0
+    labels = {"label_0": label_0, "label_1": label_1, "has_label": label_0 is not None}
+    pictures = {"jpg_0": jpeg(2 * number), "jpg_1": jpeg(2 * number + 1)}
+    return rest | {"caption": f"prompt {number}"} | labels | pictures | changes
+
+
+def parquet(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=COLUMNS), file, row_group_size=3)
+    return file
+
+
+def fetched(path: Path, **settings: Any) -> Found:
+    return PickAPic(str(path), **settings).fetch(Cache(path.parent / "cache"))
+
+
+def everything(found: Found) -> dict[str, tuple[bytes, bytes, float, float]]:
+    """(chosen, rejected, label, weight) by prompt."""
+    together = {}
+    for part in (found.train, found.validation):
+        assert part.rejected is not None
+        for n, prompt in enumerate(part.prompts):
+            chosen, rejected = ((side.folder / side.paths[n]).read_bytes() for side in (part.chosen, part.rejected))
+            together[prompt] = (chosen, rejected, float(part.label[n]), float(part.weight[n]))
+    return together
+
+
+def refused(path: Path, **settings: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        fetched(path, **settings)
+    return str(caught.value)
+
+
+def test_the_labels_say_which_picture_is_chosen(tmp_path):
+    file = parquet(tmp_path / "a.parquet", [row(0, 1.0), row(1, 0.0), row(2, 1.0)])
+    both = everything(fetched(file))
+    assert both["prompt 0"] == (jpeg(0), jpeg(1), 1, 1) and both["prompt 1"] == (jpeg(3), jpeg(2), 1, 1)
+
+
+def test_ties_are_left_out_and_said_or_trained_on_with_one_half(tmp_path):
+    file = parquet(tmp_path / "a.parquet", [row(0), row(1, 0.5), row(2, 0.0), row(3, 0.5)])
+    found = fetched(file)
+    assert sorted(everything(found)) == ["prompt 0", "prompt 2"]
+    assert found.report[0] == f"{file}, train: 4 rows read; left out: 2 tied"
+    assert "2 of the 4 pairs are ties" in fetched(file, ties=True).report[0]
+    with_ties = everything(fetched(file, ties=True))
+    assert with_ties["prompt 1"] == (jpeg(2), jpeg(3), 0.5, 1) and with_ties["prompt 2"][2] == 1 and len(with_ties) == 4
+
+
+def test_rows_without_label_caption_or_picture_are_counted_and_the_broken_ones_named(tmp_path):
+    rows = [
+        row(0),
+        row(1, None),
+        row(2, has_label=False),
+        row(3, caption=None),
+        row(4, caption=" "),
+        row(5, jpg_1=None),
+    ]
+    found = fetched(parquet(tmp_path / "a.parquet", [*rows, row(6)]))
+    assert sorted(everything(found)) == ["prompt 0", "prompt 6"]
+    assert "7 rows read; left out: 2 without a label" in found.report[0]
+    assert "2 without a caption (row 3 of a.parquet; row 4 of a.parquet)" in found.report[0]
+    assert "1 without a picture (row 5 of a.parquet)" in found.report[0]
+
+
+def test_pictures_that_are_the_same_or_cannot_be_read_are_left_out_and_said(tmp_path):
+    same, page = row(1, jpg_1=jpeg(2)), row(2, jpg_0=b"<html>gone</html>")
+    found = fetched(parquet(tmp_path / "a.parquet", [row(0), same, page, row(3)]))
+    assert sorted(everything(found)) == ["prompt 0", "prompt 3"]
+    said = "\n".join(found.report)
+    assert "left out 1 of 4 whose two pictures are the same file" in said
+    assert "left out 1 of 4 that cannot be read" in said and "is a web page" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"label_0": 0.7}, "row 2 of a.parquet: column label_0 is 0.7, and a label is 1, 0 or, for a tie, 0.5"),
+        ({"label_0": float("nan")}, "row 2 of a.parquet: column label_0 is nan"),
+        ({"label_1": -1.0}, "row 2 of a.parquet: column label_1 is -1.0"),
+        ({"label_1": 1.0}, "row 2 of a.parquet: label_0 1.0 and label_1 1.0 do not add up to 1"),
+    ],
+)
+def test_labels_that_are_none_are_refused_with_their_row(changes, what, tmp_path):
+    assert what in refused(parquet(tmp_path / "a.parquet", [row(0), row(1), row(2, **changes), row(3)]))
+
+
+def test_a_dataset_of_nothing_but_ties_or_of_one_prompt_is_refused(tmp_path):
+    ties = parquet(tmp_path / "ties.parquet", [row(0, 0.5), row(1, 0.5)])
+    assert "2 tied; no pair is left: see data.columns and data.ties" in refused(ties)
+    one = parquet(tmp_path / "one.parquet", [row(0), row(1, caption="prompt 0")])
+    assert "2 pairs on 1 prompts" in refused(one)
+    pages = parquet(tmp_path / "pages.parquet", [row(0, jpg_0=b"<html>")])
+    assert "can be used" in refused(pages) and "is a web page" in refused(pages)
+
+
+def test_columns_of_other_datasets_are_named(tmp_path):
+    table = pa.table(
+        {
+            "text": [f"prompt {i}" for i in range(3)],
+            "left": [jpeg(2 * i) for i in range(3)],
+            "right": [jpeg(2 * i + 1) for i in range(3)],
+            "left_is_better": [True, False, True],
+            "label_1": ["of another kind"] * 3,
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    columns: dict[str, str | None] = {"caption": "text", "image_0": "left", "image_1": "right"}
+    columns |= {"label_0": "left_is_better", "label_1": None}
+    both = everything(fetched(tmp_path / "a.parquet", columns=columns))
+    assert both["prompt 1"] == (jpeg(3), jpeg(2), 1, 1) and both["prompt 2"][:2] == (jpeg(4), jpeg(5))
+
+
+def test_pairs_may_be_ready_made(tmp_path):
+    rows = [{"prompt": f"p{i}", "win": {"bytes": jpeg(i), "path": None}, "lose": jpeg(i + 9)} for i in range(3)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    both = everything(
+        fetched(tmp_path / "a.parquet", columns={"caption": "prompt", "chosen": "win", "rejected": "lose"})
+    )
+    assert both["p1"] == (jpeg(1), jpeg(10), 1, 1)
+
+
+def test_a_column_is_one_setting():
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose("train", ["data=pickapic", "data.columns.chosen=win", "data.columns.rejected=lose"])
+    check_settings(cfg)
+    source = instantiate(cfg.data)
+    assert source.columns["chosen"] == "win" and source.needed["data.columns.caption"] == ["caption"]
+
+
+def test_columns_that_are_missing_are_named_before_anything_is_read(tmp_path):
+    pq.write_table(pa.table({"caption": ["a"], "jpg_0": [b""]}), tmp_path / "a.parquet")
+
+    def says(**columns: str | None) -> str:
+        with pytest.raises(UserError) as caught:
+            PickAPic(str(tmp_path / "a.parquet"), columns=columns)
+        return str(caught.value)
+
+    assert "no column jpg_1: name it with data.columns.image_1=<column>; it has caption, jpg_0" in says()
+    assert "no column win: name it with data.columns.chosen=<column>" in says(chosen="win", rejected="lose")
+    assert "no column better: name it with data.columns.label_1" in says(
+        image_1="jpg_0", label_0="jpg_0", label_1="better"
+    )
+    assert "data.columns.rejected=<column>" in says(chosen="win")
+    assert "data.columns.caption=<column>" in says(caption=None)
+    assert "columns.image is unknown: it can be caption, image_0" in says(image="jpg_0")
+
+
+def test_what_cannot_be_a_dataset_is_refused_before_anything_is_read(tmp_path):
+    def says(path: Path | str, **settings: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            PickAPic(str(path), **settings)
+        return str(caught.value)
+
+    (tmp_path / "page.parquet").write_text("<html>not found</html>")
+    assert "page.parquet is no parquet file" in says(tmp_path / "page.parquet")
+    (tmp_path / "empty").mkdir()
+    assert "holds no parquet file" in says(tmp_path / "empty")
+    assert "no such folder or file" in says("pickapic")
+    file = parquet(tmp_path / "set/data/train-00000-of-00001.parquet", [row(0), row(1)])
+    assert "has no split test: it has train" in says(tmp_path / "set", split="test")
+    assert "has no revision=main" in says(file, revision="main")
+    assert "max_pairs must be at least 2" in says(file, max_pairs=1)
+    assert "validation must be above 0" in says(file, validation=0)
+    assert "caption_dropout" in says(file, caption_dropout=1.5)
+
+
+def test_pairs_weigh_one_over_the_pairs_of_their_prompt(tmp_path):
+    prompts = ["a", "a", "a", "b"]
+    file = parquet(tmp_path / "a.parquet", [row(i, caption=prompt) for i, prompt in enumerate(prompts)])
+    found = fetched(file, weight_by_prompt=True)
+    weights = {prompt: weight for prompt, (*_, weight) in everything(found).items()}
+    assert weights == {"a": pytest.approx(1 / 3), "b": 1}
+
+
+def test_training_and_validation_share_no_prompt(tmp_path):
+    file = parquet(tmp_path / "a.parquet", [row(i, caption=f"prompt {i % 5}") for i in range(20)])
+    found = fetched(file, validation=0.4)
+    assert len(set(found.validation.prompts)) == 2 and not set(found.train.prompts) & set(found.validation.prompts)
+
+
+def test_the_file_that_the_annotation_exports_is_read_back(tmp_path):
+    pairs = []
+    for i in range(4):
+        names = f"images/{i}-0.png", f"images/{i}-1.png"
+        for k, name in enumerate(names):
+            file = tmp_path / "pairs" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (64, 64), (50 * i, 100 * k, 0)).save(file)
+        pairs.append(Pair(pair_id(f"prompt {i}", f"{i}a", f"{i}b"), f"prompt {i}", *names, f"{i}a", f"{i}b"))
+    write_pairs(tmp_path / "pairs", pairs)
+    with closing(EventLog(tmp_path / "pairs")) as log:
+        choices = ("image_0", "image_1", "tie", "image_0")
+        log.append([vote(p, choice, "image_0", "ann") for p, choice in zip(pairs, choices, strict=True)])
+    export_pickapic(tmp_path / "pairs", tmp_path / "a.parquet", ties=True)
+    both = everything(fetched(tmp_path / "a.parquet", ties=True))
+    assert both["prompt 1"][0] == (tmp_path / "pairs/images/1-1.png").read_bytes()
+    assert [both[f"prompt {i}"][2] for i in range(4)] == [1, 1, 0.5, 1]
+
+
+def test_pairs_of_several_shapes_train(tmp_path):
+    """Both pictures of a pair have one size, and one noise, timestep, crop and flip."""
+    shapes = [(96, 96), (150, 75), (75, 150), (64, 64), (200, 100), (120, 90)]
+    rows = [
+        row(i, 1.0, jpg_0=jpeg(2 * i, shape), jpg_1=jpeg(2 * i + 1, (shape[1], shape[0])))
+        for i, shape in enumerate(shapes)
+    ]
+    rows += [
+        row(9 + i, 0.0, jpg_0=jpeg(50 + 2 * i, shape), jpg_1=jpeg(51 + 2 * i, shape)) for i, shape in enumerate(shapes)
+    ]
+    source = PickAPic(str(parquet(tmp_path / "a.parquet", rows)))
+    model = Model().load()
+    data = source.prepare(model, Sampler(), Framing(flip=True), Cache(tmp_path / "cache"))
+    assert (
+        len(data.train) == 11 and len(data.validation) == 1 and data.held_out_prompts == data.validation.prompts.texts
+    )
+    assert any(line.startswith("training sizes: ") for line in data.report)
+    visits = Visits(data.train, 0, 1000, model.factor)
+    seen = [visits[(n, draw)] for n in range(11) for draw in range(2)]
+    assert len({tuple(visit.chosen.shape) for visit in seen}) >= 2
+    for visit in seen:
+        assert visit.rejected is not None and visit.chosen.shape == visit.rejected.shape == visit.noise.shape
+    again = PickAPic(str(tmp_path / "a.parquet")).prepare(
+        model, Sampler(), Framing(flip=True), Cache(tmp_path / "cache")
+    )
+    assert again.fingerprint == data.fingerprint
+    assert_close(Visits(again.train, 0, 1000, model.factor)[(3, 1)].chosen, visits[(3, 1)].chosen)

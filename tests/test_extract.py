@@ -1,0 +1,336 @@
+"""Streaming a dataset into files: the same folder however often it was interrupted, and no more than is wanted."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import run_forked
+from huggingface_hub import constants
+from huggingface_hub.errors import HTTPError, Response
+from huggingface_hub.utils import hf_raise_for_status
+
+from dpo_sd.data import extract as module
+from dpo_sd.data.extract import Dataset, Extract, Tally, picture_bytes
+from dpo_sd.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def memory(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("DPO_SD_CACHE", str(tmp_path / "memory"))
+
+
+def make(folder: Path, files: int = 4, rows: int = 10) -> Path:
+    """A set of files in the layout of the Hub; every seventh row is of no use."""
+    for file in range(files):
+        numbers = range(file * rows, (file + 1) * rows)
+        columns = {"n": list(numbers), "picture": [f"picture {n}".encode() for n in numbers], "more": [""] * rows}
+        path = folder / f"data/train-{file:05}-of-{files:05}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(columns), path, row_group_size=3)
+    return folder
+
+
+def pick(row: dict[str, Any], where: str) -> dict[str, Any] | str:
+    assert set(row) <= {"n", "picture"}
+    return "seventh" if row["n"] % 7 == 0 else {"n": row["n"], "picture": row["picture"]}
+
+
+def extract(path: Path | str, folder: Path, seed: int = 0, picking: module.Pick = pick, **where: Any) -> Extract:
+    needed = {"data.n": ["n", "number"], "data.picture": ["picture"]}
+    return Extract(Dataset(str(path), **where), folder, needed, ["gone"], picking, "settings", seed)
+
+
+def numbers(extract: Extract, wanted: int | None = None) -> list[int]:
+    kept = list(Tally(named=()).kept(extract.rows(wanted, "pictures")))
+    for entry in kept:
+        assert (extract.images / entry["picture"]).read_bytes() == f"picture {entry['n']}".encode()
+    return [entry["n"] for entry in kept]
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Hash of each file by its path."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_all_rows_are_read_once_in_an_order_of_files_that_the_seed_decides(tmp_path):
+    path = make(tmp_path / "set")
+    orders = [numbers(extract(path, tmp_path / f"cache {n}", seed)) for n, seed in enumerate((0, 0, 1))]
+    assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == sorted(orders[2])
+    assert sorted(orders[0]) == [n for n in range(40) if n % 7]
+    files = [n // 10 for n in orders[0]]
+    assert sum(a != b for a, b in itertools.pairwise(files)) == 3  # each file stays together
+    assert [n % 10 for n in orders[0] if n // 10 == 1] == [0, 1, 2, 3, 5, 6, 7, 8, 9]  # in its own order
+
+
+def test_no_more_is_kept_than_wanted_and_more_can_be_wanted_later(tmp_path):
+    path = make(tmp_path / "set")
+    few, all_of_them = numbers(extract(path, tmp_path / "cache"), 5), numbers(extract(path, tmp_path / "other"))
+    assert few == all_of_them[:5]
+    assert len(list((tmp_path / "cache").rglob("images/*/*"))) == 5
+    assert numbers(extract(path, tmp_path / "cache"), 12) == all_of_them[:12]
+    assert numbers(extract(path, tmp_path / "cache"), 5) == few
+    assert numbers(extract(path, tmp_path / "cache")) == all_of_them
+    assert tree(tmp_path / "cache") == tree(tmp_path / "other")
+
+
+@pytest.mark.parametrize("kill_after", [0, 1, 5, 11, 38])
+def test_a_killed_extraction_goes_on_and_ends_in_the_same_folder(kill_after, tmp_path):
+    path = make(tmp_path / "set")
+    numbers(extract(path, tmp_path / "whole"))
+
+    def work() -> None:
+        append = Extract._append
+
+        def killed(self: Extract, log: Any, entry: dict[str, Any]) -> None:
+            if (entry.get("n") or 0) % 10 == kill_after % 10 and log.tell() > 60 * kill_after:
+                log.write(b'{"file": 0, "ro')
+                log.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            append(self, log, entry)
+
+        Extract._append = killed  # type: ignore[method-assign]
+        numbers(extract(path, tmp_path / "killed"))
+
+    assert run_forked(work, tmp_path).code == -signal.SIGKILL
+    assert tree(tmp_path / "killed") != tree(tmp_path / "whole")
+    numbers(extract(path, tmp_path / "killed"))
+    left = [file for file in tree(tmp_path / "killed") if file.endswith(".partial")]
+    assert left == [] and tree(tmp_path / "killed") == tree(tmp_path / "whole")
+
+
+def test_a_second_start_reads_the_folder_alone(tmp_path, monkeypatch):
+    path = make(tmp_path / "set")
+    first = numbers(extract(path, tmp_path / "cache"), 9)
+    every = numbers(extract(path, tmp_path / "all"))
+    monkeypatch.setattr(Dataset, "stream", lambda *_: pytest.fail("asked again"))
+    assert numbers(extract(path, tmp_path / "cache"), 9) == first
+    assert numbers(extract(path, tmp_path / "all")) == every
+
+
+def test_what_is_kept_is_told_by_content_and_not_by_place(tmp_path):
+    path = make(tmp_path / "set")
+    numbers(extract(path, tmp_path / "cache"))
+    shutil.move(path, tmp_path / "elsewhere")
+    assert (
+        numbers(extract(tmp_path / "elsewhere", tmp_path / "cache")) and len(list((tmp_path / "cache").iterdir())) == 1
+    )
+    make(tmp_path / "elsewhere", rows=11)
+    assert 43 in numbers(extract(tmp_path / "elsewhere", tmp_path / "cache"))
+
+
+def test_rows_that_are_left_out_are_counted_and_named(tmp_path):
+    path = make(tmp_path / "set", files=1, rows=50)
+    tally = Tally(named=("seventh",))
+    list(tally.kept(extract(path, tmp_path / "cache").rows(None, "pictures")))
+    places = "; ".join(f"row {n} of train-00000-of-00001.parquet" for n in (0, 7, 14, 21, 28))
+    assert str(tally) == f"50 rows read; left out: 8 seventh ({places} …)"
+
+
+def test_when_nothing_can_be_used_that_is_said_before_all_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FRUITLESS", 10)
+    path = make(tmp_path / "set")
+    with pytest.raises(UserError, match="the first 10 rows are all of no use"):
+        numbers(extract(path, tmp_path / "cache", picking=lambda row, where: "of no use"))
+
+
+def test_the_room_is_said_once_it_is_known_and_refused_where_it_is_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "MEASURED", 4)
+    path = make(tmp_path / "set")
+    numbers(extract(path, tmp_path / "cache"), 20)
+    assert "20 pictures take about" in capsys.readouterr().out
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
+    with pytest.raises(UserError, match=r"20 pictures need about .* cache_dir=<folder>"):
+        numbers(extract(path, tmp_path / "full"), 20)
+    monkeypatch.undo()
+    assert len(numbers(extract(path, tmp_path / "full"), 20)) == 20
+
+
+def test_a_full_disk_keeps_what_is_complete(tmp_path, monkeypatch):
+    path = make(tmp_path / "set")
+    write_bytes, left = Path.write_bytes, iter(range(7))
+
+    def full(self: Path, data: bytes) -> int:
+        if next(left, None) is None:
+            raise OSError(28, "No space left on device")
+        return write_bytes(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"No space left on device.*what is complete is kept"):
+        numbers(extract(path, tmp_path / "cache"))
+    monkeypatch.undo()
+    assert len(list((tmp_path / "cache").rglob("images/*/*"))) == 7
+    numbers(extract(path, tmp_path / "cache"))
+    numbers(extract(path, tmp_path / "whole"))
+    assert tree(tmp_path / "cache") == tree(tmp_path / "whole")
+
+
+def test_a_file_that_is_damaged_inside_is_named_and_the_rows_before_are_kept(tmp_path):
+    path = make(tmp_path / "set", files=1, rows=30)
+    (file,) = path.rglob("*.parquet")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3 : len(data) // 3 + 40] = bytes(40)
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=f"{path} cannot be read"):
+        numbers(extract(path, tmp_path / "cache"))
+
+
+def test_a_damaged_log_is_named(tmp_path):
+    path = make(tmp_path / "set")
+    numbers(extract(path, tmp_path / "cache"), 5)
+    (log,) = (tmp_path / "cache").rglob("rows.jsonl")
+    log.write_text("nonsense\n" + log.read_text())
+    with pytest.raises(UserError, match=f"line 1 of {log} is damaged: delete"):
+        numbers(extract(path, tmp_path / "cache"), 5)
+
+
+def test_processes_that_want_the_same_wait_for_each_other(tmp_path):
+    path = make(tmp_path / "set")
+    numbers(extract(path, tmp_path / "whole"))
+    children = []
+    for _ in range(3):
+        if not (child := os.fork()):
+            code = 1
+            try:
+                code = 0 if len(numbers(extract(path, tmp_path / "cache"))) == 34 else 2
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+    assert tree(tmp_path / "cache") == tree(tmp_path / "whole")
+
+
+def test_pictures_of_a_dataset_are_bytes_in_one_form_or_another(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"there")
+    assert (
+        picture_bytes(b"bytes", "jpg", "row 0") == b"bytes" == picture_bytes({"bytes": b"bytes", "path": "x"}, "", "")
+    )
+    assert picture_bytes({"bytes": None, "path": f"file://{tmp_path}/a.png"}, "jpg", "row 0") == b"there"
+    assert picture_bytes({"bytes": None, "path": None}, "", "") is None is picture_bytes(b"", "", "")
+    with pytest.raises(UserError, match="row 3 of a: column url holds str, not pictures"):
+        picture_bytes("https://example.com/a.png", "url", "row 3 of a")
+
+
+# ------------------------------------------------------------------------------------------------------------- the Hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> list[str]:
+    """A repository `owner/set`, served from a folder; what is asked of it."""
+    folder, asked = make(tmp_path / "on the hub"), []
+    load = datasets.load_dataset_builder
+
+    def builder(path: str, revision: str | None = None, **settings: Any) -> Any:
+        assert (path, revision) == ("owner/set", "c0ffee")
+        asked.append("rows")
+        return load(str(folder))
+
+    def info(self: Any, path: str, revision: str | None, timeout: float) -> Any:
+        asked.append(f"commit of {revision}")
+        return SimpleNamespace(sha="c0ffee")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
+    return asked
+
+
+def test_a_repository_is_asked_only_for_what_is_not_there_and_stays_at_its_first_commit(hub, tmp_path):
+    cache = tmp_path / "cache"
+    first = numbers(extract("owner/set", cache, revision="main"), 5)
+    assert hub == ["commit of main", "rows"]
+    assert numbers(extract("owner/set", cache, revision="main"), 5) == first
+    assert hub == ["commit of main", "rows"]
+    assert numbers(extract("owner/set", cache, revision="main"), 9)[:5] == first
+    assert hub == ["commit of main", "rows", "rows"]
+    (about,) = cache.rglob("of.json")
+    assert json.loads(about.read_text()) == {"path": "owner/set", "split": "train", "commit": "c0ffee"}
+
+
+def test_columns_and_splits_that_a_repository_lacks_are_named(hub, tmp_path):
+    source = Extract(Dataset("owner/set"), tmp_path / "cache", {"data.image": ["image"]}, [], pick, None, 0)
+    with pytest.raises(
+        UserError, match=r"owner/set has no column image: name it with data.image=<column>; it has n, pict"
+    ):
+        list(source.rows(3, "pictures"))
+    with pytest.raises(UserError, match="owner/set has no split test: it has train"):
+        numbers(extract("owner/set", tmp_path / "cache", split="test"), 3)
+
+
+def test_a_connection_that_breaks_keeps_what_came(hub, tmp_path):
+    def breaking(row: dict[str, Any], where: str) -> dict[str, Any] | str:
+        if len(list((tmp_path / "cache").rglob("images/*/*"))) == 3:
+            raise ConnectionError("reset by peer")
+        return pick(row, where)
+
+    with pytest.raises(UserError, match=r"reset by peer.*start again with a network, which goes on where this ended"):
+        numbers(extract("owner/set", tmp_path / "cache", picking=breaking), 8)
+    numbers(extract("owner/set", tmp_path / "cache"), 8)
+    numbers(extract("owner/set", tmp_path / "whole"), 8)
+    assert tree(tmp_path / "cache") == tree(tmp_path / "whole")
+
+
+def test_without_a_network_it_ends_in_seconds_with_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    start = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        numbers(extract("yuvalkirstain/pickapic_v2", tmp_path / "cache"), 3)
+    assert time.monotonic() - start < 5
+    assert "yuvalkirstain/pickapic_v2: HF_HUB_OFFLINE is set" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [HTTPError("Name or service not known"), TimeoutError("timed out")])
+def test_a_network_that_leads_nowhere_is_one_line(error, tmp_path, monkeypatch):
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
+    with pytest.raises(UserError, match=r"owner/set: the Hub cannot be read \(.*\); start again with a network"):
+        numbers(extract("owner/set", tmp_path / "cache"), 3)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "what"),
+    [
+        (401, "RepoNotFound", "the Hub has no public dataset owner/set"),
+        (403, "GatedRepo", "owner/set asks for consent: accept its terms on its page, then hf auth login"),
+        (404, "RevisionNotFound", "owner/set has no revision v9"),
+        (500, "", "the Hub cannot be read"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(status, code, what, tmp_path, monkeypatch):
+    http = sys.modules[Response.__module__.partition(".")[0]]  # whichever the Hub's library uses
+
+    def refuse(*_: Any, **__: Any) -> None:
+        request = http.Request("GET", "https://huggingface.co/api/datasets/owner/set")
+        hf_raise_for_status(http.Response(status, headers={"x-error-code": code}, request=request))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
+    with pytest.raises(UserError) as caught:
+        numbers(extract("owner/set", tmp_path / "cache", revision="v9"), 3)
+    assert what in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_gated_repository_is_told_from_one_that_is_not_there(hub, tmp_path, monkeypatch):
+    from datasets.exceptions import DatasetNotFoundError
+
+    def gated(*_: Any, **__: Any) -> None:
+        raise DatasetNotFoundError("Dataset 'owner/set' is a gated dataset on the Hub.")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", gated)
+    with pytest.raises(UserError, match="asks for consent"):
+        numbers(extract("owner/set", tmp_path / "cache"), 3)
