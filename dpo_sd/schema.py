@@ -26,6 +26,8 @@ SCHEMAS = {
     "data/shapes": "dpo_sd.data.shapes.Shapes",
     "data/renders": "dpo_sd.data.shapes.Renders",
     "data/pairs": "dpo_sd.data.pairs.Pairs",
+    "data/captions": "dpo_sd.data.captions.Captions",
+    "data/pickapic": "dpo_sd.data.pickapic.PickAPic",
     "loss/sft": "dpo_sd.losses.SFTLoss",
     "loss/dpo": "dpo_sd.losses.DiffusionDPOLoss",
     "optimizer/adamw": "dpo_sd.optimization.AdamW",

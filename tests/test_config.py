@@ -91,6 +91,7 @@ def run(monkeypatch, tmp_path, capsys):
 NEEDS = {  # what an option asks for beside itself
     "trainer=ddp": ["hardware.micro_batch=8"],  # 16 pairs on two devices
     "data=pairs": ["data.pairs=folder"],
+    "data=captions": ["data.path=folder", "loss=sft"],
     "data=renders": ["loss=sft"],
     "experiment=style_dpo": ["data.pairs=folder"],
 }

@@ -100,7 +100,7 @@ class Found:
     """Samples split by prompt, and what there is to say of them.
 
     Args:
-        train, validation: samples with disjoint prompts.
+        train, validation: samples with disjoint prompts, or of single pictures with disjoint pictures.
         report: what was used and what was not, one line each.
     """
 
@@ -252,8 +252,9 @@ def prepare(
     texts = sorted({*found.train.prompts, *found.validation.prompts})
     report += too_long(model, texts)
     known = set(found.train.prompts)
-    candidates = sorted(set(found.validation.prompts)) if held_out is None else held_out
-    return PreparedData(train, validation, [prompt for prompt in candidates if prompt not in known], report)
+    candidates = sorted(set(found.validation.prompts)) if held_out is None else list(held_out)
+    unseen = [prompt for prompt in candidates if prompt not in known]
+    return PreparedData(train, validation, unseen or candidates, report)  # pictures may all have the same caption
 
 
 def _prepare(

@@ -92,8 +92,8 @@ class PreparedData:
     """What a source hands to training.
 
     Args:
-        train, validation: samples with disjoint prompts.
-        held_out_prompts: not among those of `train`: for sample sheets and the verdict.
+        train, validation: samples with disjoint prompts, or of single pictures with disjoint pictures.
+        held_out_prompts: not among those of `train`, unless all prompts are: for sample sheets and the verdict.
         report: what was used and what was not, one line each.
     """
 

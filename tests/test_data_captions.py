@@ -1,0 +1,344 @@
+"""Pictures with captions: what is used, what is left out and said, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from dpo_sd.data.batches import Visits
+from dpo_sd.data.captions import Captions, ShuffledTags
+from dpo_sd.data.framing import Framing
+from dpo_sd.data.image_files import Found
+from dpo_sd.data.source import Cache
+from dpo_sd.errors import UserError
+from dpo_sd.models import Model
+from dpo_sd.noise import generator
+from dpo_sd.sampling import Sampler
+
+
+@pytest.fixture(autouse=True)
+def memory(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("DPO_SD_CACHE", str(tmp_path / "memory"))
+
+
+def picture(number: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    return Image.new("RGB", size, (number * 20 % 256, number, 100))
+
+
+def as_bytes(number: int) -> bytes:
+    buffer = io.BytesIO()
+    picture(number).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make(folder: Path, captions: Mapping[str, str | None], first: int = 0) -> Path:
+    """A picture of its own by each name, with its caption in a .txt file unless that is None."""
+    for number, (name, caption) in enumerate(captions.items(), start=first):
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture(number).save(file, "PNG")
+        if caption is not None:
+            file.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    return folder
+
+
+def ten(folder: Path) -> Path:
+    return make(folder, {f"{i}.png": f"caption {i}" for i in range(10)})
+
+
+def found(folder: Path, **settings: Any) -> Found:
+    source = Captions(str(folder), **settings)
+    assert source.found is not None
+    return source.found
+
+
+def captions(found: Found) -> dict[str, str]:
+    """Caption by picture, of all samples."""
+    parts = (found.train, found.validation)
+    return {path: prompt for part in parts for path, prompt in zip(part.chosen.paths, part.prompts, strict=True)}
+
+
+def refused(folder: Path, **settings: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        Captions(str(folder), **settings)
+    return str(caught.value)
+
+
+def said(found: Found) -> str:
+    return "\n".join(found.report)
+
+
+def test_each_picture_has_the_text_file_of_its_name(tmp_path):
+    folder = make(
+        tmp_path / "photos", {"a.png": "a fox\n", "b/c.jpeg": "a cat,\n asleep", "b/d.e.webp": "\ufeffein Bär"}
+    )
+    assert captions(found(folder)) == {"a.png": "a fox", "b/c.jpeg": "a cat, asleep", "b/d.e.webp": "ein Bär"}
+
+
+def test_endings_may_be_in_capitals(tmp_path):
+    folder = make(tmp_path / "photos", {"A.PNG": None, "b.JpG": "b"})
+    (folder / "A.TXT").write_text("a")
+    assert captions(found(folder)) == {"A.PNG": "a", "b.JpG": "b"}
+
+
+def test_what_begins_with_a_dot_is_not_seen(tmp_path):
+    folder = make(tmp_path / ".photos", {"a.png": "a", "b.png": "b", "._a.png": None, ".cache/c.png": None})
+    assert sorted(captions(found(folder))) == ["a.png", "b.png"]
+
+
+def test_pictures_without_caption_and_captions_without_picture_are_counted_and_named(tmp_path):
+    folder = make(ten(tmp_path / "photos"), {f"bare {i}.png": None for i in range(7)}, first=10)
+    (folder / "lonely.txt").write_text("x")
+    (folder / "scan.heic").write_text("x")
+    report = found(folder).report
+    assert report[0] == f"{folder}: 17 pictures, 11 captions in .txt files"
+    first = "; ".join(f"bare {i}.png" for i in range(5))
+    assert report[1] == f"left out 7 of 17 without a caption: {first} …"
+    assert report[2] == "left out 1 of 11 captions without a picture: lonely.txt"
+    assert report[3] == "not read: 1 .heic"
+    assert len(captions(found(folder))) == 10
+
+
+def test_most_captions_missing_is_refused_and_half_of_them_is_not(tmp_path):
+    folder = make(tmp_path / "photos", {"a.png": "a", "b.png": "b", "c.png": None, "d.png": None})
+    assert len(captions(found(folder))) == 2
+    make(folder, {"e.png": None}, first=9)
+    (folder / "lonely.txt").write_text("x")
+    for settings in ({}, {"trigger": "sks"}):
+        message = refused(folder, **settings)
+        assert "3 of 5 pictures" in message and "c.png, d.png, e.png" in message and "lonely.txt" in message
+
+
+def test_a_trigger_stands_in_front_of_every_caption(tmp_path):
+    folder = make(tmp_path / "photos", {"a.png": "a fox", "b.png": ""})
+    both = found(folder, trigger="sks style,")
+    assert captions(both) == {"a.png": "sks style, a fox", "b.png": "sks style"}
+    assert "1 pictures have an empty caption and are trained on the trigger alone: b.png" in said(both)
+    assert "trained on the empty prompt: b.png" in said(found(folder))
+
+
+def test_a_trigger_alone_serves_pictures_without_any_captions(tmp_path):
+    folder = make(tmp_path / "photos", {"a.png": None, "b.png": None, "c.png": None})
+    assert "data.trigger=<phrase>" in refused(folder)
+    assert set(captions(found(folder, trigger="sks dog")).values()) == {"sks dog"}
+
+
+def test_two_pictures_of_one_name_are_refused_and_so_are_two_captions(tmp_path):
+    folder = make(tmp_path / "photos", {"a.jpg": "a", "a.png": None, "b.png": "b"})
+    assert "a.jpg and a.png" in refused(folder) and "a.txt" in refused(folder)
+    (folder / "a.png").unlink()
+    (folder / "b.TXT").write_text("b")
+    assert "b.TXT and b.txt" in refused(folder)
+
+
+@pytest.mark.parametrize("image", ["file_name", "image"])
+@pytest.mark.parametrize("text", ["text", "caption"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_metadata_file_has_the_captions(kind, image, text, tmp_path):
+    folder = make(tmp_path / "photos", {"a.png": None, "b/c.png": None, "d.png": "of no use"})
+    rows = [("a.png", "a fox, red"), ("./b/c.png", 'a "cat"'), ("gone.png", "x")]
+    if kind == "jsonl":
+        lines = [json.dumps({image: name, text: caption, "more": 1}) for name, caption in rows]
+    else:
+        lines = [f"more,{image},{text}", '1,a.png,"a fox, red"', '1,./b/c.png,"a ""cat"""', "1,gone.png,x"]
+    (folder / f"metadata.{kind}").write_text("\n".join(lines) + "\n")
+    both = found(folder)
+    assert captions(both) == {"a.png": "a fox, red", "b/c.png": 'a "cat"'}
+    assert "without a caption: d.png" in said(both) and "without a picture: gone.png" in said(both)
+    assert "not read: 1 .txt" in said(both)
+
+
+def test_a_metadata_file_may_have_other_columns_and_rows_without_text(tmp_path):
+    folder = make(tmp_path / "photos", {"a.png": None, "b.png": None})
+    rows = [{"photo": "a.png", "alt": "a"}, {"photo": "b.png", "alt": None}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert captions(found(folder, image_column="photo", text_column="alt")) == {"a.png": "a"}
+    message = refused(folder, text_column="alt")
+    assert "line 1 of" in message and "data.image_column=<column>" in message and "it has photo, alt" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("metadata.jsonl", '{"image": "a.png", "text": "a"}\n{"image": ', "line 2 of .* is no JSON"),
+        ("metadata.jsonl", "[1]\n", "line 1 of .* is no JSON object"),
+        ("metadata.jsonl", '{"image": "a.png", "text": ["a"]}\n', r"line 1 of .* got 'a.png' and \['a'\]"),
+        ("metadata.jsonl", '{"image_0": "a.png", "image_1": "b.png", "caption": "a"}\n', "data=pairs data.pairs="),
+        ("metadata.csv", "file_name\na.png\n", "no column text or caption"),
+        ("a.txt", b"\xff\xfe\x00", "a.txt is no text in UTF-8"),
+    ],
+)
+def test_a_file_of_captions_that_cannot_be_read_is_named(name, content, what, tmp_path):
+    folder = ten(tmp_path / "photos")
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (folder / "a.png").write_bytes((folder / "1.png").read_bytes())
+    with pytest.raises(UserError, match=what):
+        Captions(str(folder))
+
+
+def test_settings_that_do_not_fit_the_folder_are_refused(tmp_path):
+    folder = ten(tmp_path / "photos")
+    assert "validation must be between 0 and 0.5, got 0.6" in refused(folder, validation=0.6)
+    assert "max_images must be at least 1" in refused(folder, max_images=0)
+    assert "caption_dropout must be between 0 and 1" in refused(folder, caption_dropout=2)
+    assert "no metadata.jsonl or metadata.csv for image_column" in refused(folder, text_column="alt")
+    assert "has no revision=main" in refused(folder, revision="main")
+    (folder / "metadata.jsonl").touch()
+    (folder / "metadata.csv").touch()
+    assert "metadata.csv and metadata.jsonl" in refused(folder)
+
+
+def test_a_folder_without_pictures_says_what_it_has(tmp_path):
+    (tmp_path / "photos").mkdir()
+    assert "holds no picture" in refused(tmp_path / "photos")
+    (tmp_path / "photos" / "a.HEIC").touch()
+    assert "it has 1 .heic" in refused(tmp_path / "photos")
+    assert "no such folder or file" in refused(tmp_path / "nowhere")
+
+
+def test_pictures_that_cannot_be_read_are_left_out_and_named(tmp_path):
+    folder = ten(tmp_path / "photos")
+    (folder / "3.png").write_text("<html>gone")
+    (folder / "4.png").write_bytes(b"")
+    both = found(folder)
+    assert len(captions(both)) == 8 and "3.png is a web page" in said(both) and "4.png is empty" in said(both)
+    for file in folder.glob("*.png"):
+        file.write_bytes(b"")
+    assert "no picture of" in refused(folder)
+
+
+def test_training_and_validation_have_different_pictures_whatever_the_captions(tmp_path):
+    folder = make(tmp_path / "photos", {f"{i}.png": "sks" for i in range(10)})
+    (folder / "copy.png").write_bytes((folder / "0.png").read_bytes())
+    (folder / "copy.txt").write_text("the same picture")
+    for seed in range(5):
+        both = found(folder, seed=seed, validation=0.3)
+        train, validation = (set(part.chosen.sha256) for part in (both.train, both.validation))
+        assert len(validation) == 3 and not train & validation and len(train | validation) == 10
+    splits = [set(found(folder, seed=seed, validation=0.3).validation.chosen.paths) for seed in (0, 0, 1)]
+    assert splits[0] == splits[1] != splits[2]
+
+
+@pytest.mark.parametrize(("n", "validation"), [(1, 0.1), (10, 0)])
+def test_with_one_picture_or_on_request_all_are_trained_on(n, validation, tmp_path):
+    folder = make(tmp_path / "photos", {f"{i}.png": "sks" for i in range(n)})
+    both = found(folder, validation=validation)
+    assert len(both.train) == n == len(both.validation)
+    assert f"training: {n} pictures, none held back" in said(both)
+
+
+def test_the_seed_chooses_max_images(tmp_path):
+    folder = ten(tmp_path / "photos")
+    chosen = [set(captions(found(folder, max_images=4, seed=seed))) for seed in (0, 0, 1)]
+    assert len(chosen[0]) == 4 and chosen[0] == chosen[1] != chosen[2]
+
+
+def test_tags_are_shuffled_behind_the_trigger():
+    shuffled = ShuffledTags(kept=2)
+    texts = {shuffled("sks, style, a, b c,d", generator(0, 1, draw, "text")) for draw in range(50)}
+    assert len(texts) == 6 and all(text.startswith("sks, style, ") for text in texts)
+    assert {frozenset(text.split(", ")[2:]) for text in texts} == {frozenset({"a", "b c", "d"})}
+    assert pickle.loads(pickle.dumps(shuffled)) == shuffled  # for the processes that prepare batches
+    assert shuffled("", generator(0, 1, 0, "text")) == ""
+
+
+# ------------------------------------------------------------------------------------------------- datasets in parquet
+
+
+def parquet(file: Path, texts: list[str | None], **columns: str) -> Path:
+    """A dataset as `datasets` writes it to the Hub."""
+    image, text = columns.get("image", "image"), columns.get("text", "text")
+    rows = {image: [{"bytes": as_bytes(i), "path": None} for i in range(len(texts))], text: texts, "id": texts}
+    features = Features({image: ImageFeature(decode=False), text: Value("string"), "id": Value("string")})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Dataset.from_dict(rows, features=features).to_parquet(file)
+    return file
+
+
+def fetched(path: Path, cache: Path, **settings: Any) -> Found:
+    return Captions(str(path), **settings).fetch(Cache(cache))
+
+
+def test_a_folder_of_parquet_files_is_a_dataset(tmp_path):
+    parquet(tmp_path / "set/data/train-00000-of-00001.parquet", [f"caption {i}" for i in range(6)])
+    parquet(tmp_path / "set/data/test-00000-of-00001.parquet", ["of the test"] * 2)
+    both = fetched(tmp_path / "set", tmp_path / "cache", trigger="sks")
+    assert sorted(captions(both).values()) == [f"sks, caption {i}" for i in range(6)]
+    for path, prompt in captions(both).items():
+        assert (both.train.chosen.folder / path).read_bytes() == as_bytes(int(prompt[-1]))
+    assert set(captions(fetched(tmp_path / "set", tmp_path / "cache", split="test")).values()) == {"of the test"}
+
+
+def test_columns_have_other_names_and_missing_ones_are_named_at_once(tmp_path):
+    file = parquet(tmp_path / "set.parquet", ["a", "b"], image="photo", text="alt")
+    assert "no column image or file_name: name it with data.image_column=<column>; it has photo, alt, id" in refused(
+        file
+    )
+    assert "data.text_column" in refused(file, image_column="photo")
+    both = fetched(file, tmp_path / "cache", image_column="photo", text_column="alt")
+    assert set(captions(both).values()) == {"a", "b"}
+
+
+def test_rows_without_caption_are_counted_and_most_of_them_are_refused(tmp_path):
+    both = fetched(parquet(tmp_path / "half.parquet", ["a", None, "c", None]), tmp_path / "cache")
+    assert "4 rows read; left out: 2 without a caption (row 1 of half.parquet; row 3 of half.parquet)" in said(both)
+    with pytest.raises(UserError, match=r"3 without a caption .* most have no caption"):
+        fetched(parquet(tmp_path / "most.parquet", ["a", None, None, None, "b"]), tmp_path / "cache")
+
+
+def test_a_dataset_is_read_until_there_are_enough(tmp_path):
+    file = parquet(tmp_path / "set.parquet", [f"caption {i}" for i in range(20)])
+    assert sorted(captions(fetched(file, tmp_path / "cache", max_images=3)).values()) == [
+        "caption 0",
+        "caption 1",
+        "caption 2",
+    ]
+    assert len(list((tmp_path / "cache/captions").glob("*/images/*/*"))) == 3
+
+
+def test_a_column_that_holds_no_pictures_or_no_text_is_named(tmp_path):
+    pq.write_table(pa.table({"image": ["a.png"], "text": ["a"]}), tmp_path / "names.parquet")
+    pq.write_table(pa.table({"image": [as_bytes(0)], "text": [1]}), tmp_path / "numbers.parquet")
+    with pytest.raises(UserError, match=r"row 0 of names.parquet: column image holds str, not pictures"):
+        fetched(tmp_path / "names.parquet", tmp_path / "cache")
+    with pytest.raises(UserError, match=r"row 0 of numbers.parquet: column text holds int, not text"):
+        fetched(tmp_path / "numbers.parquet", tmp_path / "cache")
+
+
+# ------------------------------------------------------------------------------------------------------ to the training
+
+
+def test_pictures_of_several_shapes_become_latents_in_buckets(tmp_path):
+    sizes = [(96, 96), (150, 75), (75, 150), (64, 64), (200, 100), (120, 90)]
+    for number, size in enumerate(sizes):
+        make(tmp_path / "photos", {f"{number}.png": f"a, b, caption {number}"})
+        picture(number, size).save(tmp_path / "photos" / f"{number}.png")
+    source = Captions(str(tmp_path / "photos"), trigger="sks", shuffle_tags=True, caption_dropout=0.2)
+    model, cache = Model().load(), Cache(tmp_path / "cache", keep="latents")
+    data = source.prepare(model, Sampler(), Framing(), cache)
+    assert len(data.train) == 5 and len(data.validation) == 1 and data.held_out_prompts == [data.validation.prompts[0]]
+    visits = Visits(data.train, 0, 1000, model.factor, source.caption_dropout)
+    seen = [visits[(row, draw)] for row in range(5) for draw in range(20)]
+    assert len({tuple(visit.chosen.shape) for visit in seen}) >= 2
+    assert all(visit.rejected is None and visit.embeds is None for visit in seen)
+    texts = {visit.prompt for visit in seen}
+    assert "" in texts and len(texts) > 12 and all(text.startswith("sks, ") for text in texts - {""})
+
+
+def test_pictures_with_one_caption_are_sampled_with_it(tmp_path):
+    folder = make(tmp_path / "photos", {f"{i}.png": "sks" for i in range(3)})
+    data = Captions(str(folder)).prepare(Model().load(), Sampler(), Framing(), Cache(tmp_path / "cache"))
+    assert data.held_out_prompts == ["sks"] and data.train.vary is None
+    assert np.isclose(data.train.weight, 1).all()
