@@ -233,6 +233,18 @@ def test_the_implied_votes_share_a_ranking_and_a_showing_and_are_undone_together
     assert desk_of_sets.window("anna", "best_worst", "all")["items"][0] == item
 
 
+def test_what_was_judged_in_the_one_mode_is_left_out_in_the_other_and_not_counted_there(desk_of_sets):
+    set_of_four = desk_of_sets.window("anna", "best_worst", "all")["items"][0]
+    desk_of_sets.receive([record(set_of_four, best=3, worst=1)])
+    pairs = desk_of_sets.window("anna", "pairs", "all")
+    assert (pairs["judged"], pairs["left"], pairs["history"]) == (0, 13, [])
+    other = next(item for item in pairs["items"] if not set(item["shown"]) <= set(set_of_four["shown"]))
+    desk_of_sets.receive([record(other)])
+    sets = desk_of_sets.window("anna", "best_worst", "all")
+    assert (sets["judged"], sets["left"]) == (1, 1)
+    assert [each["key"] for each in sets["history"]] == [set_of_four["key"]]
+
+
 def test_a_tie_between_four_is_six_ties(desk_of_sets):
     item = desk_of_sets.window("anna", "best_worst", "all")["items"][0]
     desk_of_sets.receive([record(item, "tie", None, None)])

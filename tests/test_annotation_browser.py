@@ -565,6 +565,12 @@ def test_every_page_fits_a_laptop_and_shows_no_error(serve, open_page, folder, s
     assert "is better" in page.inner_text("body") or page.get_by_text("is better").count()
 
 
+def test_with_the_sidebar_closed_its_button_covers_nothing(serve, open_page, folder):
+    page = open_page(serve(folder), width=700, height=900)
+    button = page.get_by_test_id("stExpandSidebarButton").bounding_box()
+    assert page.locator(".count").bounding_box()["x"] >= button["x"] + button["width"]
+
+
 # ---- speed
 
 

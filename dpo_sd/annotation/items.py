@@ -109,14 +109,17 @@ def judgements(votes: Iterable[Event], annotator: str, items: Iterable[Item]) ->
     Args:
         votes: and flags that stand, in the order of the log.
         annotator: their name.
-        items: those that count; votes on pairs of no item are left out.
+        items: those that count; votes on pairs of no item are left out, and so are votes in the other mode: of sets
+            where the items are pairs, of single pairs where they are sets.
     """
+    votes = [vote for vote in votes if vote.annotator_id == annotator]
+    together = Counter(vote.presentation_id for vote in votes)
     owner = {pair.pair_id: item for item in items for pair in item.pairs}
     showings: Counter[str] = Counter()
     found: dict[str, Judged] = {}
     for vote in votes:
         item = owner.get(vote.pair_id)
-        if vote.annotator_id != annotator or item is None:
+        if item is None or (together[vote.presentation_id] > 1) != (len(item.pairs) > 1):
             continue
         if vote.presentation_id not in found:
             skipped = vote.choice in ("skip", None)

@@ -39,6 +39,7 @@ VERDICTS = {
 STYLE = """<style>
 .stMainBlockContainer { padding: 0.75rem 1.5rem; max-width: none; }
 .stAppHeader { background: none; height: 2rem; min-height: 0; }
+body:has([data-testid="stExpandSidebarButton"]) { --beside-sidebar-button: 2.5rem; }
 </style>"""
 
 
