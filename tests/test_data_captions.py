@@ -212,8 +212,10 @@ def test_pictures_that_cannot_be_read_are_left_out_and_named(tmp_path):
     folder = ten(tmp_path / "photos")
     (folder / "3.png").write_text("<html>gone")
     (folder / "4.png").write_bytes(b"")
+    picture(5, (4000, 2)).save(folder / "5.png")
     both = found(folder)
-    assert len(captions(both)) == 8 and "3.png is a web page" in said(both) and "4.png is empty" in said(both)
+    assert len(captions(both)) == 7 and "5.png has 4000 × 2 pixels" in said(both)
+    assert "3.png is a web page" in said(both) and "4.png is empty" in said(both)
     for file in folder.glob("*.png"):
         file.write_bytes(b"")
     assert "no picture of" in refused(folder)

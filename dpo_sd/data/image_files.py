@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from dpo_sd.data.store import TensorStore
     from dpo_sd.models import StableDiffusion
 
+THINNEST = 16  # longer side over shorter side; beyond, a scaled picture would fill the memory
 BATCH_PIXELS = 8 * 512 * 512  # that the VAE encodes together
 READERS = 8  # threads that decode pictures while the VAE works, at most one for each core
 
@@ -184,6 +185,11 @@ def _facts(
         row = rows.pop()
         if known.problem:
             problems[row] = known.problem
+        elif max(known.width, known.height) > THINNEST * min(known.width, known.height):
+            problems[row] = (
+                f"image {folder / paths[row]} has {known.width} × {known.height} pixels, which are scaled up until the "
+                "shorter side fills the frame: crop it"
+            )
         sha256[row], sizes[row] = known.sha256.encode(), (known.width, known.height)
     return ImageFiles(folder, paths, sha256, sizes), problems
 
