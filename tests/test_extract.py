@@ -100,7 +100,6 @@ def test_a_killed_extraction_goes_on_and_ends_in_the_same_folder(kill_after, tmp
         def killed(self: Extract, log: Any, entry: dict[str, Any]) -> None:
             if (entry.get("n") or 0) % 10 == kill_after % 10 and log.tell() > 60 * kill_after:
                 log.write(b'{"file": 0, "ro')
-                log.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
             append(self, log, entry)
 
@@ -178,6 +177,12 @@ def test_a_full_disk_keeps_what_is_complete(tmp_path, monkeypatch):
     numbers(extract(path, tmp_path / "cache"))
     numbers(extract(path, tmp_path / "whole"))
     assert tree(tmp_path / "cache") == tree(tmp_path / "whole")
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(UserError, match=r"cannot be written .* cache_dir=<folder>"):
+        numbers(extract(make(tmp_path / "set"), tmp_path / "cache"))
 
 
 def test_a_file_that_is_damaged_inside_is_named_and_the_rows_before_are_kept(tmp_path):

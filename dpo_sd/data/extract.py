@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -207,8 +208,10 @@ class Extract:
         Raises:
             UserError: when the dataset cannot be read, nothing in it can be used, or there is no room.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "lock", "w") as lock:
+        with _writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = open(self.folder / "lock", "w")  # noqa: SIM115 - closed below
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another process may want the same
             _cut_torn_line(self.log)
             kept = file = row = 0
@@ -243,48 +246,53 @@ class Extract:
         """The commit that was read first, so that all rows are of one state of the dataset."""
         if not self.about.exists():
             commit = self.dataset.commit()
-            write_json(self.about, {"path": self.dataset.path, "split": self.dataset.split, "commit": commit})
+            with _writing(self.folder):
+                write_json(self.about, {"path": self.dataset.path, "split": self.dataset.split, "commit": commit})
         return json.loads(self.about.read_text(encoding="utf-8"))["commit"]
 
-    def _go_on(self, kept: int, first_file: int, first_row: int, wanted: int | None, what: str) -> None:
+    def _go_on(self, kept: int, file: int, row: int, wanted: int | None, what: str) -> None:
+        """Reads from that row of that file on, as many as are wanted."""
         from tqdm import tqdm
 
         stream, names = self.dataset.stream(self.needed, self.optional, self._commit())
         total = _smaller(wanted, _length(stream))
-        files = order(self.seed, 0, stream.num_shards)
         room = _Room(self.folder, None if total is None else total - kept, what)
-        read = 0
         with (
-            open(self.log, "ab") as log,
+            open(self.log, "ab", buffering=0) as log,
             tqdm(total=total, initial=kept, desc=f"reading {what}", unit=what.removesuffix("s")) as bar,
             self.dataset._reading(),
         ):
-            for file in range(first_file, len(files)):
-                part = stream.shard(len(files), files[file])
-                skipped = first_row if file == first_file else 0
-                name = names[files[file]] if len(names) == len(files) else f"part {files[file]}"
-                for row, values in enumerate(part.skip(skipped) if skipped else part, start=skipped):
-                    where = f"row {row} of {name}"
-                    taken = self.pick(values, where)
-                    entry: dict[str, Any] = {"file": file, "row": row}
-                    read += 1
-                    if isinstance(taken, str):
-                        entry |= {"left_out": taken, "where": where}
-                        if kept == 0 and read == FRUITLESS:
-                            raise UserError(f"{self.dataset.path}: the first {read} rows are all {taken}")
-                    else:
-                        kept += 1
-                        bar.update()
-                        entry |= self._written(taken, room)
-                    self._append(log, entry)
-                    if kept == wanted:
-                        return
+            for read, (entry, values, where) in enumerate(self._unread(stream, names, file, row), start=1):
+                taken = self.pick(values, where)
+                if isinstance(taken, str):
+                    entry |= {"left_out": taken, "where": where}
+                    if kept == 0 and read == FRUITLESS:
+                        raise UserError(f"{self.dataset.path}: the first {read} rows are all {taken}")
+                else:
+                    entry |= self._written(taken, room)
+                    kept += 1
+                    bar.update()
+                self._append(log, entry)
+                if kept == wanted:
+                    return
             self._append(log, {"end": True})
 
+    def _unread(
+        self, stream: IterableDataset, names: list[str], first_file: int, first_row: int
+    ) -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
+        """The rows from there on: place, values, and place in words."""
+        files = order(self.seed, 0, stream.num_shards)
+        for file in range(first_file, len(files)):
+            part, skipped = stream.shard(len(files), files[file]), first_row if file == first_file else 0
+            name = names[files[file]] if len(names) == len(files) else f"part {files[file]}"
+            for row, values in enumerate(part.skip(skipped) if skipped else part, start=skipped):
+                yield {"file": file, "row": row}, values, f"row {row} of {name}"
+
     def _append(self, log: Any, entry: dict[str, Any]) -> None:
+        line = json.dumps(entry).encode() + b"\n"
         with _writing(self.folder):
-            log.write(json.dumps(entry).encode() + b"\n")
-            log.flush()
+            if log.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _written(self, taken: dict[str, Any], room: _Room) -> dict[str, Any]:
         """The same with paths for pictures, which are on the disk then."""
