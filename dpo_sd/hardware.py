@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import TYPE_CHECKING, Literal
 
@@ -12,7 +13,9 @@ if TYPE_CHECKING:
 
 Accelerator = Literal["cpu", "cuda"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
-Weights = Literal["float32", "bfloat16", "float16"]
+Weights = Literal["float32", "bfloat16", "float16", "int8", "nf4"]
+PRESETS = {8: "1x8gb", 12: "1x12gb", 16: "1x16gb", 24: "1x24gb", 80: "1x80gb"}  # by the memory of their card in GiB
+ENOUGH = 0.9  # of what a preset's card is sold with: a card never shows its program all that its name says
 
 
 class Hardware:
@@ -21,7 +24,8 @@ class Hardware:
     Args:
         accelerator: where the networks live.
         precision: of the arithmetic in a training step, in Lightning's words.
-        weights: how the frozen base is stored; adapters always are float32.
+        weights: how the frozen base is stored; adapters always are float32. int8 and nf4 (4 bit) are for its linear
+            layers, the rest of it is bfloat16 then.
         micro_batch: pairs in one forward pass on one device, at least 1.
         gradient_checkpointing: computes activations again in the backward pass instead of keeping them.
         num_workers: processes that load data, at least 0.
@@ -51,6 +55,8 @@ class Hardware:
             raise UserError("precision 16-mixed needs a CUDA GPU: use 32-true or bf16-mixed on a CPU")
         if precision == "32-true" and weights != "float32":
             raise UserError(f"weights {weights} need a mixed precision, got 32-true: use bf16-mixed or 16-mixed")
+        if weights == "nf4" and accelerator == "cpu":
+            raise UserError("weights nf4 need a CUDA GPU: use hardware.weights=int8 or float32 on a CPU")
         self.accelerator: Accelerator = accelerator
         self.precision: Precision = precision
         self.weights: Weights = weights
@@ -78,8 +84,14 @@ class Hardware:
             preset: name of the option of the hardware group, for the message.
 
         Raises:
-            UserError: when there is no such GPU, too few of them, or one that lacks the precision or the memory.
+            UserError: when there is no such GPU, too few of them, or one that lacks the precision or the memory, and
+                when the library of nf4 is not installed.
         """
+        if self.weights == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(
+                "hardware.weights=nf4 needs bitsandbytes, which is not installed: run pip install 'dpo_sd[gpu]', "
+                "or use hardware.weights=int8"
+            )
         if self.accelerator == "cpu":
             return
         import torch
@@ -98,16 +110,16 @@ class Hardware:
         needs_bf16 = self.precision == "bf16-mixed" or self.weights == "bfloat16"
         # emulated bfloat16 would run, at a fraction of the speed
         if needs_bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+            weights = " hardware.weights=float16" if self.weights == "bfloat16" else ""
             raise UserError(
-                f"{wanted} computes in bfloat16, which {gpu.name} cannot: "
-                "use hardware.precision=16-mixed hardware.weights=float16"
+                f"{wanted} computes in bfloat16, which {gpu.name} cannot: use hardware.precision=16-mixed{weights}"
             )
         memory_gib = gpu.total_memory / 2**30
-        # a tenth less: a card never shows its program all that its name says
-        if self.memory_gib is not None and memory_gib < 0.9 * self.memory_gib:
+        if self.memory_gib is not None and memory_gib < ENOUGH * self.memory_gib:
+            fitting = [name for gib, name in PRESETS.items() if memory_gib >= ENOUGH * gib]
             raise UserError(
                 f"{wanted} is made for {self.memory_gib:g} GiB, but {gpu.name} has {memory_gib:.1f}: "
-                "use a smaller preset, or hardware.memory_gib=null to try nevertheless"
+                f"use hardware={fitting[-1] if fitting else 'cpu'}, or hardware.memory_gib=null to try nevertheless"
             )
 
 

@@ -8,7 +8,7 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 
 Family = Literal["tiny", "sd15", "sd21", "sdxl"]
 PredictionType = Literal["epsilon", "v_prediction"]
-Weights = Literal["float32", "bfloat16", "float16"]
+Weights = Literal["float32", "bfloat16", "float16", "int8", "nf4"]
 
 TINY = Path(__file__).parent / "assets" / "tiny-sd"
 SHAPES = Path(__file__).parent / "assets" / "families"  # settings of the networks, without weights or vocabulary
+DECODED_PIXELS = 512 * 512  # that the VAE decodes together: its fp32 activations are the largest of all
+PROMPTS = 16  # that the text encoders read together
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 REPOSITORIES: dict[Family, str] = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -130,17 +132,13 @@ class StableDiffusion:
         """Tokens that the text encoders read, their two marks included."""
         return min(tokenizer.model_max_length for tokenizer in self.tokenizers)
 
-    @contextmanager
-    def working(self, *networks: nn.Module) -> Iterator[None]:
+    def working(self, *networks: nn.Module) -> AbstractContextManager[None]:
         """Inside, the networks are on `device`; afterwards each is back where it was."""
-        before = [next(network.parameters()).device for network in networks]
-        try:
-            for network in networks:
-                network.to(self.device)
-            yield
-        finally:
-            for network, device in zip(networks, before, strict=True):
-                network.to(device)
+        return _placed(self.device, networks)
+
+    def resting(self, *networks: nn.Module) -> AbstractContextManager[None]:
+        """Inside, the networks are on the CPU; afterwards each is back where it was."""
+        return _placed("cpu", networks)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Latents (n, 4, h/8, w/8) of pixels (n, 3, h, w) in [-1, 1], in the VAE's precision, scaled.
@@ -150,15 +148,18 @@ class StableDiffusion:
         posterior: Any = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
         return posterior.latent_dist.mean * self.vae.config["scaling_factor"]
 
-    def decode_latents(self, latents: Tensor, batch_size: int = 64) -> list[Image.Image]:
-        """Pictures of scaled latents (n, 4, h, w)."""
+    def decode_latents(self, latents: Tensor) -> list[Image.Image]:
+        """Pictures of scaled latents (n, 4, h, w), as many at a time as `DECODED_PIXELS` allow, one at least."""
         import torch
         from diffusers.image_processor import VaeImageProcessor
 
         processor = VaeImageProcessor(vae_scale_factor=self.factor)
         images: list[Image.Image] = []
-        with torch.inference_mode(), self.working(self.vae):
-            for batch in (latents / self.vae.config["scaling_factor"]).split(batch_size):
+        size = latents.shape[-2] * latents.shape[-1] * self.factor**2
+        # a large picture takes so much that the UNet makes room for it
+        room = self.resting(self.unet) if size > DECODED_PIXELS else nullcontext()
+        with room, self.working(self.vae), torch.inference_mode():
+            for batch in (latents / self.vae.config["scaling_factor"]).split(max(1, DECODED_PIXELS // size)):
                 decoded: Any = self.vae.decode(batch.to(self.vae.device, self.vae.dtype))
                 images += processor.postprocess(decoded.sample)  # type: ignore[operator]  # a list by default
         return images
@@ -178,11 +179,11 @@ class StableDiffusion:
             pooled = output.text_embeds if "text_embeds" in output else None
         return TextEmbeds(torch.cat(hidden, dim=-1), pooled)
 
-    def encode_prompts(self, prompts: Sequence[str], batch_size: int = 64) -> TextEmbeds:
+    def encode_prompts(self, prompts: Sequence[str], batch_size: int = PROMPTS) -> TextEmbeds:
         """`embed` in batches and without gradients: fp32 on the CPU."""
         import torch
 
-        with torch.inference_mode(), self.working(*self.text_encoders):
+        with self.working(*self.text_encoders), torch.inference_mode():
             parts = [self.embed(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
 
         def joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -208,6 +209,19 @@ class StableDiffusion:
             return StableDiffusionXLPipeline(**shared, add_watermarker=False)
         shared |= {"safety_checker": None, "feature_extractor": None}
         return StableDiffusionPipeline(**shared, requires_safety_checker=False)
+
+
+@contextmanager
+def _placed(device: torch.device | str, networks: Iterable[nn.Module]) -> Iterator[None]:
+    networks = list(networks)
+    before = [next(network.parameters()).device for network in networks]
+    try:
+        for network in networks:
+            network.to(device)
+        yield
+    finally:
+        for network, former in zip(networks, before, strict=True):
+            network.to(former)
 
 
 def quiet_libraries() -> None:
@@ -361,18 +375,22 @@ class Model:
     def load(self, weights: Weights = "float32") -> StableDiffusion:
         """Loads all parts, frozen, the UNet in the precision `weights` and the small parts in fp32, on the CPU.
 
+        int8 and nf4 are for the UNet's linear layers; the rest of it is bfloat16.
+
         Raises:
             UserError: when a part cannot be fetched or loaded, the files are of another family, or the UNet predicts
                 neither noise nor velocity.
         """
         import torch
 
+        from dpo_sd.quantization import QUANTISED, quantise
+
         quiet_libraries()
         where = self.files()
-        if where.is_dir():
-            parts = self._from_folder(where, getattr(torch, weights))
-        else:
-            parts = self._from_single_file(where, getattr(torch, weights))
+        dtype = torch.bfloat16 if weights in QUANTISED else getattr(torch, weights)
+        parts = self._from_folder(where, dtype) if where.is_dir() else self._from_single_file(where, dtype)
+        if weights in QUANTISED:
+            quantise(parts["unet"], weights)
         if self.vae is not None:
             parts["vae"] = self._other_vae(self.vae)
         for network in (parts[name] for name in self._parts if name.startswith(("unet", "vae", "text_encoder"))):

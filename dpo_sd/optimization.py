@@ -72,6 +72,10 @@ class AdamW:
         if self.warmup_steps >= max_steps:
             raise UserError(f"warmup_steps must be below max_steps={max_steps}, got {self.warmup_steps}")
 
+    def state_bytes(self, n: int) -> int:
+        """Bytes of the state that belongs to a parameter of n numbers."""
+        return 8 * n
+
     def build(self, parameters: Mapping[str, Sequence[Parameter]], max_steps: int) -> tuple[Optimizer, LRScheduler]:
         """The optimiser of these parameters and its schedule, which is stepped once an update.
 
@@ -125,6 +129,10 @@ class AdamW8bit(AdamW):
         super().__init__(lr, betas, eps, weight_decay, schedule, warmup_steps, text_encoder_lr)
         _check_installed("bitsandbytes", "adamw8bit")
 
+    def state_bytes(self, n: int) -> int:
+        # bitsandbytes leaves small parameters in 32 bit, and keeps a scale for each 256 numbers
+        return 8 * n if n < 4096 else 2 * n + 8 * -(-n // 256)
+
     def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports] - optional extra
 
@@ -153,6 +161,9 @@ class Prodigy(AdamW):
     ) -> None:
         super().__init__(lr, betas, eps, weight_decay, schedule, warmup_steps)
         _check_installed("prodigyopt", "prodigy")
+
+    def state_bytes(self, n: int) -> int:
+        return 16 * n
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         from prodigyopt import Prodigy  # pyright: ignore[reportMissingImports] - optional extra

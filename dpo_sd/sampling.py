@@ -10,8 +10,9 @@ from dpo_sd.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
-    from dpo_sd.models import StableDiffusion
+    from dpo_sd.models import StableDiffusion, TextEmbeds
 
 
 class Sampler:
@@ -79,29 +80,49 @@ class Sampler:
             config["timestep_spacing"] = "trailing"
         pipeline.scheduler = scheduler.from_config(config)
         pipeline.set_progress_bar_config(disable=True)
-        was_training = unet.training
-        unet.eval()  # no dropout in the adapters
+        # beside the UNet nothing is on the device while it works
+        for part in ("vae", "text_encoder", "text_encoder_2"):
+            if hasattr(pipeline, part):
+                setattr(pipeline, part, None)
+        networks = list(model.networks.values())
+        were_training = [network.training for network in networks]
+        for network in networks:
+            network.eval()  # no dropout in the adapters
         pictures: list[Image.Image] = []
         try:
-            with (
-                model.working(unet, model.vae, *model.text_encoders),
-                tqdm(total=len(prompts), desc=progress, unit="picture", disable=progress is None) as bar,
-            ):
+            wanted = model.encode_prompts(prompts)
+            unwanted = model.encode_prompts([self.negative_prompt])
+            with tqdm(total=len(prompts), desc=progress, unit="picture", disable=progress is None) as bar:
                 for start in range(0, len(prompts), self.batch_size):
                     batch = slice(start, start + self.batch_size)
-                    with casting:
+                    with model.working(unet), casting:
                         latents = pipeline(
-                            list(prompts[batch]),
-                            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[batch]],
+                            latents=self._first_noise(model, seeds[batch]),
                             num_inference_steps=self.steps,
                             guidance_scale=self.guidance,
-                            negative_prompt=[self.negative_prompt] * len(prompts[batch]),
-                            height=self.height,
-                            width=self.width,
+                            height=self.height or model.resolution,
+                            width=self.width or model.resolution,
                             output_type="latent",
+                            **_told("", wanted, batch),
+                            **_told("negative_", unwanted, [0] * len(seeds[batch])),
                         ).images
                     pictures += model.decode_latents(latents.float())
                     bar.update(len(pictures) - start)
         finally:
-            unet.train(was_training)
+            for network, was_training in zip(networks, were_training, strict=True):
+                network.train(was_training)
         return pictures
+
+    def _first_noise(self, model: StableDiffusion, seeds: Sequence[int]) -> Tensor:
+        """(n, 4, h/8, w/8), fp32, on the CPU."""
+        import torch
+
+        sides = (self.height or model.resolution, self.width or model.resolution)
+        shape = (1, 4, *(side // model.factor for side in sides))
+        return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def _told(prefix: str, embeds: TextEmbeds, rows: Any) -> dict[str, Tensor]:
+    """Rows of what the text encoders made, as a pipeline is given them."""
+    told = {f"{prefix}prompt_embeds": embeds.hidden[rows]}
+    return told if embeds.pooled is None else told | {f"{prefix}pooled_prompt_embeds": embeds.pooled[rows]}

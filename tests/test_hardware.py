@@ -98,3 +98,17 @@ def test_a_smaller_gpu_than_the_preset_is_made_for_is_refused(monkeypatch):
     cuda(monkeypatch, gpus=1, memory_gib=7.8)
     with pytest.raises(UserError, match=r"hardware=1x24gb is made for 24 GiB, but Some GPU has 7.8"):
         Hardware("cuda", memory_gib=24).check(preset="1x24gb")
+
+
+def test_the_preset_to_use_instead_is_the_largest_that_the_card_can_take(monkeypatch):
+    cuda(monkeypatch, gpus=1, memory_gib=15.7)
+    with pytest.raises(UserError, match=r"made for 24 GiB, but Some GPU has 15.7: use hardware=1x16gb,"):
+        Hardware("cuda", memory_gib=24).check(preset="1x24gb")
+
+
+def test_four_bits_are_refused_without_a_gpu_and_without_their_library(monkeypatch):
+    with pytest.raises(UserError, match=r"weights nf4 need a CUDA GPU: use hardware.weights=int8"):
+        Hardware(precision="bf16-mixed", weights="nf4")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs bitsandbytes, .* pip install 'dpo_sd\[gpu\]', or use hardware.weights"):
+        Hardware("cuda", "bf16-mixed", "nf4").check()
