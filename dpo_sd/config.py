@@ -65,6 +65,14 @@ class Train:
 
 
 @dataclass
+class Plan(Train):
+    """Types of the top level of plan.yaml."""
+
+    rate: float | None = MISSING
+    measure: bool = MISSING
+
+
+@dataclass
 class Generate:
     """Types of the top level of generate.yaml."""
 
@@ -174,6 +182,17 @@ def _check_cache(cfg: DictConfig) -> None:
         )
 
 
+def check_plan(cfg: DictConfig) -> None:
+    """Refuse what a training would refuse, and a rate that is none.
+
+    Raises:
+        UserError: as `check_composition`.
+    """
+    check_composition(cfg)
+    if cfg.rate is not None and not cfg.rate > 0:
+        raise UserError(f"rate must be positive, in pairs a second, or null, got {cfg.rate}")
+
+
 def check_generation(cfg: DictConfig) -> None:
     """Refuse a drawing that cannot run.
 
@@ -259,7 +278,7 @@ def _check_kinds(cfg: DictConfig, shipped: Any) -> None:
             raise UserError(f"{cfg._get_full_key(key)} must be {KINDS[type(old)]}, got {written(new)}")
 
 
-CHECKS = {"train": check_composition, "benchmark": check_composition, "generate": check_generation}
+CHECKS = {"train": check_composition, "benchmark": check_composition, "plan": check_plan, "generate": check_generation}
 
 
 def entry_point(
@@ -351,9 +370,20 @@ def _for_model(name: str, values: Any) -> Any:
     return values[name]
 
 
+def _micro_batch(most: Any, _root_: DictConfig) -> int:
+    """The most pairs that a preset allows the model and that divide an update: `${micro_batch:{tiny:16,sd15:4}}`."""
+    allowed, pairs = most[_root_.model.name], _root_.get("pairs_per_update")  # drawing pictures knows no updates
+    if not isinstance(pairs, int) or pairs < 1:
+        return allowed
+    share = max(1, pairs // max(1, _root_.trainer.devices * _root_.trainer.num_nodes))
+    found = max(n for n in range(1, allowed + 1) if share % n == 0)
+    return found if 2 * found >= min(allowed, share) else allowed  # 17 one by one would be slow: that is refused
+
+
 def _register() -> None:
     store = ConfigStore.instance()
     store.store(group="schema", name="train", node=Train)
+    store.store(group="schema", name="plan", node=Plan)
     store.store(group="schema", name="generate", node=Generate)
     store.store(group="schema", name="annotate", node=Annotate)
     store.store(group="schema", name="export", node=Export)
@@ -363,6 +393,7 @@ def _register() -> None:
         store.store(group=group, name=option, node=schema(target))
     OmegaConf.register_new_resolver("config_groups", _groups, replace=True)
     OmegaConf.register_new_resolver("run_id", lambda otherwise: run_id() or otherwise, replace=True)
+    OmegaConf.register_new_resolver("micro_batch", _micro_batch, replace=True)
     OmegaConf.register_new_resolver("for_model", _for_model, replace=True)
     OmegaConf.register_new_resolver("wandb_logged_out", _wandb_logged_out, replace=True)
 

@@ -1,0 +1,549 @@
+"""What a training takes of a card's memory: an update on the `meta` device, whose tensors have shapes and no bytes."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import traceback
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from dpo_sd import quantization
+from dpo_sd.data.batches import PairBatch
+from dpo_sd.data.datamodule import GRID
+from dpo_sd.data.image_files import BATCH_PIXELS
+from dpo_sd.errors import UserError
+from dpo_sd.hardware import Hardware
+from dpo_sd.lora import LoRA, policy_parameters
+from dpo_sd.losses import DiffusionDPOLoss, SFTLoss
+from dpo_sd.models import DECODED_PIXELS, PROMPTS, Family, Fingerprints, StableDiffusion, TextEmbeds, skeleton
+from dpo_sd.module import DiffusionModule, needed_networks
+from dpo_sd.optimization import AdamW
+from dpo_sd.sampling import Sampler
+
+GIB = 2**30
+CONTEXT = GIB // 2  # CUDA itself and the workspaces of cuBLAS: assumed, not measured
+SPARE = 0.1  # of what comes and goes: gaps that the allocator cannot close, workspaces of cuDNN; assumed
+OWNED = 0.95  # of what a card is sold with, what its programs get; assumed
+ROUND = 512  # bytes that CUDA's allocator rounds up to
+DOING = {  # functions in a traceback: what was being done in them, and how the names of its phases begin
+    "prepare": ("encoding the data", "encoding"),
+    "draw": ("drawing pictures", "samples"),
+    "_validate": ("the validation", "validation"),
+    "training_step": ("the forward pass of an update", "update"),
+    "backward": ("the backward pass of an update", "update"),
+}
+BY_PAIRS = ("step pictures", "update", "validation")  # what the micro-batch changes
+TUNED = ("micro_batch", "gradient_checkpointing", "precision", "weights")  # settings of the hardware
+HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": None}
+
+
+class Phase(NamedTuple):
+    """One thing that a run does.
+
+    Args:
+        name: of it.
+        stays: bytes of what is on the card all the while: weights, adapters, gradients, optimiser state.
+        passes: bytes of what else there is at its peak.
+    """
+
+    name: str
+    stays: int
+    passes: int
+
+    @property
+    def peak(self) -> int:
+        return self.stays + self.passes
+
+    @property
+    def needs(self) -> int:
+        """Bytes that the card must have for it: the peak, the allocator's gaps and CUDA itself."""
+        return round(self.peak + SPARE * self.passes + CONTEXT)
+
+
+class Alive(TorchDispatchMode):
+    """Inside, counts the bytes of the tensors that are alive, and the multiplications.
+
+    Args:
+        tensors: that are there already.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor] = ()):
+        super().__init__()
+        self.now = self.peak = self.flops = 0
+        self._storages: dict[int, weakref.ref] = {}
+        for tensor in tensors:
+            self._count(tensor)
+        self.stays = self.now
+
+    def phase(self, name: str) -> Phase:
+        """What was counted since the last call."""
+        phase = Phase(name, self.stays, self.peak - self.stays)
+        self.peak = self.now
+        return phase
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._storages:
+            return
+        size = -(-storage.nbytes() // ROUND) * ROUND
+
+        def freed(_: Any) -> None:
+            self.now -= size
+            del self._storages[key]
+
+        self._storages[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf)
+        if count := flop_registry.get(func.overloadpacket):
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+@contextmanager
+def kernels(half: torch.dtype | None, accelerator: str) -> Iterator[None]:
+    """Inside, the `meta` device computes as the accelerator does: fused attention, and autocast's precisions.
+
+    Functions are replaced, because autocast knows no `meta` device and what backward passes compute again is hidden
+    from `TorchFunctionMode`.
+
+    Args:
+        half: of autocast; None computes in the precision of the inputs.
+    """
+
+    def cast(function: Any, dtype: torch.dtype) -> Any:
+        def casting(*args: Any, **kwargs: Any) -> Any:
+            to = lambda t: t.to(dtype) if t.is_floating_point() else t  # noqa: E731
+            return function(*tree_map_only(torch.Tensor, to, args), **tree_map_only(torch.Tensor, to, kwargs))
+
+        return casting
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        if half is not None:
+            query, key, value = (tensor.to(half) for tensor in (query, key, value))
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+    replaced: dict[str, Any] = {"scaled_dot_product_attention": attention}
+    if half is not None:
+        replaced |= {name: cast(getattr(F, name), half) for name in ("linear", "conv2d")}
+        if accelerator == "cuda":  # autocast on the CPU leaves the norms as they are
+            replaced |= {name: cast(getattr(F, name), torch.float32) for name in ("group_norm", "layer_norm")}
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.multiple(F, **replaced))
+        if half is not None:
+            stack.enter_context(mock.patch.object(quantization, "arithmetic", lambda x: half))
+        yield
+
+
+@dataclass(frozen=True)
+class Training:
+    """What decides how much memory a training takes.
+
+    Args:
+        family: of the base, whose real shapes are taken.
+        resolution: side of the square that has the area of the training pictures, in pixels.
+        cache: what is kept, as in `dpo_sd.data.source.Cache`.
+        pairs: behind one update on one device; the micro-batches divide it.
+        draws: whether pictures are drawn on the way.
+    """
+
+    family: Family
+    lora: LoRA
+    loss: SFTLoss | DiffusionDPOLoss
+    optimizer: AdamW
+    hardware: Hardware
+    sampler: Sampler
+    resolution: int
+    cache: str = "all"
+    pairs: int = 16
+    draws: bool = True
+    origin: Training | None = None  # whose settings `using` has changed
+    known: dict[str, list[Phase]] = field(default_factory=dict)  # phases by what was tried
+
+    def using(self, **settings: Any) -> Training:
+        """The same with other values for what `TUNED` names, for `resolution`, or for `batch_size` of drawing."""
+        hardware, sampler = copy.copy(self.hardware), copy.copy(self.sampler)
+        only_pairs = settings.keys() == {"micro_batch"}
+        known = {name: phases for name, phases in self.known.items() if only_pairs and name not in BY_PAIRS}
+        resolution = settings.pop("resolution", self.resolution)
+        for name, value in settings.items():
+            setattr(sampler if name == "batch_size" else hardware, name, value)
+        other = replace(
+            self, hardware=hardware, sampler=sampler, resolution=resolution, origin=self.origin or self, known=known
+        )
+        same_networks = all(
+            getattr(self.hardware, name) == getattr(hardware, name) for name in ("weights", "gradient_checkpointing")
+        )
+        if same_networks:
+            other.__dict__.update({name: self.__dict__[name] for name in ("model", "state") if name in self.__dict__})
+        return other
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `using` can change, by the keys of the command line, the cheapest first."""
+        own = {f"hardware.{name}": getattr(self.hardware, name) for name in TUNED}
+        return own | {"sampler.batch_size": self.sampler.batch_size, "framing.resolution": self.resolution}
+
+    @property
+    def overrides(self) -> str:
+        """What `using` has changed, as it is written on a command line."""
+        before = self.settings if self.origin is None else self.origin.settings
+        changed = {key: value for key, value in self.settings.items() if value != before[key]}
+        return " ".join(f"{key}={str(value).lower()}" for key, value in changed.items())
+
+    @property
+    def limit(self) -> int | None:
+        """Bytes that the card has for the run; None where no card is named."""
+        memory_gib = self.hardware.memory_gib
+        return None if memory_gib is None else round(memory_gib * OWNED * GIB)
+
+    # -------------------------------------------------------------------------------------------------------- the parts
+
+    def build(self, device: str = "meta") -> StableDiffusion:
+        """The model with its adapters; with random weights where the device is not `meta`."""
+        weights = self.hardware.weights
+        with torch.device(device):
+            parts = skeleton(self.family)
+            encoders = [parts[name] for name in ("text_encoder", "text_encoder_2") if name in parts]
+            tokenizers: Any = [partial(_tokens, encoder) for encoder in encoders]
+            unknown = Fingerprints("", "", "")
+            model = StableDiffusion(
+                self.family, parts["unet"], parts["vae"], encoders, tokenizers, parts["scheduler"], unknown, device
+            )
+            quantised = weights in quantization.QUANTISED
+            for parameter in model.unet.parameters():
+                parameter.data = parameter.data.to(torch.bfloat16 if quantised else getattr(torch, weights))
+            if quantised:
+                quantization.quantise(model.unet, weights)  # type: ignore[arg-type]
+        self.lora.attach(model)
+        if self.hardware.gradient_checkpointing:
+            model.unet.enable_gradient_checkpointing()
+        return model
+
+    def batch(self, model: StableDiffusion, pairs: int, device: torch.device | str = "meta") -> PairBatch:
+        """A batch of pairs, encoded as the cache keeps them."""
+        side = self.resolution // model.factor
+        rows = lambda *shape: torch.zeros(pairs, *shape, device=device)  # noqa: E731
+        width = int(model.unet.config["cross_attention_dim"])
+        embeds = TextEmbeds(rows(77, width), rows(1280) if model.is_xl else None)
+        return PairBatch(
+            chosen=rows(4, side, side),
+            rejected=rows(4, side, side) if self.loss.needs_pairs else None,
+            chosen_time_ids=rows(6),
+            rejected_time_ids=rows(6) if self.loss.needs_pairs else None,
+            prompts=[""] * pairs,
+            embeds=embeds if self.cache == "all" else None,
+            noise=rows(4, side, side),
+            timesteps=rows().long(),
+            label=rows() + 1,
+            weight=rows() + 1,
+            index=[0] * pairs,
+            draw=[0] * pairs,
+        )
+
+    def module(self, model: StableDiffusion) -> DiffusionModule:
+        return DiffusionModule(model, self.loss, self.optimizer, 1, encodes=needed_networks(model, self.cache))
+
+    # ------------------------------------------------------------------------------------------------------- the phases
+
+    @cached_property
+    def model(self) -> StableDiffusion:
+        return self.build()
+
+    @cached_property
+    def state(self) -> dict[str, list[Tensor]]:
+        """What stays on the card while the run trains, by what it is."""
+        model = self.model
+        trained = list(itertools.chain(*policy_parameters(model).values()))
+        unet, adapters = [], []
+        for name, tensor in itertools.chain(model.unet.named_parameters(), model.unet.named_buffers()):
+            (adapters if "lora_" in name else unet).append(tensor)
+        encoders = [tensor for network in needed_networks(model, self.cache) for tensor in _tensors(network)]
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+        bits = [torch.empty(self.optimizer.state_bytes(p.numel()), dtype=torch.uint8, device="meta") for p in trained]
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        return {
+            "UNet": unet,
+            "encoders of the step": encoders,
+            "adapters": adapters,
+            "gradients": gradients,
+            "optimiser": bits,
+        }
+
+    @cached_property
+    def _stays(self) -> list[Tensor]:
+        return list(itertools.chain(*self.state.values()))
+
+    @property
+    def _kernels(self) -> AbstractContextManager[None]:
+        return kernels(HALF[self.hardware.precision], self.hardware.accelerator)
+
+    @property
+    def phases(self) -> list[Phase]:
+        """All that a run does on the card, in its order."""
+        return [phase for name in self._work for phase in self._tried(name)]
+
+    @property
+    def _work(self) -> dict[str, Callable[[], Iterable[Phase]]]:
+        """What is to be tried, by names of its own."""
+        before = {"all": ["pictures", "prompts"], "latents": ["pictures"], "off": []}[self.cache]
+        step = ["step pictures"] if self.cache == "off" else []
+        drawing = ["captions", "denoising", "decoding"] if self.draws else []
+        tries = {
+            "pictures": self._pictures,
+            "prompts": self._prompts,
+            "step pictures": self._step_pictures,
+            "update": self._update,
+            "validation": self._validation,
+            "captions": self._captions,
+            "denoising": self._denoising,
+            "decoding": self._decoding,
+        }
+        return {name: tries[name] for name in [*before, *step, "update", "validation", *drawing]}
+
+    def _tried(self, name: str) -> list[Phase]:
+        if name not in self.known:
+            self.known[name] = list(self._work[name]())
+        return self.known[name]
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of an update for each of its pairs."""
+        self._tried("update")
+        return self.__dict__["_flops"]
+
+    def _update(self) -> Iterator[Phase]:
+        """With the gradients of earlier micro-batches."""
+        module, micro_batch = self.module(self.model), self.hardware.micro_batch
+        module.set_training(True)
+        with Alive(self._stays) as alive, self._kernels:
+            loss = micro_step(module, self.batch(self.model, micro_batch))
+            forward = alive.phase("update: forward")
+            torch.autograd.backward(loss)
+            backward = alive.phase("update: backward")
+            self.__dict__["_flops"] = alive.flops / micro_batch
+            copies = [torch.empty_like(gradient) for gradient in self.state["gradients"] for _ in range(2)]
+            optimiser = alive.phase("update: optimiser")
+            del loss, copies
+        return iter((forward, backward, optimiser))
+
+    def _pictures(self) -> Iterator[Phase]:
+        pictures = self._images(max(1, min(64, BATCH_PIXELS // self.resolution**2)))
+        yield self._alone("encoding pictures", [self.model.vae], lambda: self.model.encode_pixels(pictures))
+
+    def _prompts(self) -> Iterator[Phase]:
+        yield self._alone("encoding prompts", self.model.text_encoders, lambda: self.model.embed([""] * PROMPTS))
+
+    def _step_pictures(self) -> Iterator[Phase]:
+        pictures = self._images(self.hardware.micro_batch)
+        yield self._beside("update: pictures", [], lambda: self.model.encode_pixels(pictures))
+
+    def _images(self, n: int) -> Tensor:
+        return torch.empty(n, 3, self.resolution, self.resolution, device="meta")
+
+    def _alone(self, name: str, networks: Iterable[nn.Module], work: Callable[[], Any]) -> Phase:
+        """A phase before the training, with nothing but these networks on the card."""
+        return self._counted(name, [tensor for network in networks for tensor in _tensors(network)], work)
+
+    def _beside(self, name: str, networks: Iterable[nn.Module], work: Callable[[], Any]) -> Phase:
+        """A phase amid the training, for which these networks come to the card."""
+        return self._counted(name, [*self._stays, *(t for network in networks for t in _tensors(network))], work)
+
+    def _counted(
+        self, name: str, stays: list[Tensor], work: Callable[[], Any], half: torch.dtype | None = None
+    ) -> Phase:
+        with Alive(stays) as alive, torch.no_grad(), kernels(half, self.hardware.accelerator):
+            work()
+            return alive.phase(name)
+
+    def _validation(self) -> Iterator[Phase]:
+        module, size = self.module(self.model), max(self.hardware.micro_batch, GRID) // GRID * GRID
+        batch, half = self.batch(self.model, size), HALF[self.hardware.precision]
+        yield self._counted("validation", self._stays, lambda: module.losses(batch), half)
+
+    def _captions(self) -> Iterator[Phase]:
+        captions = [""] * min(PROMPTS, self.sampler.batch_size)
+        yield self._beside("samples: prompts", self.model.text_encoders, lambda: self.model.embed(captions))
+
+    def _denoising(self) -> Iterator[Phase]:
+        unet = self.model.unet
+        empty = partial(torch.empty, self.sampler.batch_size * (2 if self.sampler.guidance > 1 else 1), device="meta")
+        hidden, timesteps = empty(77, int(unet.config["cross_attention_dim"])), empty(dtype=torch.int64)
+        told, latents = {"text_embeds": empty(1280), "time_ids": empty(6)}, empty(4, *self._drawn)
+        half = None if unet.dtype == torch.float32 else unet.dtype
+        draw = lambda: unet(latents, timesteps, hidden, added_cond_kwargs=told)  # noqa: E731
+        yield self._counted("samples: denoising", self._stays, draw, half)
+
+    def _decoding(self) -> Iterator[Phase]:
+        height, width = self._drawn
+        together = max(1, DECODED_PIXELS // (height * width * self.model.factor**2))
+        latents = torch.empty(min(together, self.sampler.batch_size), 4, height, width, device="meta")
+        stays = self._stays
+        if height * width * self.model.factor**2 > DECODED_PIXELS:  # the UNet rests on the CPU
+            stays = [*self.state["encoders of the step"], *self.state["optimiser"]]
+        vae: Any = self.model.vae
+        tensors = [*stays, *_tensors(vae)]
+        yield self._counted("samples: decoding", tensors, lambda: vae.decode(latents))
+
+    @property
+    def _drawn(self) -> tuple[int, int]:
+        """Height and width of the latents of drawn pictures."""
+        model, sampler = self.model, self.sampler
+        return (sampler.height or model.resolution) // model.factor, (sampler.width or model.resolution) // model.factor
+
+    # ----------------------------------------------------------------------------------------------------- what fits
+
+    @property
+    def worst(self) -> Phase:
+        """The phase that needs the most."""
+        return max(self.phases, key=lambda phase: phase.needs)
+
+    def fits(self, limit: int | None = None, of: str = "") -> bool:
+        """Whether every phase fits the card, and those whose names begin with `of` the limit as well.
+
+        Args:
+            limit: in bytes; None is none.
+        """
+        dear = ("update", "validation", "denoising")  # tried last
+        names = sorted(self._work, key=lambda name: name in dear)
+        for phase in (phase for name in names for phase in self._tried(name)):
+            bounds = (self.limit, limit if phase.name.startswith(of) else None)
+            if any(bound is not None and phase.needs > bound for bound in bounds):
+                return False
+        return True
+
+    def nearest(self, limit: int | None = None, of: str = "") -> Iterator[Training]:
+        """The nearest settings that fit, the cheapest first: at most one that leaves base and pictures as they are, one
+        that stores the base smaller, and one with smaller pictures.
+
+        Args:
+            limit, of: as in `fits`.
+        """
+        same = {"weights": self.hardware.weights, "resolution": self.resolution}
+        smaller_base = [same | {"weights": weights} for weights in self._smaller_weights()]
+        smaller_pictures = [same | {"resolution": side} for side in (768, 512) if side < self.resolution]
+        for settings in ([same], smaller_base, smaller_pictures):
+            fitting = (found for each in settings if (found := self._first_that_fits(limit, of, **each)) is not None)
+            yield from itertools.islice(fitting, 1)
+
+    def _smaller_weights(self) -> list[str]:
+        order = ["float32", "bfloat16", "int8", "nf4"]
+        now = "bfloat16" if self.hardware.weights == "float16" else self.hardware.weights
+        allowed = order[order.index(now) + 1 :]
+        return [bits for bits in allowed if self.hardware.accelerator == "cuda" or bits == "bfloat16"]
+
+    def _first_that_fits(self, limit: int | None, of: str, **settings: Any) -> Training | None:
+        """With smaller micro-batches, and with checkpointing where these do not do; None when nothing fits."""
+        if settings["weights"] != "float32" and self.hardware.precision == "32-true":
+            settings["precision"] = "bf16-mixed"
+        micro_batches = [n for n in range(self.hardware.micro_batch, 0, -1) if self.pairs % n == 0]
+        for checkpointing in sorted({self.hardware.gradient_checkpointing, True}):
+            least = self.using(gradient_checkpointing=checkpointing, micro_batch=1, **settings)
+            if not least.fits(limit, of):
+                least = least.using(batch_size=1)
+            if least.fits(limit, of):
+                return next(found for n in micro_batches if (found := least.using(micro_batch=n)).fits(limit, of))
+        return None
+
+
+def micro_step(module: DiffusionModule, batch: PairBatch) -> Tensor:
+    """The loss of one micro-batch, with its graph."""
+    return module.losses(batch)["loss"].mean()
+
+
+def measured(training: Training, device: torch.device) -> int:
+    """Bytes at the peak of two micro-steps with random weights, by the allocator: what `Training.update` foretells.
+
+    On a CUDA device under a hard cap of the card that the hardware names.
+    """
+    cuda = device.type == "cuda"
+    if cuda and training.hardware.memory_gib is not None:
+        share = training.hardware.memory_gib * GIB / torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+    model = training.build("cpu")
+    module = training.module(model).to(device)
+    module.set_training(True)
+    batch, half = training.batch(model, training.hardware.micro_batch, device), HALF[training.hardware.precision]
+    trained = list(itertools.chain(*policy_parameters(model).values()))
+    state = [torch.empty(training.optimizer.state_bytes(p.numel()), dtype=torch.uint8, device=device) for p in trained]
+
+    def steps() -> None:
+        for _ in range(2):  # the second finds gradients of the first
+            with nullcontext() if half is None else torch.autocast(device.type, half):
+                loss = micro_step(module, batch)
+            torch.autograd.backward(loss)
+
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+        steps()
+        return torch.cuda.max_memory_allocated(device)
+    there = Alive([*module.parameters(), *module.buffers(), *state, *_of_batch(batch)]).now
+    return there + _allocated(steps)
+
+
+def _allocated(work: Callable[[], None]) -> int:
+    """Bytes that the CPU's allocator holds at the peak of some work, beyond what it held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    results: Any = profile.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events), default=0)
+
+
+@contextmanager
+def explained(training: Training, go_on: Callable[[str], str]) -> Iterator[None]:
+    """Turns a card that has no more memory into a message with the nearest settings that take less.
+
+    Args:
+        go_on: what is kept, and the command that goes on with these overrides.
+
+    Raises:
+        UserError: when memory ran out inside.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        doing, of = next((DOING[frame.name] for frame in frames if frame.name in DOING), ("the training", ""))
+        # the plan was too hopeful: clearly less than it said is wanted
+        said = max(phase.needs for phase in training.phases if phase.name.startswith(of))
+        smaller = training.nearest(round(0.9 * (said - CONTEXT)) + CONTEXT, of)
+        found = next((other.overrides for other in smaller if other.resolution == training.resolution), "")
+        only = "" if found else "only a smaller framing.resolution or sampler.height takes less; "
+        raise UserError(f"out of memory in {doing} ({str(error).splitlines()[0]}): {only}{go_on(found)}") from error
+
+
+def _tensors(network: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(network.parameters(), network.buffers())
+
+
+def _of_batch(batch: PairBatch) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(tuple(batch)) if isinstance(leaf, Tensor))
+
+
+def _tokens(encoder: Any, prompts: list[str], **_: Any) -> SimpleNamespace:
+    """What a tokenizer would give, without its vocabulary."""
+    length = encoder.config.max_position_embeddings
+    return SimpleNamespace(input_ids=torch.zeros(len(prompts), length, dtype=torch.int64, device=encoder.device))

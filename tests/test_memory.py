@@ -1,0 +1,214 @@
+"""The plan of a card's memory, against tensors counted by hand and against what the CPU's allocator is asked for."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from dpo_sd.errors import UserError
+from dpo_sd.hardware import Hardware
+from dpo_sd.lora import LoRA
+from dpo_sd.losses import DiffusionDPOLoss, SFTLoss
+from dpo_sd.memory import CONTEXT, GIB, Alive, Phase, Training, explained, kernels, measured
+from dpo_sd.models import Model
+from dpo_sd.optimization import AdamW
+from dpo_sd.quantization import QuantisedLinear, quantise
+from dpo_sd.sampling import Sampler
+
+
+def training(family: Any = "tiny", resolution=64, loss=None, lora=None, cache="all", **hardware):
+    parts = (lora or LoRA(rank=4), loss or DiffusionDPOLoss(), AdamW(), Hardware(**hardware), Sampler(batch_size=1))
+    return Training(family, *parts, resolution, cache)
+
+
+def gpu(family, resolution, micro_batch=1, weights="bfloat16", checkpointing=True, memory_gib=8.0, **settings):
+    hardware = {"precision": "bf16-mixed", "weights": weights, "micro_batch": micro_batch, "memory_gib": memory_gib}
+    return training(
+        family, resolution, accelerator="cuda", gradient_checkpointing=checkpointing, **hardware, **settings
+    )
+
+
+def update_peak(plan: Training) -> int:
+    return max(phase.peak for phase in plan.phases if phase.name.startswith("update"))
+
+
+def test_tensors_are_counted_while_they_are_alive_and_views_are_not():
+    there = torch.zeros(128)
+    with Alive([there]) as alive:
+        first = torch.zeros(256)
+        view = first.view(16, 16)
+        assert alive.now == 512 + 1024
+        del first, view
+        torch.zeros(1)  # rounded up to 512 bytes
+    assert (alive.stays, alive.now, alive.peak) == (512, 512, 512 + 1024)
+
+
+def test_a_product_of_matrices_is_counted_with_its_operations():
+    with Alive() as alive:
+        _ = torch.ones(2, 3) @ torch.ones(3, 5)
+    assert alive.flops == 2 * 2 * 3 * 5
+
+
+def test_attention_is_counted_without_its_matrix():
+    query = torch.empty(1, 8, 4096, 64, device="meta", requires_grad=True)
+    with Alive() as alive, kernels(None, "cuda"):
+        torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    assert alive.peak < 3 * query.nbytes < 8 * 4096 * 4096 * 4
+
+
+def test_a_card_must_have_the_peak_a_tenth_of_what_passes_and_half_a_gib():
+    assert Phase("any", stays=2 * GIB, passes=10 * GIB).needs == 13 * GIB + CONTEXT
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"micro_batch": 4},
+        {"micro_batch": 4, "gradient_checkpointing": True},
+        {"micro_batch": 2, "loss": SFTLoss()},
+        {"micro_batch": 4, "precision": "bf16-mixed", "weights": "int8"},
+        {"micro_batch": 2, "cache": "latents", "lora": LoRA(rank=4, text_encoder=True)},
+    ],
+)
+def test_the_plan_is_within_a_tenth_of_what_the_allocator_is_asked_for(settings):
+    plan = training(**settings)
+    assert 0.9 < update_peak(plan) / measured(plan, torch.device("cpu")) < 1.1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("plan", [gpu("sd15", 512, 4), gpu("sdxl", 1024, 1, "int8")])
+def test_on_a_gpu_the_plan_is_within_a_tenth_of_what_the_allocator_held(plan):
+    assert 0.9 < update_peak(plan) / measured(plan, torch.device("cuda")) < 1.1
+
+
+def test_sd15_trains_four_pairs_at_512_in_8_gib():
+    assert gpu("sd15", 512, 4).fits()
+
+
+def test_sdxl_trains_a_pair_at_1024_in_8_gib_with_its_base_in_8_bit():
+    assert gpu("sdxl", 1024, weights="int8").fits()
+
+
+@pytest.mark.slow
+def test_sdxl_in_16_bit_does_not_fit_8_gib_and_8_bit_is_what_does():
+    plan = gpu("sdxl", 1024)
+    assert not plan.fits()
+    assert next(plan.nearest()).overrides == "hardware.weights=int8"
+
+
+def test_the_nearest_settings_that_fit_change_the_micro_batch_before_anything_else():
+    plan = gpu("sd15", 512, 16)
+    assert not plan.fits()
+    nearest = next(plan.nearest())
+    assert nearest.fits() and nearest.overrides == "hardware.micro_batch=8"
+
+
+def test_the_nearest_settings_take_checkpointing_where_a_single_pair_is_too_much():
+    plan = gpu("sd21", 768, 1, checkpointing=False, memory_gib=6.5)
+    assert next(plan.nearest()).overrides == "hardware.gradient_checkpointing=true"
+
+
+def test_settings_that_are_changed_back_are_no_overrides():
+    plan = training(micro_batch=4)
+    assert plan.using(micro_batch=2, resolution=128).using(micro_batch=4).overrides == "framing.resolution=128"
+
+
+def test_more_pairs_checkpointing_and_fewer_bits_change_the_plan_the_way_they_should():
+    one, two = (update_peak(gpu("sd15", 512, n)) for n in (1, 2))
+    assert one < two < update_peak(gpu("sd15", 512, 2, checkpointing=False))
+    stays = [sum(map(len, [t.untyped_storage() for t in gpu("sd15", 512, weights=w).state["UNet"]])) for w in
+             ("bfloat16", "int8", "nf4")]  # fmt: skip
+    assert stays == sorted(stays, reverse=True)
+
+
+def test_a_run_out_of_memory_names_what_it_did_what_is_kept_and_what_takes_less():
+    def training_step():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+
+    with (
+        pytest.raises(UserError) as error,
+        explained(gpu("sd15", 512, 4), lambda overrides: f"last.ckpt is kept; go on with resume=run {overrides}"),
+    ):
+        training_step()
+    assert str(error.value) == (
+        "out of memory in the forward pass of an update (CUDA out of memory. Tried to allocate 2 GiB.): "
+        "last.ckpt is kept; go on with resume=run hardware.micro_batch=2"
+    )
+
+
+def test_other_errors_are_not_explained():
+    with pytest.raises(ZeroDivisionError), explained(training(), str):
+        _ = 1 / 0
+
+
+# -------------------------------------------------------------------------------------------------------- quantisation
+
+
+def test_eight_bits_are_within_half_a_step_of_the_weights():
+    layer = torch.nn.Linear(32, 16)
+    steps = layer.weight.abs().amax(dim=1, keepdim=True) / 127
+    assert ((QuantisedLinear(layer, "int8").expanded(torch.float32) - layer.weight).abs() <= steps * 0.5001).all()
+
+
+def test_a_quantised_layer_passes_on_the_gradient_of_its_expanded_weight():
+    layer = QuantisedLinear(torch.nn.Linear(8, 4), "int8")
+    x = torch.randn(3, 8, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.expanded(torch.float32).sum(dim=0).expand(3, 8))
+
+
+def test_a_quantised_layer_keeps_no_expanded_weight_for_its_backward_pass():
+    layer = QuantisedLinear(torch.nn.Linear(512, 512), "int8")
+    x = torch.randn(1, 512, requires_grad=True)
+    with Alive() as alive:
+        y = layer(x)
+    assert alive.now <= 4096 and y.requires_grad
+
+
+def test_the_tiny_model_predicts_the_same_with_its_linear_layers_in_eight_bits_to_two_thousandths():
+    unet = Model("tiny").load().unet
+    smaller = copy.deepcopy(unet)
+    quantise(smaller, "int8")
+    side = unet.config["sample_size"]
+    given = (
+        torch.randn(2, 4, side, side),
+        torch.tensor([100, 700]),
+        torch.randn(2, 8, unet.config["cross_attention_dim"]),
+    )
+    with torch.no_grad():
+        there, here = unet(*given).sample, smaller(*given).sample
+    assert (here - there).norm() < 2e-3 * there.norm()
+
+
+def test_nf4_of_bitsandbytes_is_near_the_weights_and_trains_the_adapter():
+    pytest.importorskip("bitsandbytes")
+    layer = torch.nn.Linear(128, 64)
+    quantised = QuantisedLinear(layer, "nf4")
+    assert (quantised.expanded(torch.float32) - layer.weight).norm() < 0.1 * layer.weight.norm()
+
+
+def test_networks_come_to_the_device_outside_of_inference_mode_which_would_spoil_them_for_training(monkeypatch):
+    model = Model("tiny").load()
+    seen = []
+    for network in (model.vae, *model.text_encoders):
+        move = network.to
+        monkeypatch.setattr(
+            network, "to", lambda *a, move=move: (seen.append(torch.is_inference_mode_enabled()), move(*a))
+        )
+    model.encode_prompts(["a"])
+    model.decode_latents(torch.zeros(1, 4, 8, 8))
+    assert seen and not any(seen)
+
+
+def test_the_unet_makes_room_for_a_large_picture(monkeypatch):
+    model = Model("tiny").load()
+    moved = []
+    monkeypatch.setattr(model.unet, "to", lambda device: moved.append(str(device)))
+    model.decode_latents(torch.zeros(1, 4, 8, 8))
+    assert moved == []
+    model.decode_latents(torch.zeros(1, 4, 72, 64))
+    assert moved == ["cpu", "cpu"]
