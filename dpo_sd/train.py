@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,7 @@ def main(cfg: DictConfig) -> float | None:
     from dpo_sd.callbacks.run_record import RunRecord, device_name
     from dpo_sd.callbacks.verdict import Verdict
     from dpo_sd.data.datamodule import PairData
+    from dpo_sd.memory import Training, explained
     from dpo_sd.module import DiffusionModule, needed_networks, quiet_lightning
 
     quiet_lightning()
@@ -110,7 +112,18 @@ def main(cfg: DictConfig) -> float | None:
         check_same(checkpoint, "model", model.fingerprint)
     elif trainer.is_global_zero:
         record.begin()
-    with continuable(run):
+    takes = Training(
+        model.name,
+        lora,
+        loss,
+        optimizer,
+        hardware,
+        sampler,
+        framing.resolution or model.resolution,
+        cfg.cache,
+        cfg.pairs_per_update // world_size,
+    )
+    with continuable(run), explained(takes, partial(going_on, run)):
         data = source.prepare(model, sampler, framing, cache)
     for line in [*data.report, *reference_notes(source, lora.init_from)]:
         say(f"data    {line}")
@@ -155,7 +168,7 @@ def main(cfg: DictConfig) -> float | None:
         num_workers=hardware.num_workers,
     )
     module.set_training(True)  # the adapters' dropout; the base has none
-    with continuable(run):
+    with continuable(run), explained(takes, partial(going_on, run)):
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     return conclude(trainer, record, run)
 
@@ -214,6 +227,13 @@ def continuable(run: Path) -> Iterator[None]:
         ]
         say(f"stopped; continue with\n  {' '.join(['python -m dpo_sd.train', *own_groups, f'resume={run}'])}")
         raise KeyboardInterrupt from end
+
+
+def going_on(run: Path, overrides: str) -> str:
+    """What a run that ended early has kept, and the command that continues it."""
+    checkpoint = newest_checkpoint(str(run))
+    kept = "there is no checkpoint yet" if checkpoint is None else f"{checkpoint} is kept"
+    return f"{kept}; go on with\n  python -m dpo_sd.train resume={run} {overrides}".rstrip()
 
 
 def conclude(trainer: L.Trainer, record: Any, run: Path) -> float | None:
