@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from dpo_sd.data.batches import PreparedSamples
     from dpo_sd.models import Family, StableDiffusion
 
-WARM_UP = 2  # updates that are not timed
-
 
 class Case(NamedTuple):
     """What is measured.
@@ -33,13 +32,14 @@ class Case(NamedTuple):
         family: whose networks, at their real shapes and with random weights.
         resolution: side of the pictures in pixels.
         pairs: of one update, in one pass.
-        updates: timed in every round; their median counts.
+        warm_up, updates: of every round; the median of the latter counts.
         rounds: in which the ways to train take turns.
     """
 
     family: Family
     resolution: int
     pairs: int
+    warm_up: int
     updates: int
     rounds: int
 
@@ -48,8 +48,8 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "cpu": [Case("tiny", 64, 16, 8, 6), Case("sd15", 256, 1, 1, 3)],
-    "cuda": [Case("sd15", 512, 4, 5, 5), Case("sdxl", 1024, 1, 5, 5)],
+    "cpu": [Case("tiny", 64, 16, 2, 8, 6), Case("sd15", 256, 1, 1, 1, 4)],
+    "cuda": [Case("sd15", 512, 4, 2, 5, 5), Case("sdxl", 1024, 1, 2, 5, 5)],
 }
 
 
@@ -103,7 +103,8 @@ class Bench:
             self.model.unet.enable_gradient_checkpointing()
         lora.attach(self.model, seed)
         self.pixels, self.samples = random_samples(self.model, case)
-        self.updates = case.updates + WARM_UP
+        self.updates = case.warm_up + case.updates
+        self._folder = tempfile.TemporaryDirectory()
 
     def compare(self) -> dict[str, Any]:
         """Seconds per update of each way, and their ratios: median, lowest and highest over the rounds."""
@@ -117,7 +118,7 @@ class Bench:
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(self.case.rounds):  # in turns, so that whatever else the machine does strikes all
             for name, way in ways.items():
-                seconds[name].append(statistics.median(way()[WARM_UP:]))
+                seconds[name].append(statistics.median(way()[self.case.warm_up :]))
                 gc.collect()
 
         def ratio(of: str, to: str) -> dict[str, float]:
@@ -131,14 +132,12 @@ class Bench:
 
     def _reference(self) -> Any:
         """A cache that knows the reference's errors of the one draw that each pair has."""
-        import tempfile
-
         import torch
 
         from dpo_sd.data.reference import ReferenceErrors
         from dpo_sd.losses import PairErrors
 
-        kept = ReferenceErrors(Path(tempfile.gettempdir()) / "no such folder", self.samples.sample_ids, draws=1)
+        kept = ReferenceErrors(Path(self._folder.name), self.samples.contents, draws=1)
         n = len(self.samples)
         kept.put(list(range(n)), [0] * n, PairErrors(torch.ones(n), torch.ones(n)))
         return kept
@@ -349,8 +348,6 @@ def random_samples(model: StableDiffusion, case: Case) -> tuple[list[torch.Tenso
 
 def loading_rate(folder: Path, n: int = 2000) -> float:
     """Pairs per second that one process reads from the cache and gives noise and a timestep, at SD 1.5's size."""
-    import tempfile
-
     import numpy as np
     import torch
 
@@ -389,7 +386,7 @@ def cost(hardware: Any, lora: Any, loss: Any, optimizer: Any, seed: int) -> dict
         adapter = copy.copy(lora)
         adapter.rank, adapter.alpha = rank, float(rank)
         bench = Bench(case, hardware, adapter, loss, optimizer, seed)
-        seconds[name] = statistics.median(bench.ours()[WARM_UP:])
+        seconds[name] = statistics.median(bench.ours()[case.warm_up :])
         print(f"{name:<44}{seconds[name]:8.3f} s an update")
     return seconds
 

@@ -18,10 +18,11 @@ from dpo_sd.config import entry_point
 from dpo_sd.errors import UserError
 from dpo_sd.files import write_json
 from dpo_sd.lora import load_for_drawing
-from dpo_sd.lora_files import lora_digest
+from dpo_sd.lora_files import WEIGHTS_NAME, lora_digest
 from dpo_sd.noise import image_seed
-from dpo_sd.pairs import PAIRS, Pair, current, image_uid, pair_id, read_pairs, write_pairs
+from dpo_sd.pairs import PAIRS, Pair, current, pair_id, read_pairs, write_pairs
 from dpo_sd.pictures import save_png
+from dpo_sd.remembered import sha256
 from dpo_sd.shapes.captions import split_prompts
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ RECORD = "generate.json"  # how the pictures of a folder are drawn
 def main(cfg: DictConfig) -> None:
     """Draws what is missing in the folder `out`, and lists the pairs."""
     folder = Path(cfg.out).expanduser()
-    prompts = read_prompts(cfg.prompts)
+    prompts = read_prompts(cfg.prompts, cfg.seed)
     loras = [parse_lora(text) for text in ([cfg.loras] if isinstance(cfg.loras, str) else cfg.loras)]
     hardware, sampler, base = (instantiate(cfg[group]) for group in ("hardware", "sampler", "model"))
     hardware.check()
@@ -98,8 +99,10 @@ class WeightedLoRA(NamedTuple):
     sha256: str
 
 
-def read_prompts(prompts: str | Sequence[str]) -> list[str]:
+def read_prompts(prompts: str | Sequence[str], seed: int = 0) -> list[str]:
     """Prompts of a text file (one a line; blank lines and those that begin with # are none), a list, or "shapes".
+
+    The latter are the training prompts of the shapes world under a seed, as `data=shapes` and `data=renders` have them.
 
     Each comes once, in the order of its first appearance.
 
@@ -107,7 +110,7 @@ def read_prompts(prompts: str | Sequence[str]) -> list[str]:
         UserError: when there is no such file, it is no text, or there are no prompts.
     """
     if prompts == "shapes":
-        return split_prompts(0).train
+        return split_prompts(seed).train
     if isinstance(prompts, str):
         file = Path(prompts).expanduser()
         if not file.is_file():
@@ -220,11 +223,19 @@ def list_pairs(folder: Path, pictures: Sequence[Picture], made_by: dict[str, Any
     return pairs
 
 
+def lora_name(path: Path) -> str:
+    """What people call a LoRA: the name of its run, or that of its file."""
+    if not path.expanduser().is_dir():
+        return path.stem
+    exported = [file for file in (path.expanduser() / "lora").glob("*.safetensors") if file.name != WEIGHTS_NAME]
+    return exported[0].stem if exported else path.name
+
+
 def listed(folder: Path, pictures: Sequence[Picture], made_by: dict[str, Any]) -> list[Pair]:
     """All pairs of the sets that are complete on disk; those of a larger set share a `ranking_id`."""
     drawn_by = made_by["model"]
     for lora in made_by["loras"]:
-        drawn_by += f" + {Path(lora['path']).name}" + (f":{lora['weight']:g}" if lora["weight"] != 1 else "")
+        drawn_by += f" + {lora_name(Path(lora['path']))}" + (f":{lora['weight']:g}" if lora["weight"] != 1 else "")
     settings = {key: value for key, value in made_by.items() if key not in ("loras", "seed")}
     pairs = []
     for _, group in itertools.groupby(pictures, key=lambda picture: (picture.prompt, picture.set_index)):
@@ -232,7 +243,7 @@ def listed(folder: Path, pictures: Sequence[Picture], made_by: dict[str, Any]) -
         files = [folder / member.file for member in members]
         if not all(file.exists() for file in files):
             continue
-        uids = [image_uid(file) for file in files]
+        uids = [sha256(file) for file in files]
         ranking_id = members[0].set_id if len(members) > 2 else None
         for a, b in itertools.combinations(range(len(members)), 2):
             pairs.append(

@@ -194,8 +194,14 @@ class StableDiffusion:
 
     def truncated(self, prompts: Sequence[str]) -> list[str]:
         """Those of the prompts that have more tokens than the text encoders read."""
-        lengths = [len(ids) for ids in self.tokenizers[0](list(prompts)).input_ids] if prompts else []
-        return [prompt for prompt, n in zip(prompts, lengths, strict=True) if n > self.max_tokens]
+        # a token is at least one character of ASCII, and two tokens mark the ends
+        suspects = [prompt for prompt in prompts if len(prompt) + 2 > self.max_tokens or not prompt.isascii()]
+        long: list[str] = []
+        for start in range(0, len(suspects), 1024):
+            part = suspects[start : start + 1024]
+            ids = self.tokenizers[0](part).input_ids
+            long += [prompt for prompt, tokens in zip(part, ids, strict=True) if len(tokens) > self.max_tokens]
+        return long
 
     def pipeline(self) -> DiffusionPipeline:
         """A diffusers pipeline on these very parts, adapters included; nothing is copied."""
@@ -623,13 +629,15 @@ def _family_of_file(file: Path) -> Family | None:
 @contextmanager
 def _loading(what: Path) -> Iterator[None]:
     """Turns what goes wrong in loading a file into one line."""
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
     from safetensors import SafetensorError
 
+    damage = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError)
     try:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+    except damage as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{what} cannot be loaded: {reason}") from error
 
@@ -638,7 +646,13 @@ def _loading(what: Path) -> Iterator[None]:
 def _hub(repository: str) -> Iterator[None]:
     """Turns what goes wrong on the Hub into one line that says what to do."""
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         yield
@@ -646,7 +660,11 @@ def _hub(repository: str) -> Iterator[None]:
         raise UserError(f"{repository} asks for consent: accept its terms on its page, then hf auth login") from error
     except RepositoryNotFoundError as error:
         raise UserError(f"the Hub has no public {repository}: check its name, or hf auth login") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+    except RevisionNotFoundError as error:
+        raise UserError(f"{repository} has no such revision on the Hub: see its branches, tags and commits") from error
+    except UserError:
+        raise
+    except (LocalEntryNotFoundError, HTTPError, OSError, ValueError) as error:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
         raise UserError(
             f"{repository} is not on this computer and {why}: fetch it once with a network, or give a local folder "

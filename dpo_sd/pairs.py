@@ -11,14 +11,15 @@ from pathlib import Path, PurePosixPath
 from types import NoneType
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from dpo_sd import images
 from dpo_sd.errors import UserError
 from dpo_sd.files import write_text
+from dpo_sd.remembered import read_sha256
 
 PAIRS = "pairs.jsonl"
-MAX_PIXELS = 8192 * 8192
-FORMATS = ("PNG", "JPEG", "WEBP")  # those that every browser shows and that hold no script
+SHOWN = ("PNG", "JPEG", "WEBP")  # those that every browser shows and that hold no script
 
 
 @dataclass(frozen=True)
@@ -76,18 +77,8 @@ def pair_id(prompt: str, image_0_uid: str, image_1_uid: str) -> str:
     return hashlib.sha256(json.dumps([prompt, image_0_uid, image_1_uid]).encode()).hexdigest()[:16]
 
 
-def image_uid(file: Path) -> str:
-    """The uid of an image: SHA-256 of its bytes, hexadecimal.
-
-    Raises:
-        OSError: when the file cannot be read.
-    """
-    with open(file, "rb") as image:
-        return hashlib.file_digest(image, "sha256").hexdigest()
-
-
 def is_uid(text: str) -> bool:
-    """Whether a text is what `image_uid` gives; pairs from elsewhere may have names of other kinds."""
+    """Whether a text is what `read_sha256` gives; pairs from elsewhere may have names of other kinds."""
     return _SHA256.fullmatch(text) is not None
 
 
@@ -192,15 +183,14 @@ def check_image(file: Path) -> tuple[int, int]:
     """Width and height in pixels, from the header alone.
 
     Raises:
-        UserError: when the file is not a PNG, JPEG or WebP by its first bytes, its header cannot be read, or it has
-            more than `MAX_PIXELS` pixels.
+        UserError: when the file is not an image that every browser shows, or as `dpo_sd.images.open_image`.
     """
-    with _opened(file) as image:
+    with images.open_image(file, SHOWN) as image:
         return image.size
 
 
 def load_image(folder: str | Path, relative: str) -> Image.Image:
-    """The image decoded whole, in RGB, turned as its EXIF orientation says.
+    """The image decoded whole, as by `dpo_sd.images.load_image`.
 
     Args:
         folder, relative: as for `image_file`.
@@ -208,12 +198,7 @@ def load_image(folder: str | Path, relative: str) -> Image.Image:
     Raises:
         UserError: when the file is not there or not an image that can be read to its end.
     """
-    file = image_file(folder, relative)
-    with _opened(file) as image:
-        try:
-            return ImageOps.exif_transpose(image).convert("RGB")
-        except Exception as error:  # decoders raise nearly anything on broken data
-            raise UserError(f"image {file} cannot be read to its end ({error}): draw it again or delete it") from error
+    return images.load_image(image_file(folder, relative), SHOWN)
 
 
 def json_line(record: Mapping[str, Any]) -> str:
@@ -258,7 +243,7 @@ def parse_object(line: bytes | str) -> dict[str, Any]:
 
 def _uid_of(folder: str | Path, relative: str) -> str | None:
     try:
-        return image_uid(image_file(folder, relative))
+        return read_sha256(image_file(folder, relative))
     except (UserError, OSError):
         return None
 
@@ -273,20 +258,3 @@ def _pair(record: dict[str, Any]) -> Pair:
     if pair.pair_id != expected:
         raise ValueError(f"{pair.pair_id!r:.100} is not the pair_id of this prompt and these images: {expected} is")
     return pair
-
-
-def _opened(file: Path) -> Image.Image:
-    # Pillow tries these formats only, each by its magic bytes first, and reads no more than the header
-    try:
-        image = Image.open(file, formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        raise UserError(f"image {file} has more than {MAX_PIXELS} pixels: {error}") from error
-    except Image.UnidentifiedImageError as error:
-        raise UserError(f"image {file} is no PNG, JPEG or WebP image, or its beginning is damaged") from error
-    except Exception as error:
-        raise UserError(f"image {file} cannot be read: {error}") from error
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        image.close()
-        raise UserError(f"image {file} has {width} × {height} pixels, more than {MAX_PIXELS}: make it smaller")
-    return image

@@ -83,7 +83,7 @@ def sha256(file: str | Path) -> str:
     return next(remembered([target], "sha256", read_sha256))
 
 
-def read_sha256(file: str) -> str:
+def read_sha256(file: str | Path) -> str:
     """SHA-256 of a file's bytes, read now: 64 hexadecimal digits."""
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

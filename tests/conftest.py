@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -10,9 +11,12 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from signal import SIGKILL
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+
+if TYPE_CHECKING:
+    from twins import SingleFile
 
 # of tiny runs: what they learn and draw matters to no test
 SMALL = (
@@ -72,6 +76,38 @@ def run_forked(work: Callable[[], object], folder: Path, timeout: float = 500) -
         time.sleep(0.02)
     out, err = (path.read_text(errors="replace") for path in paths)
     return Ended(os.waitstatus_to_exitcode(status), out, err)
+
+
+@pytest.fixture(scope="session")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`twin("sdxl")`: the diffusers folder of a small model of random weights with all that is particular to a family.
+
+    For tests that change nothing in it.
+    """
+    from twins import make_folder
+
+    folder = tmp_path_factory.mktemp("twins")
+
+    @functools.cache
+    def twin(family: str) -> Path:
+        return make_folder(folder / family, family)
+
+    return twin
+
+
+@pytest.fixture(scope="session")
+def single_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], SingleFile]:
+    """`single_file("sd15")`: the same as one file in Stability's layout."""
+    from twins import make_single_file
+
+    folder = tmp_path_factory.mktemp("single")
+
+    @functools.cache
+    def single_file(family: str) -> SingleFile:
+        (folder / family).mkdir()
+        return make_single_file(folder / family, family)
+
+    return single_file
 
 
 @pytest.fixture(scope="session")

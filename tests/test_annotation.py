@@ -32,8 +32,9 @@ from dpo_sd.annotation.summary import (
     train_command,
 )
 from dpo_sd.errors import UserError
-from dpo_sd.pairs import Pair, image_uid, pair_id, write_pairs
+from dpo_sd.pairs import Pair, pair_id, write_pairs
 from dpo_sd.preferences import REFUSED, Event, flag, standing, vote
+from dpo_sd.remembered import read_sha256
 
 NOON = "2031-05-17T12:00:00.000Z"
 
@@ -394,7 +395,7 @@ def draw(folder: Path, pair: Pair, seed: int = 0) -> Pair:
     for image in (pair.image_0, pair.image_1):
         (folder / image).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(folder / image)
-    uids = image_uid(folder / pair.image_0), image_uid(folder / pair.image_1)
+    uids = read_sha256(folder / pair.image_0), read_sha256(folder / pair.image_1)
     return Pair(pair_id(pair.prompt, *uids), pair.prompt, pair.image_0, pair.image_1, *uids)
 
 

@@ -224,7 +224,7 @@ def test_loras_change_the_pictures_by_their_weights(draw, drawn, lora, tmp_path)
     assert len({whole, half, Image.open(drawn / read_pairs(drawn)[0].image_0).tobytes()}) == 3
     difference = max(abs(a - b) for a, b in zip(whole, halves, strict=True))
     assert difference <= 2  # twice half is the whole, but for rounding
-    assert read_pairs(tmp_path / "1")[0].model_0 == "tiny + pytorch_lora_weights.safetensors:0.5"
+    assert read_pairs(tmp_path / "1")[0].model_0 == "tiny + pytorch_lora_weights:0.5"
 
 
 # ---- what is refused

@@ -1,21 +1,36 @@
-"""The parts of the base: latents, prompts, files."""
+"""The parts of the base: latents, prompts, and files of every family and layout."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import struct
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_forked
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from dpo_sd import models
+from dpo_sd.data.source import encode_bytes, encode_images
 from dpo_sd.errors import UserError
-from dpo_sd.models import PARTS, TINY, Model, StableDiffusion
+from dpo_sd.lora import LoRA
+from dpo_sd.models import REPOSITORIES, TINY, Family, Model, StableDiffusion, TextEmbeds, skeleton
 
 PROMPTS = ["a small red circle on a blue background", "", "star", "Ünïcödé 漢字 🔴 مرحبا"]
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+FAMILIES: list[Family] = ["sd15", "sd21", "sdxl"]
+
+
+@pytest.fixture(autouse=True)
+def memory(tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.setenv("DPO_SD_CACHE", str(tmp_path_factory.getbasetemp() / "memory"))
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +43,13 @@ def make_pictures(n: int = 3) -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)) for _ in range(n)]
 
 
+def same_weights(one: Any, other: Any) -> bool:
+    mine, its = one.state_dict(), other.state_dict()
+    return mine.keys() == its.keys() and all(torch.equal(mine[name], its[name]) for name in mine)
+
+
 def test_every_part_is_frozen_and_in_evaluation_mode(model):
-    for part in (model.unet, model.vae, model.text_encoder):
+    for part in (model.unet, model.vae, *model.text_encoders):
         assert not any(parameter.requires_grad for parameter in part.parameters())
         assert not any(module.training for module in part.modules())
 
@@ -38,11 +58,26 @@ def test_every_part_is_frozen_and_in_evaluation_mode(model):
 def test_the_precision_asked_for_is_the_unets_alone(weights):
     model = Model().load(weights)
     assert model.unet.dtype == getattr(torch, weights)
-    assert model.vae.dtype == model.text_encoder.dtype == torch.float32
+    assert model.vae.dtype == model.text_encoders[0].dtype == torch.float32
 
 
 def test_sizes_are_those_of_the_pictures(model):
-    assert (model.latent_size, model.resolution) == (8, 64)
+    assert (model.latent_size, model.resolution, model.factor) == (8, 64, 8)
+
+
+def test_networks_come_back_to_where_they_were_after_an_exception_too(model):
+    model.device = "meta"  # a place that costs nothing, but loses weights: they are put back
+    weights = model.vae.state_dict()
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"), model.working(torch.nn.Linear(1, 1)):
+            raise RuntimeError("out of memory")
+        network = torch.nn.Linear(2, 2).to("meta")
+        model.device = "meta"
+        with model.working(network):
+            assert next(network.parameters()).device.type == "meta"
+    finally:
+        model.device = "cpu"
+        model.vae.load_state_dict(weights)
 
 
 # --------------------------------------------------------------------------------------------------------------- latent
@@ -50,29 +85,31 @@ def test_sizes_are_those_of_the_pictures(model):
 
 def test_a_latent_is_the_scaled_mean_of_the_posterior(model):
     pictures = make_pictures(2)
-    pixels = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures])
+    pixels = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures]).permute(0, 3, 1, 2)
     with torch.no_grad():
-        mean = model.vae.encode(pixels.permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mean
-    latents = model.encode_images(pictures)
+        mean = model.vae.encode(pixels / 127.5 - 1).latent_dist.mean
+        latents = encode_bytes(model, pixels)
     assert_close(latents, mean * model.vae.config["scaling_factor"], rtol=1e-4, atol=1e-5)
+    assert_close(encode_images(model, pictures), latents, rtol=1e-4, atol=1e-5)
     assert (latents.shape, latents.dtype) == ((2, 4, 8, 8), torch.float32)
 
 
 def test_a_picture_has_one_latent_whatever_is_encoded_with_it(model):
     pictures = make_pictures()
-    together = model.encode_images(pictures)
-    assert torch.equal(model.encode_images(pictures), together)
-    assert_close(model.encode_images(pictures, batch_size=1), together, rtol=1e-4, atol=1e-5)
+    together = encode_images(model, pictures)
+    assert torch.equal(encode_images(model, pictures), together)
+    assert_close(encode_images(model, pictures, batch_size=1), together, rtol=1e-4, atol=1e-5)
 
 
-def test_transparent_and_grey_pictures_are_read_as_rgb(model):
-    grey = Image.new("L", (64, 64), 128)
-    latents = model.encode_images([grey, grey.convert("RGBA")])
-    assert_close(latents, model.encode_images([grey.convert("RGB")] * 2), rtol=1e-4, atol=1e-5)
+def test_latents_decode_to_nearly_their_pictures(model):
+    picture = Image.new("RGB", (64, 64), (200, 30, 40))
+    (decoded,) = model.decode_latents(encode_images(model, [picture]))
+    assert decoded.size == (64, 64)
+    assert np.abs(np.asarray(decoded).astype(int) - np.asarray(picture)).mean() < 8
 
 
 def test_latents_and_prompts_can_take_part_in_a_graph(model):
-    latents, states = model.encode_images(make_pictures(1)), model.encode_prompts(["a"])
+    latents, states = encode_images(model, make_pictures(1)), model.encode_prompts(["a"]).hidden
     assert not latents.is_inference() and not states.is_inference()
 
 
@@ -81,65 +118,135 @@ def test_latents_and_prompts_can_take_part_in_a_graph(model):
 
 def test_prompts_are_encoded_as_the_pipeline_does(model):
     expected, _ = model.pipeline().encode_prompt(PROMPTS, torch.device("cpu"), 1, False)
-    states = model.encode_prompts(PROMPTS)
-    assert_close(states, expected, rtol=1e-4, atol=1e-5)
-    assert states.shape == (len(PROMPTS), model.tokenizer.model_max_length, 128)
+    embeds = model.encode_prompts(PROMPTS)
+    assert_close(embeds.hidden, expected, rtol=1e-4, atol=1e-5)
+    assert embeds.hidden.shape == (len(PROMPTS), model.max_tokens, 128) and embeds.pooled is None
+
+
+def test_prompts_of_sdxl_are_encoded_as_its_pipeline_does(twin):
+    model = Model("sdxl", str(twin("sdxl"))).load()
+    expected, _, pooled, _ = model.pipeline().encode_prompt(
+        PROMPTS, device=torch.device("cpu"), do_classifier_free_guidance=False
+    )
+    embeds = model.encode_prompts(PROMPTS)
+    assert embeds.pooled is not None
+    assert_close(embeds.hidden, expected, rtol=1e-4, atol=1e-5)
+    assert_close(embeds.pooled, pooled, rtol=1e-4, atol=1e-5)
+    assert (embeds.hidden.shape, embeds.pooled.shape) == ((4, 32, 32 + 48), (4, 48))
 
 
 def test_a_prompt_has_one_encoding_whatever_is_encoded_with_it(model):
-    assert_close(model.encode_prompts(PROMPTS, batch_size=1), model.encode_prompts(PROMPTS), rtol=1e-4, atol=1e-5)
+    one_by_one, together = (model.encode_prompts(PROMPTS, batch_size=n).hidden for n in (1, 64))
+    assert_close(one_by_one, together, rtol=1e-4, atol=1e-5)
 
 
 def test_prompts_of_more_tokens_than_the_limit_are_found_and_cut(model):
-    fits, long = "red " * 30, "red " * 31  # and two for the ends, of 32
-    assert model.truncated([fits, "", long]) == [long]
-    assert torch.equal(model.encode_prompts([long])[0, :31], model.encode_prompts([fits])[0, :31])
+    fits, long, foreign = "red " * 30, "red " * 31, "漢字" * 16  # and two for the ends, of 32
+    assert model.truncated([fits, "", long, "x" * 31, foreign]) == [long, foreign]
+    assert model.truncated([]) == []
+    assert torch.equal(model.encode_prompts([long]).hidden[0, :31], model.encode_prompts([fits]).hidden[0, :31])
 
 
-# -------------------------------------------------------------------------------------------------------------- pipelin
-
-
-def test_the_pipeline_shares_the_parts(model):
+@pytest.mark.parametrize("family", ["tiny", "sdxl"])
+def test_the_pipeline_shares_the_parts(model, twin, family):
+    if family == "sdxl":
+        model = Model("sdxl", str(twin("sdxl"))).load()
     pipeline = model.pipeline()
-    assert (pipeline.unet, pipeline.vae, pipeline.text_encoder) == (model.unet, model.vae, model.text_encoder)
+    encoders = [pipeline.text_encoder, *([pipeline.text_encoder_2] if family == "sdxl" else [])]
+    assert (pipeline.unet, pipeline.vae, encoders) == (model.unet, model.vae, model.text_encoders)
+    assert list(model.networks) == ["unet", "text_encoder", "text_encoder_2"][: 1 + len(encoders)]
 
 
-# ----------------------------------------------------------------------------------------------------------------- file
+# ------------------------------------------------------------------------------------------------------------- families
 
 
-def test_a_path_without_a_pipeline_is_named(tmp_path):
-    with pytest.raises(UserError, match=f"model.path={tmp_path / 'no'}: no diffusers pipeline there"):
-        Model(path=str(tmp_path / "no"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_networks_at_their_real_shapes_take_a_lora_and_a_step(family):
+    """Full depth and width, without weights: what a step is given and gives back, in shapes."""
+    with torch.device("meta"):
+        parts = skeleton(family)
+    encoders = [parts[name] for name in ("text_encoder", "text_encoder_2") if name in parts]
+    model = StableDiffusion(
+        family, parts["unet"], parts["vae"], encoders, [], parts["scheduler"], models.Fingerprints("", "", "")
+    )
+    width = {"sd15": 768, "sd21": 1024, "sdxl": 2048}[family]
+    resolution = {"sd15": 512, "sd21": 768, "sdxl": 1024}[family]
+    parameters = {"sd15": 859_520_964, "sd21": 865_910_724, "sdxl": 2_567_463_684}[family]
+    assert sum(parameter.numel() for parameter in model.unet.parameters()) == parameters
+    assert (model.resolution, model.factor, model.is_xl) == (resolution, 8, family == "sdxl")
+    assert model.prediction_type == ("v_prediction" if family == "sd21" else "epsilon")
+    LoRA(rank=4).attach(model)
+    side = resolution // 8
+    with torch.device("meta"):
+        told = {"text_embeds": torch.zeros(2, 1280), "time_ids": torch.zeros(2, 6)} if model.is_xl else None
+        given = torch.zeros(2, 4, side, side), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 77, width)
+        assert model.unet(*given, added_cond_kwargs=told).sample.shape == (2, 4, side, side)
+        assert model.encode_pixels(torch.zeros(1, 3, resolution, resolution)).shape == (1, 4, side, side)
+        states = [
+            encoder(torch.zeros(1, 77, dtype=torch.int64), output_hidden_states=True).hidden_states[-2]
+            for encoder in encoders
+        ]
+    assert sum(state.shape[-1] for state in states) == width
 
 
-def test_a_model_that_predicts_something_else_is_refused(tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(TINY, folder)
-    file = folder / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": "sample"}))
+def test_the_twin_of_sd2_predicts_velocity_on_a_schedule_that_ends_in_pure_noise(twin):
+    model = Model("sd21", str(twin("sd21"))).load()
+    assert model.prediction_type == "v_prediction"
+    assert model.noise_scheduler.alphas_cumprod[-1] < 1e-7
+
+
+def test_what_the_files_do_not_say_can_be_said(twin):
+    settings: dict[str, Any] = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
+    plain, told = Model("tiny").load(), Model("tiny", **settings).load()
+    assert told.prediction_type == "v_prediction" and told.noise_scheduler.alphas_cumprod[-1] < 1e-7
+    assert plain.fingerprint != told.fingerprint
+    assert plain.fingerprints[1:] == told.fingerprints[1:]  # latents and embeddings stay
+
+
+def test_noise_cannot_be_predicted_from_pure_noise(twin):
+    with pytest.raises(UserError, match="zero_terminal_snr needs prediction_type=v_prediction"):
+        Model("tiny", prediction_type="epsilon", zero_terminal_snr=True)
+    with pytest.raises(UserError, match=r"ends in pure noise.*use model.prediction_type=v_prediction"):
+        Model("tiny", zero_terminal_snr=True).load()
+    with pytest.raises(UserError, match=r"ends in pure noise.*or model.zero_terminal_snr=false"):
+        Model("sd21", str(twin("sd21")), prediction_type="epsilon").load()
+
+
+def test_a_model_that_predicts_something_else_is_refused(tiny):
+    change(tiny / "scheduler" / "scheduler_config.json", prediction_type="sample")
     with pytest.raises(UserError, match="predicts 'sample': only epsilon and v_prediction"):
-        Model(path=str(folder)).load()
+        Model(path=str(tiny)).load()
 
 
-def test_the_fingerprint_depends_on_weights_and_settings_and_not_on_the_place_or_the_card(tmp_path):
-    def fingerprint(place: str, **content: str) -> str:
-        folder = tmp_path / place
-        for part in PARTS:
-            (folder / part).mkdir(parents=True)
-        (folder / "model_index.json").write_text("{}")
-        (folder / "README.md").write_text(content.get("card", "card"))
-        (folder / "unet" / "weights.safetensors").write_text(content.get("weights", "weights"))
-        (folder / "unet" / "config.json").write_text(content.get("config", "{}"))
-        return Model(path=str(folder)).fingerprint()
+@pytest.mark.parametrize(("name", "family"), [("sd15", "sdxl"), ("tiny", "sdxl")])
+def test_a_folder_of_another_family_is_refused_with_the_right_one(twin, name, family):
+    with pytest.raises(UserError, match=f"is of the family {family}: use model={family} model.path="):
+        Model(name, str(twin(family)))
 
-    first = fingerprint("a")
-    assert fingerprint("b", card="other") == first
-    assert len({first, fingerprint("c", weights="other"), fingerprint("d", config="other")}) == 3
+
+# -------------------------------------------------------------------------------------------------------------- folders
 
 
 @pytest.fixture
 def tiny(tmp_path) -> Path:
     return shutil.copytree(TINY, tmp_path / "tiny")
+
+
+def change(file: Path, **settings: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+def test_a_path_without_a_pipeline_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"model.path={tmp_path}: no diffusers pipeline there"):
+        Model(path=str(tmp_path))
+
+
+@pytest.mark.parametrize("setting", ["path", "vae", "config"])
+def test_a_place_that_is_nowhere_is_named(tmp_path, setting):
+    with pytest.raises(
+        UserError, match=f"model.{setting}={tmp_path / 'no'}: there is no such folder or file.*owner/name"
+    ):
+        Model(**{setting: str(tmp_path / "no")})
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -166,10 +273,347 @@ def test_a_part_that_cannot_be_loaded_is_named(tiny, file, content):
         (tiny / file).unlink()
     else:
         (tiny / file).write_bytes(content)
-    with pytest.raises(UserError, match=f"{file.split('/')[0]} cannot be loaded: "):
+    with pytest.raises(UserError, match=f"{file.split('/')[0]} cannot be loaded: [^\n]*$"):
         Model(path=str(tiny)).load()
 
 
+def test_weights_that_are_a_pickle_are_read_only_when_that_is_asked_for(tiny):
+    weights = tiny / "vae" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(UserError, match="vae cannot be loaded"):
+        Model(path=str(tiny)).load()
+    assert same_weights(Model(path=str(tiny), pickle=True).load().vae, Model().load().vae)
+
+
+def halve(part: Path, variant: str = "fp16") -> None:
+    """Another variant of a part's weights, in half precision."""
+    (plain,) = part.glob("*model.safetensors")
+    halved = {key: tensor.half() for key, tensor in load_file(plain).items()}
+    save_file(halved, plain.with_name(f"{plain.stem}.{variant}.safetensors"), {"format": "pt"})
+
+
+def test_a_variant_is_taken_where_there_is_one_and_the_others_are_said(tiny):
+    halve(tiny / "unet")
+    model = Model(path=str(tiny), variant="fp16")
+    loaded = model.load()
+    plain = load_file(tiny / "unet" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(loaded.unet.state_dict()["conv_in.weight"], plain["conv_in.weight"].half().float())
+    assert model.notes == [
+        f"{tiny / 'vae'} has no variant fp16: plain weights taken",
+        f"{tiny / 'text_encoder'} has no variant fp16: plain weights taken",
+    ]
+
+
+def test_where_there_are_no_plain_weights_a_variant_is_taken_and_said(tiny):
+    halve(tiny / "vae")
+    (tiny / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    model = Model(path=str(tiny))
+    model.load()
+    assert model.notes == [f"{tiny / 'vae'} has no plain weights: variant fp16 taken"]
+
+
+# --------------------------------------------------------------------------------------------------------- fingerprints
+
+
 def test_the_fingerprint_of_a_loaded_model_is_that_of_its_files(model):
-    assert model.fingerprint == Model().fingerprint()
-    assert len(model.fingerprint) == 16
+    assert model.fingerprints == Model().fingerprints()
+    assert {len(each) for each in model.fingerprints} == {16}
+
+
+def test_fingerprints_do_not_depend_on_the_place_the_card_or_weights_that_are_not_read(tiny):
+    before = Model(path=str(tiny)).fingerprints()
+    assert before == Model().fingerprints()
+    (tiny / "README.md").write_text("another card")
+    halve(tiny / "vae")
+    halve(tiny / "text_encoder", "ema")
+    (tiny / "unet" / "flax_model.msgpack").write_text("for another library")
+    assert Model(path=str(tiny)).fingerprints() == before
+
+
+@pytest.mark.parametrize(
+    ("file", "changed"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", {"model"}),
+        ("unet/config.json", {"model"}),
+        ("scheduler/scheduler_config.json", {"model"}),
+        ("vae/diffusion_pytorch_model.safetensors", {"model", "vae"}),
+        ("vae/config.json", {"model", "vae"}),
+        ("text_encoder/model.safetensors", {"model", "text"}),
+        ("tokenizer/merges.txt", {"model", "text"}),
+        ("tokenizer/tokenizer.json", {"model", "text"}),
+    ],
+)
+def test_fingerprints_depend_on_the_bytes_of_what_decides(tiny, file, changed):
+    before = Model(path=str(tiny)).fingerprints()
+    with (tiny / file).open("r+b") as opened:  # of the same length
+        opened.seek(-1, 2)
+        opened.write(b"?")
+    after = Model(path=str(tiny)).fingerprints()
+    assert {name for name in before._fields if getattr(before, name) != getattr(after, name)} == changed
+
+
+def test_another_variant_has_another_fingerprint(tiny):
+    halve(tiny / "vae")
+    plain, half = (Model(path=str(tiny), variant=variant).fingerprints() for variant in (None, "fp16"))
+    assert plain.vae != half.vae and plain.text == half.text
+
+
+def test_the_settings_and_the_vocabulary_of_a_single_file_are_part_of_its_fingerprint(single_file, tmp_path):
+    single = single_file("sd15")
+    config = shutil.copytree(single.config, tmp_path / "config")
+    before = Model("sd15", str(single.file), config=str(config)).fingerprints()
+    assert before == Model("sd15", str(single.file), config=str(single.config)).fingerprints()
+    with (config / "tokenizer" / "tokenizer.json").open("a") as opened:
+        opened.write(" ")
+    after = Model("sd15", str(single.file), config=str(config)).fingerprints()
+    assert after.text != before.text and after.vae == before.vae
+
+
+# ---------------------------------------------------------------------------------------------------------- another VAE
+
+
+def brighter(file: Path) -> dict[str, torch.Tensor]:
+    return {key: tensor + 0.01 for key, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("layout", ["folder", "pipeline", "file"])
+def test_another_vae_is_taken_from_a_folder_a_pipeline_or_a_single_file(tiny, single_file, tmp_path, layout):
+    change(tiny / "vae" / "config.json", scaling_factor=0.5)
+    weights = tiny / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file(brighter(weights), weights, {"format": "pt"})
+    place = {"folder": tiny / "vae", "pipeline": tiny}.get(layout)
+    if place is None:
+        vae = {key: tensor for key, tensor in load_file(single_file("sd15").file).items() if "first_stage" in key}
+        place = tmp_path / "other.safetensors"
+        save_file({key: tensor + 0.01 for key, tensor in vae.items()}, place)
+    model, plain = Model(vae=str(place)).load(), Model().load()
+    assert torch.equal(
+        model.vae.state_dict()["encoder.conv_in.weight"], plain.vae.state_dict()["encoder.conv_in.weight"] + 0.01
+    )
+    assert model.vae.config["scaling_factor"] == (0.67194 if layout == "file" else 0.5)
+    assert not any(parameter.requires_grad for parameter in model.vae.parameters())
+    assert model.fingerprints.vae != plain.fingerprints.vae and model.fingerprints.text == plain.fingerprints.text
+    assert same_weights(model.unet, plain.unet)
+
+
+def test_another_vae_that_is_changed_has_another_fingerprint(tiny):
+    before = Model(vae=str(tiny / "vae")).fingerprints()
+    weights = tiny / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file(brighter(weights), weights, {"format": "pt"})
+    after = Model(vae=str(tiny / "vae")).fingerprints()
+    assert before.vae != after.vae and before.model != after.model
+
+
+def test_a_vae_that_is_a_pickle_or_damaged_is_one_line(tmp_path):
+    for name in ("vae.pt", "vae.safetensors"):
+        (tmp_path / name).write_bytes(b"garbage" * 20)
+    with pytest.raises(UserError, match=r"model.vae=.*vae.pt is a pickle"):
+        Model(vae=str(tmp_path / "vae.pt"))
+    with pytest.raises(UserError, match=r"vae.safetensors cannot be loaded: [^\n]*$"):
+        Model(vae=str(tmp_path / "vae.safetensors")).load()
+
+
+# --------------------------------------------------------------------------------------------------------- single files
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("half", [False, True])
+def test_a_single_file_has_the_weights_of_its_folder(single_file, tmp_path, family, half):
+    single = single_file(family)
+    file = single.file
+    if half:
+        file = tmp_path / "half.safetensors"
+        save_file({key: tensor.half() for key, tensor in load_file(single.file).items()}, file)
+    model = Model(family, str(file), config=str(single.config)).load("bfloat16" if half else "float32")
+    folder = Model(family, str(single.folder)).load()
+    if half:
+        assert model.unet.dtype == torch.bfloat16
+        assert {part.dtype for part in (model.vae, *model.text_encoders)} == {torch.float32}
+        return
+    for name, network in model.networks.items():
+        assert same_weights(network, folder.networks[name])
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert same_weights(model.vae, folder.vae)
+    assert dict(model.noise_scheduler.config) == dict(folder.noise_scheduler.config)
+    mine, its = model.encode_prompts(PROMPTS), folder.encode_prompts(PROMPTS)
+    assert isinstance(mine, TextEmbeds) and torch.equal(mine.hidden, its.hidden)
+
+
+@pytest.mark.parametrize(("name", "family"), [("sdxl", "sd15"), ("tiny", "sd15"), ("sd15", "sdxl"), ("sd21", "sdxl")])
+def test_a_single_file_of_another_family_is_refused_with_the_right_one(single_file, name, family):
+    with pytest.raises(UserError, match=f"is of the family {family}: use model={family} model.path="):
+        Model(name, str(single_file(family).file))
+
+
+def make_header(shapes: dict[str, list[int]]) -> bytes:
+    header = json.dumps(
+        {key: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for key, shape in shapes.items()}
+    )
+    return struct.pack("<Q", len(header)) + header.encode()
+
+
+ATTENTION = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is no safetensors file, or damaged .*: fetch it again"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "is no safetensors file, or damaged .*longer than the file"),
+        (struct.pack("<Q", 20) + b"{" * 20, "is no safetensors file, or damaged"),
+        (struct.pack("<Q", 2) + b"[]", "is no safetensors file, or damaged"),
+        (make_header({"lora_unet_down_blocks_0.lora_down.weight": [4, 320]}), "is a LoRA, not a model: give it as"),
+        (make_header({"unet.down_blocks.0.to_q.lora_A.weight": [4, 320]}), "is a LoRA, not a model: give it as"),
+        (make_header({"double_blocks.0.img_attn.qkv.weight": [9216, 3072]}), "holds no Stable Diffusion 1, 2 or XL"),
+        (make_header({"first_stage_model.encoder.conv_in.weight": [128, 3, 3, 3]}), "holds no Stable Diffusion 1, 2"),
+        (make_header({ATTENTION: [320, 1024]}), "is of the family sd21: use model=sd21 model.path="),
+    ],
+)
+@pytest.mark.parametrize("ending", [".safetensors", ".sft", ""])
+def test_what_is_no_single_file_of_the_family_is_refused_in_one_line(tmp_path, content, message, ending):
+    file = tmp_path / f"model{ending}"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=message) as refused:
+        Model("sd15", str(file))
+    assert "\n" not in str(refused.value) and str(file) in str(refused.value)
+
+
+@pytest.mark.parametrize("ending", [".ckpt", ".pt", ".bin"])
+def test_a_pickle_is_refused_with_the_reason_and_the_ways_out(tmp_path, ending):
+    file = tmp_path / f"model{ending}"
+    file.write_bytes(b"anything")
+    with pytest.raises(UserError, match=r"is a pickle, which can run code.*\.safetensors.*model.pickle=true"):
+        Model("sd15", str(file))
+
+
+def test_a_pickle_that_is_asked_for_runs_no_code(single_file, tmp_path):
+    class Attack:
+        def __reduce__(self) -> Any:
+            return Path.mkdir, (tmp_path / "ran",)
+
+    single = single_file("sd15")
+    torch.save({"state_dict": load_file(single.file)}, tmp_path / "model.ckpt")
+    torch.save({"state_dict": Attack()}, tmp_path / "attack.ckpt")
+    how: dict[str, Any] = {"config": str(single.config), "pickle": True}
+    model = Model("sd15", str(tmp_path / "model.ckpt"), **how).load()
+    assert same_weights(model.unet, Model("sd15", str(single.folder)).load().unet)
+    with pytest.raises(UserError, match="attack.ckpt cannot be loaded"):
+        Model("sd15", str(tmp_path / "attack.ckpt"), **how).load()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_single_file_with_a_part_missing_or_cut_is_one_line(single_file, tmp_path):
+    single, file = single_file("sd15"), tmp_path / "model.safetensors"
+    state = load_file(single.file)
+    save_file({key: tensor for key, tensor in state.items() if "cond_stage" not in key}, file)
+    with pytest.raises(UserError, match="model.safetensors cannot be loaded: [^\n]*$"):
+        Model("sd15", str(file), config=str(single.config)).load()
+    file.write_bytes(single.file.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="model.safetensors cannot be loaded: [^\n]*$"):
+        Model("sd15", str(file), config=str(single.config)).load()
+
+
+def test_a_config_that_is_no_pipeline_folder_is_named(single_file, tmp_path):
+    with pytest.raises(UserError, match=f"model.config={tmp_path}: no diffusers pipeline there"):
+        Model("sd15", str(single_file("sd15").file), config=str(tmp_path))
+
+
+# -------------------------------------------------------------------------------------------------------------- the Hub
+
+
+@pytest.fixture
+def unreachable(tmp_path) -> Any:
+    """`unreachable(build, offline)`: what it says in a process that has never seen the Hub and finds no way to it."""
+
+    def call(build: Any, offline: bool) -> tuple[str, float]:
+        def work() -> None:
+            from huggingface_hub import constants
+
+            constants.HF_HUB_CACHE = constants.HUGGINGFACE_HUB_CACHE = str(tmp_path / "hub")
+            constants.HF_HUB_OFFLINE = offline
+            constants.ENDPOINT = "http://127.0.0.1:9"  # where nobody listens
+            start = time.monotonic()
+            try:
+                build()
+            except UserError as error:
+                print(f"{time.monotonic() - start:.1f} {error}")
+
+        ended = run_forked(work, tmp_path)
+        assert ended.code == 0, ended.err
+        seconds, _, message = ended.out.rstrip("\n").partition(" ")
+        assert "\n" not in message
+        return message, float(seconds)
+
+    return call
+
+
+@pytest.mark.parametrize("offline", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"variant": "fp16"}, {"revision": "main"}])
+def test_a_repository_that_cannot_be_reached_is_one_line_in_seconds(unreachable, offline, settings):
+    message, seconds = unreachable(lambda: Model("sd15", **settings).load(), offline)
+    why = "HF_HUB_OFFLINE is set" if offline else "the Hub cannot be reached"
+    assert message.startswith(f"{REPOSITORIES['sd15']} is not on this computer and {why}: fetch it once with a network")
+    assert seconds < 20
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_settings_and_vaes_that_cannot_be_reached_are_one_line_too(unreachable, single_file, offline):
+    settings, _ = unreachable(lambda: Model("sd15", str(single_file("sd15").file)).load(), offline)
+    assert settings.startswith(f"{REPOSITORIES['sd15']} is not on this computer")
+    vae, _ = unreachable(lambda: Model(vae="madebyollin/sdxl-vae-fp16-fix").load(), offline)
+    assert vae.startswith("madebyollin/sdxl-vae-fp16-fix is not on this computer")
+
+
+def test_a_repository_is_read_from_the_cache_of_the_hub_without_a_network(tmp_path, twin, unreachable):
+    """A folder as the Hub's client leaves it."""
+    commit = "0" * 40
+    root = tmp_path / "hub" / "models--some--model"
+    shutil.copytree(twin("sd21"), root / "snapshots" / commit)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(commit)
+
+    def load() -> None:
+        model, folder = (Model("sd21", path).load() for path in ("some/model", str(twin("sd21"))))
+        assert same_weights(model.unet, folder.unet) and model.fingerprints == folder.fingerprints
+        raise UserError("loaded")
+
+    assert unreachable(load, True)[0] == "loaded"
+
+
+def test_a_variant_that_a_repository_lacks_is_said_and_its_plain_weights_are_taken(twin, monkeypatch):
+    asked = []
+
+    def download(repository: str, variant: str | None = None, **how: Any) -> str:
+        asked.append((variant, how["use_safetensors"], how["safety_checker"]))
+        if variant:
+            raise ValueError(f"no such modeling files are available: {variant}")
+        return str(twin("sd21"))
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", download)
+    model = Model("sd21", "some/model", variant="fp16")
+    assert model.files() == twin("sd21")
+    assert asked == [("fp16", True, None), (None, True, None)]
+    assert model.notes == ["some/model has no variant fp16: its plain weights are taken"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("GatedRepoError", "asks for consent: accept its terms on its page, then hf auth login"),
+        ("RepositoryNotFoundError", "the Hub has no public some/model: check its name, or hf auth login"),
+        ("RevisionNotFoundError", "some/model has no revision v2"),
+    ],
+)
+def test_what_the_hub_answers_is_one_line_that_says_what_to_do(monkeypatch, name, message):
+    import httpx
+    from huggingface_hub import errors
+
+    def download(*names: Any, **how: Any) -> str:
+        raise getattr(errors, name)(
+            "a page of text\nand more", response=httpx.Response(404, request=httpx.Request("GET", "http://hub"))
+        )
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", download)
+    with pytest.raises(UserError, match=message):
+        Model("sd15", "some/model", revision="v2").files()

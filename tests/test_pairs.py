@@ -12,20 +12,20 @@ import pytest
 from PIL import Image
 
 from dpo_sd.errors import UserError
+from dpo_sd.images import MAX_PIXELS
 from dpo_sd.pairs import (
-    MAX_PIXELS,
     PAIRS,
     Pair,
     changed_images,
     check_image,
     current,
     image_file,
-    image_uid,
     load_image,
     pair_id,
     read_pairs,
     write_pairs,
 )
+from dpo_sd.remembered import read_sha256
 
 PROMPTS = {
     "newlines": "first\nsecond\r\nthird\u2028fourth\x85fifth\x00",
@@ -198,23 +198,25 @@ def test_a_folder_is_no_image(folder: Path, relative: str):
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "said"),
     [
-        b"",
-        b"\x89PNG",
-        b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><script>alert(1)</script></svg>',
-        b"<!doctype html><title>x</title>",
-        b"GIF89a" + bytes(20),
-        b"%PDF-1.7",
+        (b"", "is empty"),
+        (b"\x89PNG", "is no PNG or JPEG or WEBP image"),
+        (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><script>alert(1)</script></svg>', "is an SVG"),
+        (b"<!doctype html><title>x</title>", "is a web page"),
+        (b"GIF89a" + bytes(20), "is no PNG or JPEG or WEBP image"),
+        (b"%PDF-1.7", "is no PNG or JPEG or WEBP image"),
     ],
     ids=["empty", "cut", "SVG", "HTML", "GIF", "PDF"],
 )
-def test_a_file_that_is_not_png_jpeg_or_webp_is_refused_whatever_it_is_called(tmp_path: Path, content: bytes):
+def test_a_file_that_is_not_png_jpeg_or_webp_is_refused_whatever_it_is_called(
+    tmp_path: Path, content: bytes, said: str
+):
     for name in ("a.png", "a.svg"):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match="is no PNG, JPEG or WebP"):
+        with pytest.raises(UserError, match=said):
             check_image(tmp_path / name)
-        with pytest.raises(UserError, match="is no PNG, JPEG or WebP"):
+        with pytest.raises(UserError, match=said):
             load_image(tmp_path, name)
 
 
@@ -266,7 +268,7 @@ def test_images_of_other_modes_come_as_rgb(folder: Path, mode: str):
 
 def test_images_whose_bytes_are_no_longer_those_that_were_listed_are_found(folder: Path):
     (folder / "images/b.png").write_bytes((folder / "images/a.png").read_bytes() + b"more")
-    a, b = image_uid(folder / "images/a.png"), image_uid(folder / "images/b.png")
+    a, b = read_sha256(folder / "images/a.png"), read_sha256(folder / "images/b.png")
     there = Pair(pair_id("p", a, b), "p", "images/a.png", "images/b.png", a, b)
     again = Pair(pair_id("q", b, a), "q", "images/b.png", "images/a.png", b, a)
     assert changed_images(folder, [there, again]) == {}
@@ -281,7 +283,7 @@ def test_of_images_without_a_checksum_nothing_is_said(folder: Path, uid: str):
 
 
 def test_a_missing_image_is_not_called_changed(folder: Path):
-    uids = "0" * 64, image_uid(folder / "images/a.png")
+    uids = "0" * 64, read_sha256(folder / "images/a.png")
     assert changed_images(folder, [Pair("x", "p", "images/none.png", "images/a.png", *uids)]) == {}
 
 

@@ -12,9 +12,10 @@ from PIL import Image
 
 from dpo_sd import pickapic
 from dpo_sd.errors import UserError
-from dpo_sd.pairs import Pair, image_uid, pair_id, write_pairs
+from dpo_sd.pairs import Pair, pair_id, write_pairs
 from dpo_sd.pickapic import export_pickapic
 from dpo_sd.preferences import ANNOTATIONS, METADATA, Choice, EventLog, vote
+from dpo_sd.remembered import read_sha256
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def drawn(tmp_path: Path) -> Path:
             (tmp_path / "images").mkdir(exist_ok=True)
             Image.new("RGB", (8, 8), (i, k, 0)).save(tmp_path / name)
         prompt = f"prompt {i // 2}"
-        uids = image_uid(tmp_path / names[0]), image_uid(tmp_path / names[1])
+        uids = read_sha256(tmp_path / names[0]), read_sha256(tmp_path / names[1])
         ranking = f"set {i // 2}" if i < 4 else None
         pairs.append(Pair(pair_id(prompt, *uids), prompt, *names, *uids, ranking, "tiny", "tiny + style:0.8"))
     write_pairs(tmp_path, pairs)

@@ -23,8 +23,9 @@ from dpo_sd.annotation.items import (
     upcoming,
 )
 from dpo_sd.errors import UserError
-from dpo_sd.pairs import PAIRS, changed_images, check_image, image_file, image_uid, is_uid, load_image
+from dpo_sd.pairs import PAIRS, changed_images, check_image, image_file, is_uid, load_image
 from dpo_sd.preferences import REFUSED, Event, EventLog, flag, retract, standing, vote
+from dpo_sd.remembered import sha256
 
 WINDOW = 48  # items that the client gets at a time: more than anyone judges before the server answers
 UNDOABLE = 10  # judgements that can be undone after a reload
@@ -89,7 +90,7 @@ class Desk:
             return None
         relative, uid = self._images[image_token]
         file = image_file(self.log.folder, relative)
-        if is_uid(uid) and image_uid(file) != uid:
+        if is_uid(uid) and sha256(file) != uid:
             raise UserError(
                 f"image {file} has changed since {PAIRS} listed it, and votes on it would be about another picture: "
                 "put the former one back, or list the pair anew, which python -m dpo_sd.generate does for its own"
