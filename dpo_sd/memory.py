@@ -434,16 +434,17 @@ class Training:
         return True
 
     def nearest(self, limit: int | None = None, of: str = "") -> Iterator[Training]:
-        """The nearest settings that fit, the cheapest first: at most one that leaves base and pictures as they are, one
-        that stores the base smaller, and one with smaller pictures.
+        """The nearest settings that fit, the cheapest first: one with these pictures, whose base is stored smaller only
+        where nothing else does, and one with smaller pictures.
 
         Args:
             limit, of: as in `fits`.
         """
-        same = {"weights": self.hardware.weights, "resolution": self.resolution}
-        smaller_base = [same | {"weights": weights} for weights in self._smaller_weights()]
-        smaller_pictures = [same | {"resolution": side} for side in (768, 512) if side < self.resolution]
-        for settings in ([same], smaller_base, smaller_pictures):
+        bases = [self.hardware.weights, *self._smaller_weights()]
+        these_pictures = [{"weights": weights, "resolution": self.resolution} for weights in bases]
+        sides = [side for side in (768, 512) if side < self.resolution]
+        smaller_pictures = [{"weights": self.hardware.weights, "resolution": side} for side in sides]
+        for settings in (these_pictures, smaller_pictures):
             fitting = (found for each in settings if (found := self._first_that_fits(limit, of, **each)) is not None)
             yield from itertools.islice(fitting, 1)
 
