@@ -6,7 +6,9 @@ import json
 import shutil
 import struct
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,11 +19,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from dpo_sd import models
 from dpo_sd.data.source import encode_bytes, encode_images
 from dpo_sd.errors import UserError
 from dpo_sd.lora import LoRA
-from dpo_sd.models import REPOSITORIES, TINY, Family, Model, StableDiffusion, TextEmbeds, skeleton
+from dpo_sd.models import REPOSITORIES, TINY, Family, Fingerprints, Model, StableDiffusion, TextEmbeds, skeleton
 
 PROMPTS = ["a small red circle on a blue background", "", "star", "Ünïcödé 漢字 🔴 مرحبا"]
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -66,18 +67,13 @@ def test_sizes_are_those_of_the_pictures(model):
 
 
 def test_networks_come_back_to_where_they_were_after_an_exception_too(model):
-    model.device = "meta"  # a place that costs nothing, but loses weights: they are put back
-    weights = model.vae.state_dict()
-    try:
-        with pytest.raises(RuntimeError, match="out of memory"), model.working(torch.nn.Linear(1, 1)):
-            raise RuntimeError("out of memory")
-        network = torch.nn.Linear(2, 2).to("meta")
-        model.device = "meta"
-        with model.working(network):
-            assert next(network.parameters()).device.type == "meta"
-    finally:
-        model.device = "cpu"
-        model.vae.load_state_dict(weights)
+    moves: list[Any] = []
+    network: Any = SimpleNamespace(parameters=lambda: iter([torch.zeros(1)]), to=moves.append)
+    elsewhere = replace(model, device="meta")
+    with pytest.raises(RuntimeError, match="out of memory"), elsewhere.working(network):
+        assert moves == ["meta"]
+        raise RuntimeError("out of memory")
+    assert moves == ["meta", torch.device("cpu")]
 
 
 # --------------------------------------------------------------------------------------------------------------- latent
@@ -105,7 +101,7 @@ def test_latents_decode_to_nearly_their_pictures(model):
     picture = Image.new("RGB", (64, 64), (200, 30, 40))
     (decoded,) = model.decode_latents(encode_images(model, [picture]))
     assert decoded.size == (64, 64)
-    assert np.abs(np.asarray(decoded).astype(int) - np.asarray(picture)).mean() < 8
+    assert np.abs(np.asarray(decoded).astype(int) - np.asarray(picture)).mean() < 16
 
 
 def test_latents_and_prompts_can_take_part_in_a_graph(model):
@@ -142,7 +138,7 @@ def test_a_prompt_has_one_encoding_whatever_is_encoded_with_it(model):
 
 def test_prompts_of_more_tokens_than_the_limit_are_found_and_cut(model):
     fits, long, foreign = "red " * 30, "red " * 31, "漢字" * 16  # and two for the ends, of 32
-    assert model.truncated([fits, "", long, "x" * 31, foreign]) == [long, foreign]
+    assert model.truncated([fits, "", long, "x" * 30, foreign]) == [long, foreign]
     assert model.truncated([]) == []
     assert torch.equal(model.encode_prompts([long]).hidden[0, :31], model.encode_prompts([fits]).hidden[0, :31])
 
@@ -166,9 +162,8 @@ def test_networks_at_their_real_shapes_take_a_lora_and_a_step(family):
     with torch.device("meta"):
         parts = skeleton(family)
     encoders = [parts[name] for name in ("text_encoder", "text_encoder_2") if name in parts]
-    model = StableDiffusion(
-        family, parts["unet"], parts["vae"], encoders, [], parts["scheduler"], models.Fingerprints("", "", "")
-    )
+    nothing = Fingerprints("", "", "")
+    model = StableDiffusion(family, parts["unet"], parts["vae"], encoders, [], parts["scheduler"], nothing)
     width = {"sd15": 768, "sd21": 1024, "sdxl": 2048}[family]
     resolution = {"sd15": 512, "sd21": 768, "sdxl": 1024}[family]
     parameters = {"sd15": 859_520_964, "sd21": 865_910_724, "sdxl": 2_567_463_684}[family]
@@ -243,10 +238,9 @@ def test_a_path_without_a_pipeline_is_named(tmp_path):
 
 @pytest.mark.parametrize("setting", ["path", "vae", "config"])
 def test_a_place_that_is_nowhere_is_named(tmp_path, setting):
-    with pytest.raises(
-        UserError, match=f"model.{setting}={tmp_path / 'no'}: there is no such folder or file.*owner/name"
-    ):
-        Model(**{setting: str(tmp_path / "no")})
+    place: dict[str, Any] = {setting: str(tmp_path / "no")}
+    with pytest.raises(UserError, match=f"model.{setting}={tmp_path}/no: there is no such folder or file.*owner/name"):
+        Model(**place)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -374,7 +368,7 @@ def test_the_settings_and_the_vocabulary_of_a_single_file_are_part_of_its_finger
 
 
 def brighter(file: Path) -> dict[str, torch.Tensor]:
-    return {key: tensor + 0.01 for key, tensor in load_file(file).items()}
+    return {key: tensor.float() + 0.01 for key, tensor in load_file(file).items()}
 
 
 @pytest.mark.parametrize("layout", ["folder", "pipeline", "file"])
@@ -498,7 +492,7 @@ def test_a_pickle_that_is_asked_for_runs_no_code(single_file, tmp_path):
     how: dict[str, Any] = {"config": str(single.config), "pickle": True}
     model = Model("sd15", str(tmp_path / "model.ckpt"), **how).load()
     assert same_weights(model.unet, Model("sd15", str(single.folder)).load().unet)
-    with pytest.raises(UserError, match="attack.ckpt cannot be loaded"):
+    with pytest.raises(UserError, match=r"attack.ckpt cannot be loaded"):
         Model("sd15", str(tmp_path / "attack.ckpt"), **how).load()
     assert not (tmp_path / "ran").exists()
 
@@ -507,10 +501,10 @@ def test_a_single_file_with_a_part_missing_or_cut_is_one_line(single_file, tmp_p
     single, file = single_file("sd15"), tmp_path / "model.safetensors"
     state = load_file(single.file)
     save_file({key: tensor for key, tensor in state.items() if "cond_stage" not in key}, file)
-    with pytest.raises(UserError, match="model.safetensors cannot be loaded: [^\n]*$"):
+    with pytest.raises(UserError, match=r"model.safetensors cannot be loaded: [^\n]*$"):
         Model("sd15", str(file), config=str(single.config)).load()
     file.write_bytes(single.file.read_bytes()[:-1000])
-    with pytest.raises(UserError, match="model.safetensors cannot be loaded: [^\n]*$"):
+    with pytest.raises(UserError, match=r"model.safetensors cannot be loaded: [^\n]*$"):
         Model("sd15", str(file), config=str(single.config)).load()
 
 
@@ -602,7 +596,7 @@ def test_a_variant_that_a_repository_lacks_is_said_and_its_plain_weights_are_tak
     [
         ("GatedRepoError", "asks for consent: accept its terms on its page, then hf auth login"),
         ("RepositoryNotFoundError", "the Hub has no public some/model: check its name, or hf auth login"),
-        ("RevisionNotFoundError", "some/model has no revision v2"),
+        ("RevisionNotFoundError", "some/model has no such revision on the Hub"),
     ],
 )
 def test_what_the_hub_answers_is_one_line_that_says_what_to_do(monkeypatch, name, message):
@@ -610,9 +604,8 @@ def test_what_the_hub_answers_is_one_line_that_says_what_to_do(monkeypatch, name
     from huggingface_hub import errors
 
     def download(*names: Any, **how: Any) -> str:
-        raise getattr(errors, name)(
-            "a page of text\nand more", response=httpx.Response(404, request=httpx.Request("GET", "http://hub"))
-        )
+        answer = httpx.Response(404, request=httpx.Request("GET", "http://hub"))
+        raise getattr(errors, name)("a page of text\nand more", response=answer)
 
     monkeypatch.setattr("diffusers.DiffusionPipeline.download", download)
     with pytest.raises(UserError, match=message):
