@@ -12,7 +12,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -306,6 +308,8 @@ def entry_point(
                 logging.getLogger("dpo_sd.failure").error(message or "failed", exc_info=message is None)
                 _report(error)
                 if not _sweeping():
+                    if message:
+                        _remove_empty_folder()
                     sys.exit(1)
                 if message:
                     raise UserError(message) from error
@@ -334,6 +338,17 @@ def entry_point(
         return run
 
     return decorate
+
+
+def _remove_empty_folder() -> None:
+    """Takes away the folder of a job that a mistake ended before there was anything but its log."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    log = folder / f"{HydraConfig.get().job.name}.log"
+    with suppress(OSError):
+        if list(folder.iterdir()) == [log]:
+            log.unlink()
+            folder.rmdir()
+            folder.parent.rmdir()  # where it was the only one
 
 
 def _sweeping() -> bool:

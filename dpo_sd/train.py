@@ -60,6 +60,8 @@ def main(cfg: DictConfig) -> float | None:
     checkpoint = newest_checkpoint(resume)
     if checkpoint is not None:
         check_same_run(checkpoint, settings)
+    if hasattr(source, "fetch"):  # a dataset that is of no use is met before weights load
+        source.fetch(cache)
 
     import lightning as L
     from lightning.pytorch.plugins.environments import SLURMEnvironment

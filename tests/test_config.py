@@ -161,7 +161,7 @@ def test_wandb_is_offline_unless_logged_in(monkeypatch, tmp_path):
     [
         (
             ["loss.betta=1"],
-            "loss.betta: no such setting; did you mean loss.beta? (loss=dpo has: beta, label_smoothing, min_snr_gamma)",
+            "loss.betta: no such setting; did you mean loss.beta? (loss=dpo has: beta, label_smoothing, min_snr_gamma, reference, draws_per_pair)",
         ),
         (["max_steps=3"], "max_steps: no such setting; did you mean trainer.max_steps?"),
         (["losss=dpo"], "losss: no such setting; did you mean loss?"),
@@ -227,11 +227,9 @@ def test_a_mistake_is_one_message_before_anything_is_written(run, tmp_path, argu
         (["cache_dir='${nowhere}'"], "cache_dir: Interpolation key 'nowhere' not found"),
     ],
 )
-def test_a_mistake_that_composes_is_one_message_and_leaves_only_the_log(run, tmp_path, arguments, message):
+def test_a_mistake_that_composes_is_one_message_and_leaves_nothing(run, tmp_path, arguments, message):
     assert run(*arguments) == (1, f"error: {message}\n")
-    written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert [path.name for path in written] == ["train.log"]
-    assert message in written[0].read_text()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_mistake_in_an_experiment_file_names_the_file(run, tmp_path):
@@ -349,3 +347,13 @@ def test_a_resumed_run_has_the_old_settings_the_new_ones_and_its_folder(run, tmp
     cfg = OmegaConf.load(tmp_path / "a b" / "config.yaml")
     assert (cfg.name, cfg.loss.beta, cfg.trainer.max_steps, cfg.resume) == ("quickstart", 700, 400, "a b")
     assert "samples" not in cfg.callbacks
+
+
+def test_a_mistake_leaves_no_folder_behind_and_spares_what_was_there(train, tmp_path):
+    mistake = "lora.init_from=nowhere.safetensors"
+    assert train(tmp_path / "runs" / "one", mistake).code == 1
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.txt").touch()
+    assert train(tmp_path / "used", mistake).code == 1
+    assert (tmp_path / "used" / "notes.txt").exists()

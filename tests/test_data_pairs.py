@@ -4,36 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
+from album import Album, brightness, prompts_of
 from PIL import Image
 
+from dpo_sd.data.framing import Framing
 from dpo_sd.data.pairs import Pairs
+from dpo_sd.data.source import Cache
 from dpo_sd.errors import UserError
-from dpo_sd.noise import sample_id
-from dpo_sd.pairs import Pair, pair_id, write_pairs
+from dpo_sd.pairs import Pair, pair_id, read_pairs, write_pairs
 from dpo_sd.preferences import EventLog, vote
+from dpo_sd.remembered import read_sha256
 from dpo_sd.shapes.captions import split_prompts
-
-
-class Album:
-    """Stands for the model: encodes a picture as its mean."""
-
-    name, resolution, tokenizer = "tiny", 64, SimpleNamespace(model_max_length=77)
-
-    def encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        return torch.tensor([[np.asarray(image).mean()] for image in images])
-
-    def encode_prompts(self, prompts: Sequence[str]) -> torch.Tensor:
-        return torch.tensor([[float(len(prompt))] for prompt in prompts])
-
-    def truncated(self, prompts: Sequence[str]) -> list[str]:
-        return []
 
 
 def make_folder(folder: Path, prompts: Sequence[str], size: int = 64) -> list[Pair]:
@@ -62,7 +48,8 @@ def annotate(folder: Path, choices: Mapping[str, Sequence[Any]]) -> None:
 
 
 def prepared(folder: Path, **settings: Any) -> tuple[Any, list[str]]:
-    data = Pairs(str(folder), **settings).prepare(Album(), None, folder)  # type: ignore[arg-type]
+    source = Pairs(str(folder), **settings)
+    data = source.prepare(Album(), None, Framing(), Cache(folder / "cache"))  # type: ignore[arg-type]
     return data, data.report
 
 
@@ -71,22 +58,53 @@ PROMPTS = [f"prompt {i}" for i in range(8)]
 
 def everything(data: Any) -> dict[str, tuple[float, float, float, float]]:
     """(chosen, rejected, label, weight) by prompt."""
-    parts = [
-        (part.prompts, part.chosen[:, 0], part.rejected[:, 0], part.label, part.weight)
+    return {
+        part.prompts[row]: (
+            brightness(part.chosen, row),
+            brightness(part.rejected, row),
+            float(part.label[row]),
+            float(part.weight[row]),
+        )
         for part in (data.train, data.validation)
-    ]
-    return {prompt: tuple(map(float, rest)) for part in parts for prompt, *rest in zip(*part, strict=True)}  # type: ignore[misc]
+        for row in range(len(part))
+    }
 
 
 def test_the_preferred_picture_is_the_chosen_one(tmp_path):
-    pairs = make_folder(tmp_path, PROMPTS)
+    make_folder(tmp_path, PROMPTS)
     annotate(tmp_path, {"anna": ["image_0", "image_1"] * 4})
     data, _ = prepared(tmp_path)
     found = everything(data)
     assert found["prompt 2"][:2] == (5, 6) and found["prompt 3"][:2] == (8, 7)
     assert {label for _, _, label, _ in found.values()} == {1.0}
-    ids = [*data.train.sample_ids, *data.validation.sample_ids]
-    assert sorted(ids) == sorted(sample_id(p.prompt, p.image_0_uid, p.image_1_uid) for p in pairs)
+
+
+def test_a_pair_is_the_same_sample_whoever_wins(tmp_path):
+    """So that two annotators' labels are compared under the same noise and timesteps."""
+    found = []
+    for choices in (["image_0"] * 8, ["image_1"] * 8):
+        folder = tmp_path / choices[0]
+        make_folder(folder, PROMPTS)
+        annotate(folder, {"anna": choices})
+        found.append(prepared(folder)[0])
+    assert found[0].train.sample_ids.tolist() == found[1].train.sample_ids.tolist()
+    assert set(found[0].train.contents).isdisjoint(found[1].train.contents)
+    assert found[0].fingerprint != found[1].fingerprint
+
+
+def test_a_picture_that_changed_after_its_vote_is_left_out_and_named(tmp_path):
+    make_folder(tmp_path, PROMPTS)
+    pairs = [
+        replace(pair, image_0_uid=(uid := read_sha256(tmp_path / pair.image_0)), image_1_uid="b",
+                pair_id=pair_id(pair.prompt, uid, "b"))
+        for pair in read_pairs(tmp_path)
+    ]  # fmt: skip
+    write_pairs(tmp_path, pairs)
+    annotate(tmp_path, {"anna": ["image_0"] * 8})
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "images/3-0.png")
+    data, report = prepared(tmp_path)
+    assert "prompt 3" not in everything(data)
+    assert any("changed since it was judged" in line and "images/3-0.png" in line for line in report)
 
 
 def test_training_and_validation_share_no_prompt_and_the_seed_decides(tmp_path):
@@ -96,11 +114,11 @@ def test_training_and_validation_share_no_prompt_and_the_seed_decides(tmp_path):
     splits = []
     for seed in (0, 0, 1):
         data, report = prepared(tmp_path, validation=0.3, seed=seed)
-        assert set(data.train.prompts).isdisjoint(data.validation.prompts)
-        assert len(data.train) + len(data.validation) == 40 and len(set(data.validation.prompts)) == 3
-        assert "training: 28 pairs on 7 prompts; validation: 12 pairs on 3 others" in report[-1]
-        assert set(data.held_out_prompts) == set(data.validation.prompts)
-        splits.append(set(data.validation.prompts))
+        assert set(prompts_of(data.train)).isdisjoint(prompts_of(data.validation))
+        assert len(data.train) + len(data.validation) == 40 and len(set(prompts_of(data.validation))) == 3
+        assert "training: 28 pairs on 7 prompts; validation: 12 on 3 others" in report[-1]
+        assert set(data.held_out_prompts) == set(prompts_of(data.validation))
+        splits.append(set(prompts_of(data.validation)))
     assert splits[0] == splits[1] != splits[2]
 
 
@@ -136,9 +154,9 @@ def test_weights_by_prompt_make_every_prompt_count_alike(tmp_path):
     make_folder(tmp_path, ["often"] * 6 + ["once", "other"])
     annotate(tmp_path, {"anna": ["image_0"] * 8})
     tried = (prepared(tmp_path, weight_by_prompt=True, seed=seed)[0] for seed in range(20))
-    data = next(data for data in tried if data.validation.prompts == ["other"])
-    weights = dict.fromkeys(data.train.prompts, 0.0)
-    for prompt, weight in zip(data.train.prompts, data.train.weight.tolist(), strict=True):
+    data = next(data for data in tried if prompts_of(data.validation) == ["other"])
+    weights = dict.fromkeys(prompts_of(data.train), 0.0)
+    for prompt, weight in zip(prompts_of(data.train), data.train.weight.tolist(), strict=True):
         weights[prompt] += weight
     assert weights["often"] == pytest.approx(weights["once"])
     assert data.train.weight.mean() == pytest.approx(1)
@@ -151,11 +169,10 @@ def test_unreadable_pictures_are_left_out_and_named(tmp_path):
     whole = (tmp_path / "images/2-1.png").read_bytes()
     (tmp_path / "images/2-1.png").write_bytes(whole[:60])
     (tmp_path / "images/3-0.png").write_text("<html>")
-    Image.new("RGB", (32, 32)).save(tmp_path / "images/4-0.png")
-    data, report = prepared(tmp_path)
-    assert sorted(everything(data)) == ["prompt 0", "prompt 5", "prompt 6", "prompt 7"]
+    data, report = prepared(tmp_path, validation=0.5)
+    assert sorted(everything(data)) == ["prompt 0", "prompt 4", "prompt 5", "prompt 6", "prompt 7"]
     said = "; ".join(report)
-    assert all(name in said for name in ("1-0.png", "2-1.png", "3-0.png", "4-0.png"))
+    assert all(name in said for name in ("1-0.png", "2-1.png", "3-0.png"))
 
 
 def test_a_folder_of_invoke_trainings_five_keys_is_read(tmp_path):
@@ -178,7 +195,7 @@ def test_an_oracle_judges_on_prompts_of_the_world_that_are_not_in_the_folder(tmp
     annotate(tmp_path, {"anna": ["image_0"] * 4})
     data, _ = prepared(tmp_path, judge="centred", style="outlined")
     assert len(data.held_out_prompts) >= len(held_out) - 3
-    assert set(data.held_out_prompts).isdisjoint(data.train.prompts)
+    assert set(data.held_out_prompts).isdisjoint(prompts_of(data.train))
     source = Pairs(str(tmp_path), judge="centred", style="outlined")
     assert source.judge is not None and source.judge.name == "oracle: centred, in the outlined style"
 
@@ -188,7 +205,7 @@ def test_an_oracle_judges_on_prompts_of_the_world_that_are_not_in_the_folder(tmp
     [
         ([], {}, "has no decided pair .*8 undecided.* choose the better pictures with python -m dpo_sd.annotate"),
         (["tie"] * 8, {}, r"has no decided pair .*8 tie"),
-        (["image_0"], {}, "decided pairs on 1 prompt only"),
+        (["image_0"], {}, "1 pairs on 1 prompts, and validation needs prompts of its own"),
         (["image_0"] * 8, {"validation": 0.0}, "validation must be above 0"),
         (["image_0"] * 8, {"validation": 0.6}, "validation must be above 0 and at most 0.5"),
         (["image_0"] * 8, {"caption_dropout": 2.0}, "caption_dropout must be between 0 and 1"),
@@ -207,8 +224,9 @@ def test_a_missing_folder_is_refused(tmp_path):
         Pairs(str(tmp_path / "nowhere"))
 
 
-def test_pictures_of_another_size_than_the_models_are_refused(tmp_path):
+def test_pictures_of_another_size_are_brought_to_that_of_the_model_and_it_is_said(tmp_path):
     make_folder(tmp_path, PROMPTS, size=32)
     annotate(tmp_path, {"anna": ["image_0"] * 8})
-    with pytest.raises(UserError, match="32x32 pixels, and tiny is trained at 64x64"):
-        prepared(tmp_path)
+    data, report = prepared(tmp_path)
+    assert data.train.chosen.read(0, False, (0.5, 0.5))[0].shape == (4, 8, 8)
+    assert "14 training pictures are smaller than the training size and are scaled up" in report

@@ -15,9 +15,10 @@ from torch.testing import assert_close
 
 from dpo_sd.data.batches import PairBatch
 from dpo_sd.errors import UserError
-from dpo_sd.lora import LoRA, adapter_state, policy_parameters, reference, save_diffusers
+from dpo_sd.lora import LoRA, adapter_state, policy_parameters, reference, weights_of
+from dpo_sd.lora_files import WEIGHTS_NAME, save_diffusers
 from dpo_sd.losses import DiffusionDPOLoss, PairErrors, SFTLoss
-from dpo_sd.models import Model, StableDiffusion
+from dpo_sd.models import Model, StableDiffusion, TextEmbeds
 from dpo_sd.module import DiffusionModule
 from dpo_sd.optimization import AdamW
 
@@ -36,18 +37,18 @@ def build(base):
 
     def build(loss: Any = None, lora: LoRA | None = None, moved: bool = False, seed: int = 0) -> DiffusionModule:
         model = replace(base, unet=copy.deepcopy(base.unet))
-        (lora or LoRA(rank=2)).attach(model.unet, seed)
+        (lora or LoRA(rank=2)).attach(model, seed)
         if moved:
-            move(model.unet)
+            move(model)
         return DiffusionModule(model, loss or DiffusionDPOLoss(2000.0), AdamW(), max_steps=10)
 
     return build
 
 
-def move(unet: Any, size: float = 0.1) -> None:
+def move(model: StableDiffusion, size: float = 0.1) -> None:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for parameter in policy_parameters(unet):
+        for parameter in policy_parameters(model)["unet"]:
             parameter += size * torch.randn(parameter.shape, generator=generator)
 
 
@@ -60,18 +61,23 @@ def make_batch(dtype: torch.dtype = torch.float32) -> PairBatch:
     return PairBatch(
         chosen=normal(4, 8, 8),
         rejected=normal(4, 8, 8),
-        prompt_embeds=normal(32, 128),
+        chosen_time_ids=torch.zeros(PAIRS, 6),
+        rejected_time_ids=torch.zeros(PAIRS, 6),
+        prompts=["a star"] * PAIRS,
+        embeds=TextEmbeds(normal(32, 128), None),
         noise=normal(4, 8, 8),
         timesteps=torch.tensor(TIMESTEPS),
         label=torch.ones(PAIRS),
         weight=torch.ones(PAIRS),
-        index=torch.arange(PAIRS),
+        index=list(range(PAIRS)),
+        draw=[0] * PAIRS,
     )
 
 
 def row(batch: PairBatch, i: int) -> PairBatch:
-    columns: Any = batch
-    return PairBatch(*(column[i : i + 1] for column in columns))
+    assert batch.embeds is not None
+    alone: Any = {name: column[i : i + 1] for name, column in batch._asdict().items() if name != "embeds"}
+    return PairBatch(**alone, embeds=TextEmbeds(batch.embeds.hidden[i : i + 1], None))
 
 
 def listen(unet: Any) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -96,7 +102,7 @@ def error(module: DiffusionModule, latents: Any, batch: PairBatch, i: int) -> to
     alpha = module.model.noise_scheduler.alphas_cumprod[t]
     noisy = alpha.sqrt() * latents[i] + (1 - alpha).sqrt() * batch.noise[i]
     with torch.no_grad():
-        predicted = module.unet(noisy[None], torch.tensor([t]), batch.prompt_embeds[i : i + 1]).sample[0]
+        predicted = module.unet(noisy[None], torch.tensor([t]), batch.embeds.hidden[i : i + 1]).sample[0]
     return (predicted - batch.noise[i]).square().mean()
 
 
@@ -118,7 +124,7 @@ def test_chosen_and_rejected_are_given_the_same_noise_timesteps_and_prompts(buil
     noisy_latents, timesteps, prompt_embeds = calls[0]
     for half, latents in ((slice(PAIRS), batch.chosen), (slice(PAIRS, None), batch.rejected)):
         assert torch.equal(timesteps[half], batch.timesteps)
-        assert torch.equal(prompt_embeds[half], batch.prompt_embeds)
+        assert torch.equal(prompt_embeds[half], batch.embeds.hidden)
         expected = module.model.noise_scheduler.add_noise(latents, batch.noise, batch.timesteps)
         assert torch.equal(noisy_latents[half], expected)
 
@@ -152,7 +158,7 @@ def test_the_loss_is_that_of_errors_worked_out_picture_by_picture(build):
     assert values["reward_margin"].abs().max() > 1e-4  # or the rest says nothing
     for i in range(PAIRS):
         e_w, e_l = error(module, batch.chosen, batch, i), error(module, batch.rejected, batch, i)
-        with reference(module.unet):
+        with reference(module.model):
             r_w, r_l = error(module, batch.chosen, batch, i), error(module, batch.rejected, batch, i)
         margin = (r_w - e_w) - (r_l - e_l)
         assert_close(values["loss"][i].detach(), -torch.log(torch.sigmoid(25.0 * margin)), rtol=1e-3, atol=1e-4)
@@ -189,7 +195,7 @@ def test_under_v_prediction_the_target_is_the_velocity(build):
     noisy = alphas.sqrt() * batch.chosen + (1 - alphas).sqrt() * batch.noise
     velocity = alphas.sqrt() * batch.noise - (1 - alphas).sqrt() * batch.chosen
     with torch.no_grad():
-        predicted = module.unet(noisy, batch.timesteps, batch.prompt_embeds).sample
+        predicted = module.unet(noisy, batch.timesteps, batch.embeds.hidden).sample
     expected = (predicted - velocity).square().mean(dim=(1, 2, 3))
     assert_close(module.losses(batch)["loss"].detach(), expected, rtol=1e-4, atol=1e-5)
 
@@ -214,9 +220,10 @@ def test_min_snr_weighs_the_errors_of_policy_and_reference_alike(build):
 def test_latents_in_half_precision_give_errors_in_float32(build, dtype):
     module, batch = build(), make_batch(dtype)
     module.unet.to(dtype)
-    errors = module.errors(batch.chosen, batch.noise, batch.timesteps, batch.prompt_embeds)
+    assert batch.embeds is not None
+    errors = module.errors(batch.chosen, batch.noise, batch.timesteps, batch.embeds)
     exact = build().errors(*(value.float() for value in (batch.chosen, batch.noise)), batch.timesteps,
-                           batch.prompt_embeds.float())  # fmt: skip
+                           TextEmbeds(batch.embeds.hidden.float(), None))  # fmt: skip
     assert errors.dtype == torch.float32
     assert_close(errors, exact, rtol=0.1, atol=0.01)
 
@@ -226,7 +233,7 @@ def test_latents_in_half_precision_give_errors_in_float32(build, dtype):
 
 def test_after_a_first_update_every_policy_parameter_and_nothing_else_has_a_gradient(build):
     module, batch = build(), make_batch()
-    parameters = policy_parameters(module.unet)
+    parameters = policy_parameters(module.model)["unet"]
     optimizer = torch.optim.SGD(parameters, lr=1e-3)
     for _ in range(2):  # B is zero at the start, and A has no gradient through it
         optimizer.zero_grad()
@@ -248,13 +255,13 @@ def test_the_reference_pass_adds_no_graph(build):
 
 def test_a_policy_that_starts_from_a_lora_has_that_lora_as_its_reference(build, tmp_path):
     started = build(moved=True)
-    file = save_diffusers(started.unet, tmp_path)
+    file = save_diffusers(weights_of(started.model), tmp_path / WEIGHTS_NAME)
     loss = RecordingLoss(2000.0)
     module, batch = build(loss, LoRA(rank=2, init_from=str(file))), make_batch()
     values = module.losses(batch)
     assert torch.equal(values["reward_margin"], torch.zeros(PAIRS))
     assert_close(values["loss"].detach(), torch.full((PAIRS,), math.log(2)))
-    with torch.no_grad(), reference(started.unet):
+    with torch.no_grad(), reference(started.model):
         base_errors = started.pair_errors(batch)
     assert (loss.reference.chosen - base_errors.chosen).abs().max() > 1e-3
 
@@ -264,7 +271,7 @@ def test_dropout_is_a_function_of_seed_and_micro_step(build):
     module.train()
 
     def loss(batch_idx: int) -> torch.Tensor:
-        module.on_train_batch_start(batch, batch_idx)
+        module.on_train_batch_start([batch], batch_idx)
         return module.losses(batch)["loss"].detach()
 
     first = loss(5)
@@ -280,20 +287,20 @@ def test_dropout_is_a_function_of_seed_and_micro_step(build):
 
 def test_a_training_step_returns_the_mean_and_remembers_every_pair_until_told_to_forget(build):
     module, batch = build(SFTLoss()), make_batch()
-    means = torch.stack([module.training_step(part, i).detach() for i, part in enumerate((batch, row(batch, 1)))])
+    means = torch.stack([module.training_step([part], i).detach() for i, part in enumerate((batch, row(batch, 1)))])
     seen = module.seen()
     assert seen["index"].tolist() == [0, 1, 2, 1]
     assert_close(torch.stack([seen["loss"][:PAIRS].mean(), seen["loss"][PAIRS]]), means)
     assert not seen["loss"].requires_grad
     module.forget_seen()
-    module.training_step(row(batch, 2), 2)
+    module.training_step([row(batch, 2)], 2)
     assert module.seen()["index"].tolist() == [2]
 
 
 def test_a_checkpoint_holds_the_adapters_and_no_base(build, tmp_path):
-    file = save_diffusers(build(moved=True).unet, tmp_path)
+    file = save_diffusers(weights_of(build(moved=True).model), tmp_path / WEIGHTS_NAME)
     module = build(lora=LoRA(init_from=str(file)))
-    move(module.unet)
+    move(module.model)
     module.identity = {"settings": {"seed": 3}}
     checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
@@ -310,8 +317,8 @@ def test_adapters_survive_a_checkpoint_to_the_bit(build, tmp_path: Path):
     torch.save(checkpoint, tmp_path / "last.ckpt")
     assert not torch.equal(other.losses(batch)["loss"], module.losses(batch)["loss"])
     other.on_load_checkpoint(torch.load(tmp_path / "last.ckpt", weights_only=True))
-    for key, value in adapter_state(module.unet).items():
-        assert torch.equal(adapter_state(other.unet)[key], value)
+    for key, value in adapter_state(module.model).items():
+        assert torch.equal(adapter_state(other.model)[key], value)
     assert torch.equal(other.losses(batch)["loss"], module.losses(batch)["loss"])
 
 
@@ -326,5 +333,5 @@ def test_the_optimiser_holds_the_policy_alone(build):
     module = build()
     built = module.configure_optimizers()
     held = [parameter for group in built["optimizer"].param_groups for parameter in group["params"]]
-    assert [id(p) for p in held] == [id(p) for p in policy_parameters(module.unet)]
+    assert [id(p) for p in held] == [id(p) for p in policy_parameters(module.model)["unet"]]
     assert built["lr_scheduler"]["interval"] == "step"

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -297,16 +297,17 @@ def _prepare(
         prompts=encode_texts(model, texts, [place[prompt] for prompt in samples.prompts], cache, report),
         label=samples.label,
         weight=samples.weight / samples.weight.mean(),
-        sample_ids=np.fromiter(_ids(samples), np.int64, len(samples)),
+        sample_ids=np.fromiter(_ids(samples, sorted), np.int64, len(samples)),  # whoever wins
+        content_ids=np.fromiter(_ids(samples, list), np.int64, len(samples)),
         sizes=frames.numbers,
         flip=framing.flip,
         random_crop=framing.random_crop,
     )
 
 
-def _ids(samples: Samples) -> Iterator[int]:
+def _ids(samples: Samples, arranged: Callable[[Iterable[bytes]], list[bytes]]) -> Iterator[int]:
     for row, prompt in enumerate(samples.prompts):
-        yield sample_id(prompt, *(bytes(side.sha256[row]) for side in samples.sides))
+        yield sample_id(prompt, *arranged(bytes(side.sha256[row]) for side in samples.sides))
 
 
 class Frames:
