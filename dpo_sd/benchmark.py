@@ -55,7 +55,10 @@ CASES = {
 
 @entry_point("benchmark")
 def main(cfg: DictConfig) -> None:
-    """Times our training, a bare loop and the way of the public scripts in turns, and writes benchmark.json."""
+    """Times our training, a bare loop and the way of the public scripts in turns, and writes benchmark.json.
+
+    A card that the hardware names is a hard cap on what the process may take of a larger one.
+    """
     import torch
 
     from dpo_sd.files import write_json
@@ -70,8 +73,11 @@ def main(cfg: DictConfig) -> None:
         "lora": {"rank": lora.rank, "modules": lora.target_modules},
     }
     for case in CASES[device.type]:
-        results[str(case)] = Bench(case, hardware, lora, loss, optimizer, cfg.seed).compare()
+        bench = Bench(case, hardware, lora, loss, optimizer, cfg.seed)
+        memory = bench.memory()
+        results[str(case)] = bench.compare() | {"memory_gib": memory}
         _print(str(case), results[str(case)])
+        del bench  # before the next one takes its place
     largest = results[str(CASES[device.type][-1])]
     results |= {
         name: largest[name] for name in ("step_over_bare_loop", "speedup_over_public", "speedup_cached_reference")
@@ -96,12 +102,23 @@ class Bench:
     def __init__(self, case: Case, hardware: Any, lora: Any, loss: Any, optimizer: Any, seed: int):
         import torch
 
-        self.case, self.hardware, self.loss, self.optimizer, self.seed = case, hardware, loss, optimizer, seed
+        from dpo_sd.memory import Training
+        from dpo_sd.sampling import Sampler
+
+        self.case, self.hardware, self.loss, self.optimizer, self.seed = (
+            case,
+            copy.copy(hardware),
+            loss,
+            optimizer,
+            seed,
+        )
+        self.hardware.micro_batch = case.pairs
+        self.training = Training(
+            case.family, lora, loss, optimizer, self.hardware, Sampler(), case.resolution, pairs=case.pairs, draws=False
+        )
         torch.manual_seed(seed)
-        self.model = random_model(case.family, hardware)
-        if hardware.gradient_checkpointing:
-            self.model.unet.enable_gradient_checkpointing()
-        lora.attach(self.model, seed)
+        self.model = self.training.build("cpu")  # a GPU takes each part when it is needed
+        self.model.device = hardware.device
         self.pixels, self.samples = random_samples(self.model, case)
         self.updates = case.warm_up + case.updates
         self._folder = tempfile.TemporaryDirectory()
@@ -129,6 +146,16 @@ class Bench:
             "speedup_over_public": ratio("public", "ours"),
             "speedup_cached_reference": ratio("public", "cached"),
         }
+
+    def memory(self) -> dict[str, float]:
+        """GiB at the peak of an update: as the plan foretells and as the allocator says."""
+        import torch
+
+        from dpo_sd.memory import measured
+
+        planned = max(phase.peak for phase in self.training.phases if phase.name.startswith("update"))
+        device = torch.device(self.hardware.device)
+        return {"planned": planned / 2**30, "measured": measured(self.training, device) / 2**30}
 
     def _reference(self) -> Any:
         """A cache that knows the reference's errors of the one draw that each pair has."""
@@ -199,14 +226,10 @@ class Bench:
         """Seconds per update of the same operations and nothing else: batches lie ready, nothing is logged."""
         import torch
 
-        from dpo_sd.data.batches import Visits, stack
         from dpo_sd.lora import policy_parameters, reference
 
         model, device = self.model, torch.device(self.hardware.device)
-        visits = Visits(self.samples, self.seed, 1000, model.factor)
-        batches: list[Any] = [
-            stack([visits[pair, draw] for pair in range(self.case.pairs)])[0] for draw in range(self.updates)
-        ]
+        batches = self.batches()
         unet = model.unet.to(device).train()
         parameters = policy_parameters(model)
         adam, schedule = self.optimizer.build(parameters, self.updates)
@@ -226,6 +249,14 @@ class Bench:
             self.step(policy, frozen, noise, parameters, adam, schedule)
             seconds.append(time.perf_counter() - start)
         return seconds
+
+    def batches(self) -> list[Any]:
+        """Those of the updates, as our training takes them."""
+        from dpo_sd.data.batches import UpdateOrder, Visits, stack
+
+        visits, pairs = Visits(self.samples, self.seed, 1000, self.model.factor), self.case.pairs
+        order = UpdateOrder(len(self.samples), self.seed, range(self.updates), pairs, pairs)
+        return [stack([visits[visit] for visit in update])[0] for update in order]
 
     def told(self, batch: Any, device: torch.device) -> tuple[Any, dict[str, Any] | None]:
         """What the UNet is told beside the latents, for both pictures of each pair."""
@@ -276,20 +307,17 @@ class _PublicWay:
         """Seconds per update."""
         import torch
 
-        from dpo_sd.data.batches import Visits, stack
         from dpo_sd.lora import policy_parameters
 
         bench, model = self.bench, self.bench.model
         device = torch.device(bench.hardware.device)
         unet = model.unet.to(device).train()
-        visits = Visits(bench.samples, bench.seed, 1000, model.factor)
         parameters = policy_parameters(model)
         adam, schedule = bench.optimizer.build(parameters, bench.updates)
         pairs, seconds = bench.case.pairs, []
         length = model.text_encoders[0].config.max_position_embeddings
         tokens = torch.randint(0, model.text_encoders[0].config.vocab_size - 2, (pairs, length))
-        for draw in range(bench.updates):
-            batch = stack([visits[pair, draw] for pair in range(pairs)])[0]
+        for batch in bench.batches():
             pixels = torch.cat([side[:pairs] for side in bench.pixels])
             _synchronise()
             start = time.perf_counter()
@@ -308,20 +336,6 @@ class _PublicWay:
             bench.step(policy, frozen, noise, parameters, adam, schedule)
             seconds.append(time.perf_counter() - start)
         return seconds
-
-
-def random_model(family: Family, hardware: Any) -> StableDiffusion:
-    """A base of a family's real shape with random weights, where the hardware works."""
-    import torch
-
-    from dpo_sd.models import Fingerprints, StableDiffusion, skeleton
-
-    with torch.device(hardware.device):
-        parts = skeleton(family)
-    unet = parts["unet"].to(getattr(torch, hardware.weights))
-    encoders = [parts[name] for name in ("text_encoder", "text_encoder_2") if name in parts]
-    unknown = Fingerprints("random", "random", "random")
-    return StableDiffusion(family, unet, parts["vae"], encoders, [], parts["scheduler"], unknown, hardware.device)
 
 
 def random_samples(model: StableDiffusion, case: Case) -> tuple[list[torch.Tensor], PreparedSamples]:
@@ -377,7 +391,7 @@ def cost(hardware: Any, lora: Any, loss: Any, optimizer: Any, seed: int) -> dict
     basis = CASES["cpu" if hardware.accelerator == "cpu" else "cuda"][0]._replace(rounds=1)
     changed: dict[str, tuple[Case, int]] = {
         f"{basis}, rank {lora.rank}": (basis, lora.rank),
-        "a quarter of the pairs": (basis._replace(pairs=basis.pairs // 4), lora.rank),
+        "a quarter of the pairs": (basis._replace(pairs=max(1, basis.pairs // 4)), lora.rank),
         "twice the resolution": (basis._replace(resolution=2 * basis.resolution), lora.rank),
         "eight times the rank": (basis, 8 * lora.rank),
     }
@@ -406,7 +420,11 @@ def _synchronise() -> None:
 def _print(title: str, rows: dict[str, Any]) -> None:
     print(f"\n{title}")
     for name, row in rows.items():
-        print(f"  {name:<26}{row['median']:9.4f}  [{row['low']:.4f}, {row['high']:.4f}]", flush=True)
+        if name != "memory_gib":
+            print(f"  {name:<26}{row['median']:9.4f}  [{row['low']:.4f}, {row['high']:.4f}]", flush=True)
+    memory = rows["memory_gib"]
+    planned, really = memory["planned"], memory["measured"]
+    print(f"  peak of an update, GiB    {planned:9.4f} planned, {really:.4f} measured: {planned / really:.3f} of it")
 
 
 if __name__ == "__main__":

@@ -187,7 +187,9 @@ def _drawn(
 
     store = TensorStore(folder / "pictures", torch.uint8)
     settings: dict[str, Any] = {"model": model.fingerprint, "lora": adapter_key(model, "reference")}
-    settings |= {"arithmetic": f"{model.unet.dtype} on {model.device}", **sampler.settings()}
+    # an int8 base calls itself bfloat16
+    kinds = sorted({str(each.dtype) for name, each in model.unet.named_parameters() if "lora_" not in name})
+    settings |= {"arithmetic": f"{kinds or model.unet.dtype} on {model.device}", **sampler.settings()}
     keys = [content_key(**settings, prompt=prompt, seed=seed) for prompt, seed in zip(prompts, seeds, strict=True)]
     todo = np.flatnonzero(store.lacks(keys)).tolist()
     with tqdm(total=len(keys), initial=len(keys) - len(todo), desc=what, unit="picture") as bar, reference(model):
