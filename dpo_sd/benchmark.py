@@ -8,7 +8,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -230,7 +229,8 @@ class Bench:
 
         model, device = self.model, torch.device(self.hardware.device)
         batches = self.batches()
-        unet = model.unet.to(device).train()
+        unet: Any = model.unet
+        unet.to(device).train()
         parameters = policy_parameters(model)
         adam, schedule = self.optimizer.build(parameters, self.updates)
         seconds = []
@@ -297,10 +297,11 @@ class _PublicWay:
         self.bench = bench
         device = torch.device(bench.hardware.device)
         model = bench.model
-        self.networks = [network.to(device) for network in (model.vae, *model.text_encoders)]
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            self.second = copy.deepcopy(model.unet).to(device).requires_grad_(False)
+        networks: list[Any] = [model.vae, *model.text_encoders]
+        for network in networks:
+            network.to(device)
+        self.second: Any = copy.deepcopy(model.unet)
+        self.second.to(device).requires_grad_(False)
         self.second.disable_adapters()
 
     def updates(self) -> list[float]:
@@ -311,7 +312,8 @@ class _PublicWay:
 
         bench, model = self.bench, self.bench.model
         device = torch.device(bench.hardware.device)
-        unet = model.unet.to(device).train()
+        unet: Any = model.unet
+        unet.to(device).train()
         parameters = policy_parameters(model)
         adam, schedule = bench.optimizer.build(parameters, bench.updates)
         pairs, seconds = bench.case.pairs, []
@@ -348,7 +350,8 @@ def random_samples(model: StableDiffusion, case: Case) -> tuple[list[torch.Tenso
     n, side, latent = max(case.pairs, 4), case.resolution, case.resolution // model.factor
     pixels = [torch.rand(case.pairs, 3, side, side) * 2 - 1 for _ in range(2)]
     width, tokens = model.unet.config["cross_attention_dim"], model.text_encoders[0].config.max_position_embeddings
-    pooled = torch.randn(2, model.text_encoders[-1].config.projection_dim) if model.is_xl else None
+    projected: Any = model.text_encoders[-1].config.projection_dim
+    pooled = torch.randn(2, projected) if model.is_xl else None
     time_ids = np.tile(np.array([side, side, 0, 0, side, side], np.int32), (n, 1))
     return pixels, PreparedSamples(
         chosen=Latents(torch.randn(n, 4, latent, latent), time_ids),

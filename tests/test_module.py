@@ -77,7 +77,12 @@ def make_batch(dtype: torch.dtype = torch.float32) -> PairBatch:
 def row(batch: PairBatch, i: int) -> PairBatch:
     assert batch.embeds is not None
     alone: Any = {name: column[i : i + 1] for name, column in batch._asdict().items() if name != "embeds"}
-    return PairBatch(**alone, embeds=TextEmbeds(batch.embeds.hidden[i : i + 1], None))
+    return PairBatch(**alone, embeds=TextEmbeds(hidden(batch)[i : i + 1], None))
+
+
+def hidden(batch: PairBatch) -> torch.Tensor:
+    assert batch.embeds is not None
+    return batch.embeds.hidden
 
 
 def listen(unet: Any) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -102,7 +107,7 @@ def error(module: DiffusionModule, latents: Any, batch: PairBatch, i: int) -> to
     alpha = module.model.noise_scheduler.alphas_cumprod[t]
     noisy = alpha.sqrt() * latents[i] + (1 - alpha).sqrt() * batch.noise[i]
     with torch.no_grad():
-        predicted = module.unet(noisy[None], torch.tensor([t]), batch.embeds.hidden[i : i + 1]).sample[0]
+        predicted = module.unet(noisy[None], torch.tensor([t]), hidden(batch)[i : i + 1]).sample[0]
     return (predicted - batch.noise[i]).square().mean()
 
 
@@ -124,7 +129,7 @@ def test_chosen_and_rejected_are_given_the_same_noise_timesteps_and_prompts(buil
     noisy_latents, timesteps, prompt_embeds = calls[0]
     for half, latents in ((slice(PAIRS), batch.chosen), (slice(PAIRS, None), batch.rejected)):
         assert torch.equal(timesteps[half], batch.timesteps)
-        assert torch.equal(prompt_embeds[half], batch.embeds.hidden)
+        assert torch.equal(prompt_embeds[half], hidden(batch))
         expected = module.model.noise_scheduler.add_noise(latents, batch.noise, batch.timesteps)
         assert torch.equal(noisy_latents[half], expected)
 
@@ -195,7 +200,7 @@ def test_under_v_prediction_the_target_is_the_velocity(build):
     noisy = alphas.sqrt() * batch.chosen + (1 - alphas).sqrt() * batch.noise
     velocity = alphas.sqrt() * batch.noise - (1 - alphas).sqrt() * batch.chosen
     with torch.no_grad():
-        predicted = module.unet(noisy, batch.timesteps, batch.embeds.hidden).sample
+        predicted = module.unet(noisy, batch.timesteps, hidden(batch)).sample
     expected = (predicted - velocity).square().mean(dim=(1, 2, 3))
     assert_close(module.losses(batch)["loss"].detach(), expected, rtol=1e-4, atol=1e-5)
 
@@ -223,7 +228,7 @@ def test_latents_in_half_precision_give_errors_in_float32(build, dtype):
     assert batch.embeds is not None
     errors = module.errors(batch.chosen, batch.noise, batch.timesteps, batch.embeds)
     exact = build().errors(*(value.float() for value in (batch.chosen, batch.noise)), batch.timesteps,
-                           TextEmbeds(batch.embeds.hidden.float(), None))  # fmt: skip
+                           TextEmbeds(hidden(batch).float(), None))  # fmt: skip
     assert errors.dtype == torch.float32
     assert_close(errors, exact, rtol=0.1, atol=0.01)
 

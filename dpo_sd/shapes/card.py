@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from dpo_sd.data.source import encode_images
 from dpo_sd.errors import UserError
 from dpo_sd.files import write_text
 from dpo_sd.models import Model
@@ -60,7 +61,7 @@ def write_card(folder: Path, per_row: int = 236, seed: int = 0) -> None:
         rows[name] = accuracies(sampler.draw(model, prompts, seeds, name), prompts)
 
     scenes = [random_scene(rng, seen[i % len(seen)]) for i in range(per_row)]
-    latents = model.encode_images([render(scene) for scene in scenes])
+    latents = encode_images(model, [render(scene) for scene in scenes])
     decoded = model.decode_latents(latents)
     rows["rendered pictures through the autoencoder"] = accuracies(decoded, [caption(scene.kind) for scene in scenes])
 
