@@ -72,7 +72,6 @@ class SFTLoss:
     """
 
     needs_pairs = False
-    draws_per_pair = None
 
     def __init__(self, min_snr_gamma: float | None = None) -> None:
         self.min_snr_gamma = _checked_gamma(min_snr_gamma)

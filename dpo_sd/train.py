@@ -166,12 +166,14 @@ def main(cfg: DictConfig) -> float | None:
         seed=cfg.seed,
         num_train_timesteps=model.noise_scheduler.config["num_train_timesteps"],
         factor=model.factor,
-        draws_per_pair=loss.draws_per_pair,
+        draws_per_pair=getattr(loss, "draws_per_pair", None),  # a loss of the user's own need not have it
         num_workers=hardware.num_workers,
     )
     module.set_training(True)  # the adapters' dropout; the base has none
     with continuable(run), explained(takes, partial(going_on, run)):
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    if kept is not None:
+        say(f"loss    {kept.hits} of {kept.asked} errors of the reference were read and not computed")
     return conclude(trainer, record, run)
 
 
