@@ -47,14 +47,7 @@ def main(cfg: DictConfig) -> float | None:
     lora.check()
     cache = Cache(Path(cfg.cache_dir).expanduser(), cfg.cache, half=hardware.weights != "float32")
     optimizer.check(cfg.trainer.max_steps)
-    resume = cfg.resume
-    if resume is None and (run / "run.json").exists():
-        if cluster.restarted():
-            resume = str(run)
-        elif cluster.first_process():
-            raise UserError(
-                f"{run} holds a run already: continue it with resume={run}, or choose another hydra.run.dir"
-            )
+    resume = resumed(cfg, run)
     world_size = cfg.trainer.devices * cfg.trainer.num_nodes
     accumulation = hardware.accumulation(cfg.pairs_per_update, world_size)
     checkpoint = newest_checkpoint(resume)
@@ -63,11 +56,8 @@ def main(cfg: DictConfig) -> float | None:
     if hasattr(source, "fetch"):  # a dataset that is of no use is met before weights load
         source.fetch(cache)
 
-    import lightning as L
-    from lightning.pytorch.plugins.environments import SLURMEnvironment
-
-    from dpo_sd.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
-    from dpo_sd.callbacks.metrics import Metrics, MetricsFile
+    from dpo_sd.callbacks.checkpoint import Checkpoint
+    from dpo_sd.callbacks.metrics import Metrics
     from dpo_sd.callbacks.run_record import RunRecord, device_name
     from dpo_sd.callbacks.verdict import Verdict
     from dpo_sd.data.datamodule import PairData
@@ -79,28 +69,7 @@ def main(cfg: DictConfig) -> float | None:
     watchers = [instantiate(callback) for callback in cfg.callbacks.values()]
     watchers.sort(key=lambda watcher: isinstance(watcher, Checkpoint))  # it saves what the others have done
     metrics = Metrics(cfg.trainer.log_every, cfg.trainer.validate_every)
-    # the Checkpoint callback puts the job back into the queue, at the end of an update
-    slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
-    trainer = L.Trainer(
-        accelerator="gpu" if hardware.accelerator == "cuda" else "cpu",
-        devices=cfg.trainer.devices,
-        num_nodes=cfg.trainer.num_nodes,
-        strategy=cfg.trainer.strategy,
-        precision=hardware.precision,
-        max_epochs=-1,
-        max_steps=cfg.trainer.max_steps,
-        accumulate_grad_batches=accumulation,
-        gradient_clip_val=cfg.trainer.gradient_clip,
-        deterministic=cfg.trainer.deterministic,
-        use_distributed_sampler=False,
-        callbacks=[metrics, *watchers, record],
-        logger=[MetricsFile(run / "metrics.csv"), *(instantiate(logger) for logger in cfg.logger.values())],
-        plugins=[AtomicCheckpointIO(accumulation), *slurm],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=run,
-    )
+    trainer = make_trainer(cfg, hardware, run, accumulation, [metrics, *watchers, record])
 
     say(f"run     {run}")
     model = base.load(hardware.weights)
@@ -141,10 +110,8 @@ def main(cfg: DictConfig) -> float | None:
             say(f"verdict {watcher.promise(source.judge, data.held_out_prompts)}")
     micro = f"{accumulation} x {hardware.micro_batch}" + (f" on {world_size} devices" if world_size > 1 else "")
     passes = cfg.pairs_per_update * cfg.trainer.max_steps / len(data.train)
-    say(
-        f"update  {cfg.pairs_per_update} {'pairs' if source.has_pairs else 'pictures'} ({micro}), "
-        f"{cfg.trainer.max_steps} updates, which is {passes:.3g} passes over the data"
-    )
+    each = f"{cfg.pairs_per_update} {'pairs' if source.has_pairs else 'pictures'} ({micro})"
+    say(f"update  {each}, {cfg.trainer.max_steps} updates, which is {passes:.3g} passes over the data")
     if trainer.is_global_zero:
         record.add(
             device=device_name(hardware.accelerator),
@@ -177,6 +144,53 @@ def main(cfg: DictConfig) -> float | None:
     return conclude(trainer, record, run)
 
 
+def resumed(cfg: DictConfig, run: Path) -> str | None:
+    """The run to continue: the one that is named, or this job's own where a scheduler starts it again.
+
+    Raises:
+        UserError: when the folder holds a run that nobody asked to continue.
+    """
+    if cfg.resume is not None or not (run / "run.json").exists():
+        return cfg.resume
+    if cluster.restarted():
+        return str(run)
+    if cluster.first_process():
+        raise UserError(f"{run} holds a run already: continue it with resume={run}, or choose another hydra.run.dir")
+    return None
+
+
+def make_trainer(cfg: DictConfig, hardware: Any, run: Path, accumulation: int, callbacks: list[Any]) -> L.Trainer:
+    """Lightning's loop, with metrics and checkpoints of our own."""
+    import lightning as L
+    from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+    from dpo_sd.callbacks.checkpoint import AtomicCheckpointIO
+    from dpo_sd.callbacks.metrics import MetricsFile
+
+    # the Checkpoint callback puts the job back into the queue, at the end of an update
+    slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    return L.Trainer(
+        accelerator="gpu" if hardware.accelerator == "cuda" else "cpu",
+        devices=cfg.trainer.devices,
+        num_nodes=cfg.trainer.num_nodes,
+        strategy=cfg.trainer.strategy,
+        precision=hardware.precision,
+        max_epochs=-1,
+        max_steps=cfg.trainer.max_steps,
+        accumulate_grad_batches=accumulation,
+        gradient_clip_val=cfg.trainer.gradient_clip,
+        deterministic=cfg.trainer.deterministic,
+        use_distributed_sampler=False,
+        callbacks=callbacks,
+        logger=[MetricsFile(run / "metrics.csv"), *(instantiate(logger) for logger in cfg.logger.values())],
+        plugins=[AtomicCheckpointIO(accumulation), *slurm],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=run,
+    )
+
+
 def reference_cache(
     cfg: DictConfig, hardware: Any, model: Any, loss: Any, data: Any, rank: int, cache: Cache
 ) -> ReferenceErrors | None:
@@ -205,14 +219,13 @@ def reference_cache(
 
 def reference_notes(source: Any, init_from: str | None) -> Iterator[str]:
     """What is to be said where pairs were drawn with another LoRA than the training starts from."""
-    from dpo_sd.lora import find_lora
-    from dpo_sd.remembered import sha256
+    from dpo_sd.lora_files import lora_digest
 
     drawn_with = source.drawn_with() if hasattr(source, "drawn_with") else None
     if drawn_with is None:
         return
     named = " + ".join(f"{lora['path']}:{lora['weight']:g}" for lora in drawn_with) or "the base alone"
-    start = [] if init_from is None else [(sha256(find_lora(init_from)), 1.0)]
+    start = [] if init_from is None else [(lora_digest(init_from), 1.0)]
     if start != [(lora["sha256"], lora["weight"]) for lora in drawn_with]:
         yield (
             f"these pairs were drawn with {named}, and training starts from {init_from or 'the base'}: "
