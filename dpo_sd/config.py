@@ -348,7 +348,6 @@ def _remove_empty_folder() -> None:
         if list(folder.iterdir()) == [log]:
             log.unlink()
             folder.rmdir()
-            folder.parent.rmdir()  # where it was the only one
 
 
 def _sweeping() -> bool:

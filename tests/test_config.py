@@ -352,8 +352,8 @@ def test_a_resumed_run_has_the_old_settings_the_new_ones_and_its_folder(run, tmp
 
 def test_a_mistake_leaves_no_folder_behind_and_spares_what_was_there(train, tmp_path):
     mistake = "lora.init_from=nowhere.safetensors"
-    assert train(tmp_path / "runs" / "one", mistake).code == 1
-    assert not (tmp_path / "runs").exists()
+    assert train(tmp_path / "one", mistake).code == 1
+    assert not (tmp_path / "one").exists()
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "notes.txt").touch()
     assert train(tmp_path / "used", mistake).code == 1

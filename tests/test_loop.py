@@ -47,7 +47,7 @@ def loop(command, tmp_path_factory) -> Path:
 def test_the_pairs_are_those_of_the_style_lora_and_all_are_judged(loop):
     preferences = read_preferences(loop / "pairs")
     assert len(preferences) == 8
-    assert {each.pair.model_0 for each in preferences} == {"tiny + style"}
+    assert {each.pair.model_0 for each in preferences} == {"tiny + style_sft"}
     decided = [each for each in preferences if each.status in ("image_0", "image_1")]
     rows = [json.loads(line) for line in (loop / "pairs" / "metadata.jsonl").read_text().splitlines()]
     assert len(rows) == len(decided) > 0

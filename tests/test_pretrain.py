@@ -178,11 +178,11 @@ def test_all_shipped_weights_are_fp16():
 
 
 def test_what_ships_has_the_form_that_pretraining_builds(tokenizer):
-    built, shipped = {"vae": pretrain.build_vae(), **pretrain.build_denoiser(tokenizer)}, Model().load()
+    built, model = {"vae": pretrain.build_vae(), **pretrain.build_denoiser(tokenizer)}, Model().load()
+    shipped = {"vae": model.vae, **model.networks}
     for name, part in built.items():
         forms = (
-            {key: tuple(value.shape) for key, value in each.state_dict().items()}
-            for each in (part, getattr(shipped, name))
+            {key: tuple(value.shape) for key, value in each.state_dict().items()} for each in (part, shipped[name])
         )
         assert next(forms) == next(forms), name
 

@@ -22,7 +22,7 @@ from dpo_sd.models import TINY
 
 
 class SingleFile(NamedTuple):
-    """A checkpoint in one file, the folder with its settings and vocabulary, and the same model in diffusers' layout."""
+    """A checkpoint in one file, the folder with its settings, and the same model in diffusers' layout."""
 
     file: Path
     config: Path
