@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -249,6 +250,20 @@ def test_label_smoothing_out_of_range_is_refused(label_smoothing: float):
 def test_min_snr_gamma_out_of_range_is_refused(loss: type[SFTLoss] | type[DiffusionDPOLoss], gamma: float):
     with pytest.raises(UserError, match=f"min_snr_gamma must be positive and finite, got {gamma}"):
         loss(min_snr_gamma=gamma)
+
+
+@pytest.mark.parametrize("draws", [0, -1])
+@pytest.mark.parametrize("reference", ["live", "cached"])
+def test_draws_per_pair_out_of_range_are_refused(draws: int, reference: Literal["live", "cached"]):
+    with pytest.raises(UserError, match=f"draws_per_pair must be at least 1, or null .*, got {draws}"):
+        DiffusionDPOLoss(reference=reference, draws_per_pair=draws)
+
+
+def test_a_kept_reference_without_draws_that_come_again_is_refused():
+    with pytest.raises(UserError, match=r"reference=cached needs draws that come again: add loss.draws_per_pair=4"):
+        DiffusionDPOLoss(reference="cached")
+    assert DiffusionDPOLoss(reference="cached", draws_per_pair=4).draws_per_pair == 4
+    assert DiffusionDPOLoss().draws_per_pair is None
 
 
 # min_snr_weights

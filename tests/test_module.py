@@ -8,18 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from small_model import make_model, trained
 from torch.testing import assert_close
 
-from dpo_sd.data.batches import PairBatch
+from dpo_sd.data.batches import PairBatch, PreparedSamples, Prompts, UpdateOrder, Visits, stack
+from dpo_sd.data.reference import ReferenceErrors
+from dpo_sd.data.source import encode_bytes
 from dpo_sd.errors import UserError
 from dpo_sd.lora import LoRA, adapter_state, policy_parameters, reference, weights_of
 from dpo_sd.lora_files import WEIGHTS_NAME, save_diffusers
 from dpo_sd.losses import DiffusionDPOLoss, PairErrors, SFTLoss
 from dpo_sd.models import Model, StableDiffusion, TextEmbeds
-from dpo_sd.module import DiffusionModule
+from dpo_sd.module import DiffusionModule, needed_networks
 from dpo_sd.optimization import AdamW
 
 PAIRS = 3
@@ -340,3 +344,193 @@ def test_the_optimiser_holds_the_policy_alone(build):
     held = [parameter for group in built["optimizer"].param_groups for parameter in group["params"]]
     assert [id(p) for p in held] == [id(p) for p in policy_parameters(module.model)["unet"]]
     assert built["lr_scheduler"]["interval"] == "step"
+
+
+# ------------------------------------------------------------------------------------- families, sizes and what is kept
+
+
+@pytest.fixture
+def sdxl(twin) -> StableDiffusion:
+    return Model("sdxl", str(twin("sdxl"))).load()
+
+
+def told(unet: Any) -> list[dict[str, torch.Tensor]]:
+    """What the UNet is told beside the prompt, from now on."""
+    calls: list[Any] = []
+    unet.register_forward_pre_hook(lambda _, given, named: calls.append(named["added_cond_kwargs"]), with_kwargs=True)
+    return calls
+
+
+def test_sdxl_is_told_the_sizes_of_each_picture_of_a_pair_and_the_pooled_prompt_of_both(sdxl):
+    LoRA(rank=2).attach(sdxl)
+    module = DiffusionModule(sdxl, DiffusionDPOLoss(2000.0), AdamW(), max_steps=10)
+    ids = torch.arange(2 * PAIRS * 6, dtype=torch.float32).view(2, PAIRS, 6)
+    batch = make_batch()._replace(
+        embeds=sdxl.encode_prompts(["one", "two", "three"]), chosen_time_ids=ids[0], rejected_time_ids=ids[1]
+    )
+    calls = told(sdxl.unet)
+    module.losses(batch)
+    assert len(calls) == 2  # policy and reference
+    for call in calls:
+        assert torch.equal(call["time_ids"], torch.cat([ids[0], ids[1]]))
+        assert batch.embeds is not None and batch.embeds.pooled is not None
+        assert torch.equal(call["text_embeds"], batch.embeds.pooled.repeat(2, 1))
+
+
+def test_the_sizes_that_sdxl_is_told_matter_to_it(sdxl):
+    LoRA(rank=2).attach(sdxl)
+    module = DiffusionModule(sdxl, SFTLoss(), AdamW(), max_steps=10)
+    batch = make_batch()._replace(embeds=sdxl.encode_prompts(["one", "two", "three"]))
+    small, large = (
+        module.losses(batch._replace(chosen_time_ids=torch.full((PAIRS, 6), size)))["loss"] for size in (64.0, 900.0)
+    )
+    assert not torch.allclose(small, large)
+
+
+class Memory:
+    """Pictures of two sizes, in memory."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def read(self, row: int, flip: bool, where: tuple[float, float]) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = [(4, 8, 8), (4, 8, 12)][row % 2]
+        return torch.randn(shape, generator=torch.Generator().manual_seed(100 * self.seed + row)), torch.zeros(6)
+
+
+def make_samples(n: int = 8) -> PreparedSamples:
+    return PreparedSamples(
+        chosen=Memory(1),
+        rejected=Memory(2),
+        prompts=Prompts([f"prompt {i}" for i in range(n)], np.arange(n), None),
+        label=np.linspace(0.6, 1, n, dtype=np.float32),
+        weight=np.linspace(0.5, 1.5, n, dtype=np.float32),
+        sample_ids=np.arange(n),
+        sizes=np.arange(n) % 2,
+    )
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_the_gradient_of_an_update_does_not_depend_on_the_micro_batch_though_sizes_differ(build, micro_batch):
+    samples = make_samples()
+    visits = Visits(samples, 0, 1000)
+
+    def gradient(size: int) -> torch.Tensor:
+        module = build(DiffusionDPOLoss(200.0), moved=True)
+        batches = list(UpdateOrder(8, 0, range(1), 8, size, samples.sizes))
+        assert {len(stack([visits[visit] for visit in batch])) for batch in batches} <= {1, 2}
+        for number, batch in enumerate(batches):
+            (module.training_step(stack([visits[visit] for visit in batch]), number) / len(batches)).backward()
+        return torch.cat([p.grad.flatten() for p in policy_parameters(module.model)["unet"] if p.grad is not None])
+
+    whole, parts = gradient(8), gradient(micro_batch)
+    assert torch.linalg.norm(parts - whole) < 1e-4 * torch.linalg.norm(whole)
+
+
+@pytest.mark.parametrize("loss", [DiffusionDPOLoss(200.0), SFTLoss()])
+def test_pixels_and_texts_give_the_losses_of_their_latents_and_embeddings(build, base, loss):
+    """What cache=off leaves to the step."""
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.randint(0, 256, (2, PAIRS, 3, 64, 64), generator=generator, dtype=torch.uint8)
+    with torch.no_grad():
+        chosen, rejected = (encode_bytes(base, each) for each in pixels)
+    prompts = ["one", "", "three"]
+    module, batch = build(loss, moved=True), make_batch()._replace(prompts=prompts)
+    kept = module.losses(batch._replace(chosen=chosen, rejected=rejected, embeds=base.encode_prompts(prompts)))
+    asked = module.losses(batch._replace(chosen=pixels[0], rejected=pixels[1], embeds=None))
+    for name in kept.keys() - {"reward_accuracy"}:
+        assert_close(asked[name], kept[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("keep", "text", "needed"),
+    [
+        ("all", False, []),
+        ("latents", False, ["text"]),
+        ("off", False, ["text", "vae"]),
+        ("latents", True, ["text"]),
+    ],
+)
+def test_a_step_has_beside_it_what_the_cache_does_not_keep(build, keep, text, needed):
+    model = build().model
+    if text:
+        model = make_model()
+        LoRA(rank=2, text_encoder=True).attach(model)
+    networks = {"text": model.text_encoders[0], "vae": model.vae}
+    assert needed_networks(model, keep) == tuple(networks[name] for name in needed)
+
+
+def test_a_text_encoder_that_is_trained_is_asked_with_the_policy_and_with_the_reference():
+    """The policy's text gets a gradient, and the reference's is that of the base."""
+    model = trained(LoRA(rank=2, text_encoder=True))
+    tokens = torch.tensor([[0, 5, 9, 3, 1]] * PAIRS)
+    model.embed = lambda prompts: TextEmbeds(model.text_encoders[0](tokens).last_hidden_state, None)
+    base = make_model()
+    loss = RecordingLoss(200.0)
+    module = DiffusionModule(model, loss, AdamW(), max_steps=10)
+    batch = make_batch()._replace(embeds=None)
+    module.losses(batch)["loss"].sum().backward()
+    assert all(parameter.grad is not None for parameter in policy_parameters(model)["text_encoder"])
+    LoRA(rank=2).attach(base)
+    plain = DiffusionModule(base, loss, AdamW(), max_steps=10)
+    kept = TextEmbeds(base.text_encoders[0](tokens).last_hidden_state, None)
+    expected = plain.pair_errors(batch._replace(embeds=kept))
+    for mine, its in zip(loss.reference, expected, strict=True):
+        assert_close(mine, its.detach())
+
+
+def test_dropout_goes_on_and_off_in_all_networks():
+    model = trained(LoRA(rank=2, dropout=0.5, text_encoder=True))
+    module = DiffusionModule(model, SFTLoss(), AdamW(), max_steps=10)
+    for training in (True, False):
+        module.set_training(training)
+        assert {network.training for network in model.networks.values()} == {training}
+
+
+# ----------------------------------------------------------------------------------------------------- a kept reference
+
+
+def test_a_kept_reference_is_asked_once_and_gives_the_same_values(build, tmp_path):
+    module, batch = build(moved=True), make_batch()
+    kept = ReferenceErrors(tmp_path, np.arange(PAIRS), 1)
+    calls = listen(module.unet)
+    live = module.losses(batch)
+    assert len(calls) == 2
+    for passes in (2, 1, 1):
+        calls.clear()
+        values = module.losses(batch, kept)
+        assert len(calls) == passes
+        assert all(torch.equal(values[name], live[name]) for name in live)
+    assert (kept.hits, kept.asked) == (2 * PAIRS, 3 * PAIRS)
+
+
+def test_where_some_errors_are_known_the_others_are_computed(build, tmp_path):
+    """And the known ones are taken, so that a run that is continued sees the same numbers."""
+    module, batch = build(RecordingLoss(50.0), moved=True), make_batch()
+    kept = ReferenceErrors(tmp_path, np.arange(PAIRS), 1)
+    kept.put([1], [0], PairErrors(torch.tensor([7.0]), torch.tensor([9.0])))
+    module.losses(batch)
+    live = module.loss.reference
+    module.losses(batch, kept)
+    mixed = module.loss.reference
+    assert mixed.chosen[1] == 7 and mixed.rejected[1] == 9
+    for mine, its in zip(mixed, live, strict=True):
+        assert torch.equal(mine[[0, 2]], its[[0, 2]])
+    assert kept.filled == 1
+
+
+def test_validation_neither_reads_nor_fills_what_is_kept(build, tmp_path):
+    module = build(moved=True)
+    module.reference_cache = ReferenceErrors(tmp_path, np.arange(PAIRS), 1)
+    module.losses(make_batch())
+    assert module.reference_cache.asked == module.reference_cache.filled == 0
+    module.training_step([make_batch()], 0)
+    assert module.reference_cache.filled == 1
+
+
+def test_what_is_kept_is_on_disk_with_every_checkpoint(build, tmp_path):
+    module = build(moved=True)
+    module.reference_cache = ReferenceErrors(tmp_path, np.arange(PAIRS), 1)
+    module.training_step([make_batch()], 0)
+    module.on_save_checkpoint({})
+    assert ReferenceErrors(tmp_path, np.arange(PAIRS), 1).filled == 1

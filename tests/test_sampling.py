@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from PIL import Image
 
 from dpo_sd.errors import UserError
@@ -100,6 +102,66 @@ def test_the_unet_gets_its_mode_back_after_an_exception(model):
         model.unet.eval()
 
 
+@pytest.mark.parametrize("family", ["sdxl", "sd21"])
+def test_the_other_families_draw_pictures_of_their_own_size(twin, family):
+    model = Model(family, str(twin(family))).load()
+    one, again, other = (Sampler(steps=2).draw(model, ["star"], [seed])[0] for seed in (1, 1, 2))
+    assert one.size == (model.resolution, model.resolution) == (64, 64)
+    assert one.tobytes() == again.tobytes() != other.tobytes()
+
+
+def test_sdxl_draws_what_its_own_pipeline_draws(twin):
+    model = Model("sdxl", str(twin("sdxl"))).load()
+    (mine,) = Sampler("ddim", steps=2, guidance=3.0, negative_prompt="blurred").draw(model, ["star"], [1])
+    pipeline: Any = model.pipeline()
+    pipeline.scheduler = DDIMScheduler.from_config(model.noise_scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    its = pipeline(
+        "star",
+        negative_prompt="blurred",
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(1),
+    ).images[0]
+    assert np.abs(pixels([mine]) - pixels([its])).max() <= 2
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm++"])
+def test_a_schedule_that_ends_in_pure_noise_is_begun_at_its_end(twin, scheduler):
+    """Begun anywhere else, the model would meet a noise level that it was never given (Lin et al. 2023)."""
+    model = Model("sd21", str(twin("sd21"))).load()
+    asked: list[int] = []
+    hook = model.unet.register_forward_pre_hook(lambda unet, given: asked.append(int(given[1])))
+    Sampler(scheduler, steps=4).draw(model, ["star"], [1])
+    hook.remove()
+    assert asked[0] == 999 and asked == sorted(asked, reverse=True)
+
+
+@pytest.mark.parametrize(("height", "width"), [(96, 64), (64, 128), (None, 96)])
+def test_pictures_of_other_sizes_can_be_asked_for(model, height, width):
+    (picture,) = Sampler(steps=1, height=height, width=width).draw(model, ["star"], [1])
+    assert picture.size == (width, height or 64)
+
+
+def test_a_negative_prompt_leads_away_from_it(model, drawn):
+    away = pixels(Sampler(steps=2, negative_prompt="a small red circle").draw(model, PROMPTS, SEEDS))
+    assert np.abs(away - drawn).max() > 2
+    same = pixels(Sampler(steps=2, negative_prompt="").draw(model, PROMPTS, SEEDS))
+    assert np.abs(same - drawn).max() <= 2
+
+
+def test_text_encoders_draw_in_evaluation_mode_too(model):
+    encoder, modes = model.text_encoders[0], []
+    hook = encoder.register_forward_pre_hook(lambda network, given: modes.append(network.training))
+    encoder.train()
+    try:
+        Sampler(steps=1).draw(model, ["star"], [1])
+        assert modes and not any(modes) and encoder.training
+    finally:
+        hook.remove()
+        encoder.eval()
+
+
 def test_drawing_leaves_no_graph_and_the_weights_frozen(model):
     Sampler(steps=1).draw(model, ["star"], [1])
     assert not any(parameter.requires_grad or parameter.is_inference() for parameter in model.unet.parameters())
@@ -117,6 +179,9 @@ def test_a_base_in_half_precision_draws_nearly_the_same_pictures(drawn):
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"guidance": 0.5}, "guidance must be at least 1 .* got 0.5"),
         ({"guidance": float("nan")}, "guidance must be at least 1 .* got nan"),
+        ({"height": 60}, "height must be a multiple of 8 pixels, got 60"),
+        ({"width": 0}, "width must be a multiple of 8 pixels, got 0"),
+        ({"negative_prompt": "blurred", "guidance": 1.0}, "negative_prompt='blurred' has no effect at guidance 1"),
     ],
 )
 def test_settings_out_of_range_are_named(settings, message):
