@@ -126,7 +126,8 @@ def test_composing_imports_nothing_heavy(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["models", "sampling", "lora", "lora_files", "optimization", "losses", "data.shapes", "hardware"]
+    "name",
+    ["models", "sampling", "lora", "lora_files", "optimization", "losses", "data.shapes", "data.pairs", "hardware"],
 )
 def test_what_can_fail_before_weights_load_costs_no_more_than_torch(name):
     assert not loaded_with(name) & (HEAVY - {"torch"})

@@ -7,10 +7,12 @@ import json
 import os
 import signal
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -27,6 +29,9 @@ from dpo_sd.callbacks.progress import Progress
 from dpo_sd.callbacks.run_record import RunRecord
 from dpo_sd.callbacks.samples import Samples
 from dpo_sd.callbacks.verdict import Verdict
+from dpo_sd.data.batches import PairBatch, PreparedSamples, Prompts
+from dpo_sd.data.datamodule import PairData
+from dpo_sd.data.source import PreparedData
 from dpo_sd.errors import UserError
 from dpo_sd.lora import LoRA, weights_of
 from dpo_sd.lora_files import WEIGHTS_NAME, save_diffusers
@@ -168,6 +173,39 @@ def test_a_run_that_begins_again_begins_its_file_again(tmp_path):
     trainer = make_trainer(loggers=[MetricsFile(tmp_path / "metrics.csv")])
     Metrics(validate_every=0).on_train_start(trainer, SimpleNamespace())  # type: ignore[arg-type]
     assert rows(tmp_path / "metrics.csv") == []
+
+
+class TwoSizes:
+    """Pictures, every other one wider."""
+
+    def read(self, row: int, flip: bool, where: tuple[float, float]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(4, 2, 2 + row % 2), torch.zeros(6)
+
+
+def test_validation_averages_the_four_noises_of_each_pair_though_sizes_differ(module, monkeypatch):
+    """Margins of pair i are 1, 1, 1 and i - 4: pair 0 loses, pair 1 is a tie, and the three others win."""
+
+    def losses(part: PairBatch) -> dict[str, torch.Tensor]:
+        late = zip(part.index, (part.timesteps == 875).tolist(), strict=True)
+        margins = torch.tensor([i - 4.0 if is_late else 1.0 for i, is_late in late])
+        return {"loss": torch.ones(len(margins)), "reward_margin": margins}
+
+    pictures, ones = TwoSizes(), np.ones(5, np.float32)
+    prompts = Prompts(["prompt"], np.zeros(5, int), None)
+    samples = PreparedSamples(pictures, pictures, prompts, ones, ones, np.arange(5), np.arange(5) % 2)
+    source: Any = SimpleNamespace(caption_dropout=0.0)
+    data = PairData(PreparedData(samples, samples, [], []), source, Sampler(), 8, 8, seed=0, num_train_timesteps=1000)
+    trainer: Any = SimpleNamespace(
+        datamodule=data,
+        strategy=SimpleNamespace(batch_to_device=lambda batch: batch),
+        precision_plugin=SimpleNamespace(forward_context=nullcontext),
+    )
+    monkeypatch.setattr(module, "losses", losses)
+    metrics = Metrics()._validate(trainer, module)
+    module.set_training(False)
+    assert metrics["val/reward_accuracy"] == pytest.approx(3.5 / 5)
+    assert metrics["val/reward_margin/t875"] == pytest.approx(-2)
+    assert metrics["val/reward_margin/t125"] == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ checkpoin

@@ -225,12 +225,50 @@ def test_a_mistake_is_one_message_before_anything_is_written(run, tmp_path, argu
             "callbacks.sampels: no such setting; did you mean callbacks.samples? "
             "(callbacks has: checkpoint, default, export, health, progress, samples, verdict)",
         ),
+        (["cache=of"], "cache must be one of all, latents, off, got 'of'; did you mean off?"),
+        (
+            ["model.prediction_type=velocity"],
+            "model.prediction_type must be one of epsilon, v_prediction, got 'velocity'",
+        ),
+        (
+            ["loss.reference=cached"],
+            "loss: reference=cached needs draws that come again: add loss.draws_per_pair=4, for example",
+        ),
+        (
+            ["loss.draws_per_pair=0"],
+            "loss: draws_per_pair must be at least 1, or null for a new one at each visit, got 0",
+        ),
         (["cache_dir='${nowhere}'"], "cache_dir: Interpolation key 'nowhere' not found"),
     ],
 )
 def test_a_mistake_that_composes_is_one_message_and_leaves_nothing(run, tmp_path, arguments, message):
     assert run(*arguments) == (1, f"error: {message}\n")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("asked", "add"),
+    [
+        (["framing.random_crop=true"], "cache=off"),
+        (["framing.random_crop=true", "cache=latents"], "cache=off"),
+        (["lora.text_encoder=true"], "cache=latents"),
+        (["data=captions", "loss=sft", "data.path=photos", "data.shuffle_tags=true"], "cache=latents"),
+    ],
+)
+def test_a_cache_that_cannot_hold_what_changes_at_every_visit_is_refused_with_the_one_that_can(asked, add):
+    with pytest.raises(UserError, match=f"add {add}$"):
+        check_composition(composed(*asked))
+    check_composition(composed(*asked, add))
+    if add == "cache=latents":
+        check_composition(composed(*asked, "cache=off"))
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
+def test_a_model_group_is_its_family_and_takes_any_file_of_it(family):
+    settings = {"name": family, "path": "/models/mine.safetensors", "variant": "fp16", "vae": "some/vae"}
+    model = composed(f"model={family}", *(f"model.{key}={value}" for key, value in settings.items())).model
+    assert {key: model[key] for key in settings} == settings
+    assert composed(f"model={family}").model.path is None
 
 
 def test_a_mistake_in_an_experiment_file_names_the_file(run, tmp_path):

@@ -130,7 +130,14 @@ def test_shipped_schemas_agree_with_the_classes_they_describe(monkeypatch):
     from hydra.utils import get_class
 
     monkeypatch.undo()
-    for target in ("dpo_sd.losses.DiffusionDPOLoss", "dpo_sd.hardware.Hardware", "dpo_sd.optimization.AdamW"):
+    for target in (
+        "dpo_sd.losses.DiffusionDPOLoss",
+        "dpo_sd.hardware.Hardware",
+        "dpo_sd.optimization.AdamW",
+        "dpo_sd.models.Model",
+        "dpo_sd.data.framing.Framing",
+        "dpo_sd.sampling.Sampler",
+    ):
         assert target in SCHEMAS.values()
         described = OmegaConf.to_container(OmegaConf.structured(schema(target)))
         parameters = inspect.signature(get_class(target)).parameters.values()
