@@ -19,6 +19,7 @@ from dpo_sd.data.batches import PairBatch, PreparedSamples, Prompts, UpdateOrder
 from dpo_sd.data.reference import ReferenceErrors
 from dpo_sd.data.source import encode_bytes
 from dpo_sd.errors import UserError
+from dpo_sd.loaders import on_meta
 from dpo_sd.lora import LoRA, adapter_state, policy_parameters, reference, weights_of
 from dpo_sd.lora_files import WEIGHTS_NAME, save_diffusers
 from dpo_sd.losses import DiffusionDPOLoss, PairErrors, SFTLoss
@@ -385,6 +386,25 @@ def test_the_sizes_that_sdxl_is_told_matter_to_it(sdxl):
         module.losses(batch._replace(chosen_time_ids=torch.full((PAIRS, 6), size)))["loss"] for size in (64.0, 900.0)
     )
     assert not torch.allclose(small, large)
+
+
+@pytest.mark.parametrize(("family", "width"), [("sd15", 768), ("sd21", 1024), ("sdxl", 2048)])
+def test_a_family_at_its_real_shape_makes_a_step_that_gives_its_lora_gradients(family, width):
+    """Full depth and width, on a device without memory."""
+    model = on_meta(family)
+    LoRA(rank=2).attach(model)
+    module = DiffusionModule(model, DiffusionDPOLoss(2000.0, min_snr_gamma=5.0), AdamW(), max_steps=10)
+    side, pooled = model.latent_size, (1, 1280) if model.is_xl else None
+    with torch.device("meta"):
+        latents, ids, one = torch.zeros(1, 4, side, side), torch.zeros(1, 6), torch.zeros(1)
+        embeds = TextEmbeds(torch.zeros(1, 77, width), None if pooled is None else torch.zeros(pooled))
+        timesteps = torch.zeros(1, dtype=torch.int64)
+        batch = PairBatch(latents, latents, ids, ids, [""], embeds, latents, timesteps, one, one, [0], [0])
+    values = module.losses(batch)
+    assert {value.shape for value in values.values()} == {(1,)}
+    values["loss"].sum().backward()
+    for parameter in policy_parameters(model)["unet"]:
+        assert parameter.grad is not None and parameter.grad.shape == parameter.shape
 
 
 class Memory:
