@@ -31,14 +31,13 @@ class Case(NamedTuple):
         family: whose networks, at their real shapes and with random weights.
         resolution: side of the pictures in pixels.
         pairs: of one update, in one pass.
-        warm_up, updates: of every round; the median of the latter counts.
-        rounds: in which the ways to train take turns.
+        updates: of every round; their median counts.
+        rounds: in which the ways to train take turns, after one that warms up.
     """
 
     family: Family
     resolution: int
     pairs: int
-    warm_up: int
     updates: int
     rounds: int
 
@@ -47,8 +46,8 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "cpu": [Case("tiny", 64, 16, 2, 8, 6), Case("sd15", 256, 1, 1, 1, 4)],
-    "cuda": [Case("sd15", 512, 4, 2, 5, 5), Case("sdxl", 1024, 1, 2, 5, 5)],
+    "cpu": [Case("tiny", 64, 16, 8, 6), Case("sd15", 256, 1, 1, 3)],
+    "cuda": [Case("sd15", 512, 4, 5, 5), Case("sdxl", 1024, 1, 5, 5)],
 }
 
 
@@ -119,7 +118,6 @@ class Bench:
         self.model = self.training.build("cpu")  # a GPU takes each part when it is needed
         self.model.device = hardware.device
         self.pixels, self.samples = random_samples(self.model, case)
-        self.updates = case.warm_up + case.updates
         self._folder = tempfile.TemporaryDirectory()
 
     def compare(self) -> dict[str, Any]:
@@ -132,10 +130,12 @@ class Bench:
             "cached": lambda: self.ours(self._reference()),
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(self.case.rounds):  # in turns, so that whatever else the machine does strikes all
+        for number in range(self.case.rounds + 1):  # in turns, so that whatever else the machine does strikes all
             for name, way in ways.items():
-                seconds[name].append(statistics.median(way()[self.case.warm_up :]))
+                taken = statistics.median(way())
                 gc.collect()
+                if number:
+                    seconds[name].append(taken)
 
         def ratio(of: str, to: str) -> dict[str, float]:
             return spread([a / b for a, b in zip(seconds[of], seconds[to], strict=True)])
@@ -193,7 +193,7 @@ class Bench:
             devices=1,
             precision=self.hardware.precision,
             max_epochs=-1,
-            max_steps=self.updates,
+            max_steps=self.case.updates,
             gradient_clip_val=1.0,
             callbacks=[Metrics(log_every=1, validate_every=0), clock],
             logger=False,
@@ -202,7 +202,7 @@ class Bench:
             enable_model_summary=False,
         )
         module = DiffusionModule(
-            self.model, self.loss, self.optimizer, self.updates, self.seed, reference_cache=reference
+            self.model, self.loss, self.optimizer, self.case.updates, self.seed, reference_cache=reference
         )
         module.set_training(True)
         source: Any = type("NoDropout", (), {"caption_dropout": 0.0})
@@ -232,7 +232,7 @@ class Bench:
         unet: Any = model.unet
         unet.to(device).train()
         parameters = policy_parameters(model)
-        adam, schedule = self.optimizer.build(parameters, self.updates)
+        adam, schedule = self.optimizer.build(parameters, self.case.updates)
         seconds = []
         for batch in batches:
             latents = torch.cat([batch.chosen, batch.rejected]).to(device)
@@ -255,7 +255,7 @@ class Bench:
         from dpo_sd.data.batches import UpdateOrder, Visits, stack
 
         visits, pairs = Visits(self.samples, self.seed, 1000, self.model.factor), self.case.pairs
-        order = UpdateOrder(len(self.samples), self.seed, range(self.updates), pairs, pairs)
+        order = UpdateOrder(len(self.samples), self.seed, range(self.case.updates), pairs, pairs)
         return [stack([visits[visit] for visit in update])[0] for update in order]
 
     def told(self, batch: Any, device: torch.device) -> tuple[Any, dict[str, Any] | None]:
@@ -315,7 +315,7 @@ class _PublicWay:
         unet: Any = model.unet
         unet.to(device).train()
         parameters = policy_parameters(model)
-        adam, schedule = bench.optimizer.build(parameters, bench.updates)
+        adam, schedule = bench.optimizer.build(parameters, bench.case.updates)
         pairs, seconds = bench.case.pairs, []
         length = model.text_encoders[0].config.max_position_embeddings
         tokens = torch.randint(0, model.text_encoders[0].config.vocab_size - 2, (pairs, length))
@@ -403,7 +403,7 @@ def cost(hardware: Any, lora: Any, loss: Any, optimizer: Any, seed: int) -> dict
         adapter = copy.copy(lora)
         adapter.rank, adapter.alpha = rank, float(rank)
         bench = Bench(case, hardware, adapter, loss, optimizer, seed)
-        seconds[name] = statistics.median(bench.ours()[case.warm_up :])
+        seconds[name] = statistics.median(bench.ours()[1:])
         print(f"{name:<44}{seconds[name]:8.3f} s an update")
     return seconds
 

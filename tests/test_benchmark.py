@@ -14,7 +14,7 @@ from dpo_sd.lora import LoRA, adapter_state
 from dpo_sd.losses import DiffusionDPOLoss
 from dpo_sd.optimization import AdamW
 
-SMALL = Case("tiny", 64, 2, 0, 2, 1)
+SMALL = Case("tiny", 64, 2, 2, 1)
 
 
 @pytest.fixture
