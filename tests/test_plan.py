@@ -108,6 +108,11 @@ def test_pairs_of_a_folder_are_counted_with_what_is_left_out(plan):
     assert "data     cannot be counted: data: no folder nowhere" in ended.out
 
 
+def test_a_number_of_pairs_that_is_only_a_limit_is_said_to_be_one(plan):
+    ended = plan("data=pickapic", "data.max_pairs=40")
+    assert "data     at most 40: to be drawn or fetched" in ended.out
+
+
 @pytest.mark.parametrize("rate", ["0", "-2"])
 def test_a_rate_that_is_none_is_refused(plan, rate):
     ended = plan(f"rate={rate}")

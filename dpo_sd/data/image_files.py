@@ -516,6 +516,6 @@ def _check_room(store: TensorStore, n: int, latent_pixels: int) -> None:
     free = shutil.disk_usage(place).free
     if needed > free:
         raise UserError(
-            f"the cache needs {needed / 2**30:.1f} GiB for {n} latents, and {place} has {free / 2**30:.1f} GiB "
+            f"the cache needs {needed / 2**30:.2g} GiB for {n} latents, and {place} has {free / 2**30:.2g} GiB "
             "left: make room, choose another place with cache_dir=<folder>, or use cache=off"
         )
