@@ -24,7 +24,8 @@ class Album:
         self.unet: Any = self.networks["unet"]
         if not hasattr(self.unet, "config"):
             self.unet.config = {"block_out_channels": (8, 8)}
-        self.unet.dtype = arithmetic
+        if networks is None:
+            self.unet.dtype = arithmetic
         self.vae, self.text_encoders = SimpleNamespace(device="cpu", dtype=torch.float32), []
         self.encoded: list[torch.Tensor] = []
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from album import Album, prompts_of
 from peft.tuners.lora import LoraLayer
 from PIL import Image
 from small_model import make_model
@@ -23,7 +24,6 @@ from dpo_sd.data.source import Cache, PreparedData
 from dpo_sd.errors import UserError
 from dpo_sd.lora import LoRA, policy_parameters, weights_of
 from dpo_sd.lora_files import save_diffusers
-from dpo_sd.models import Fingerprints, StableDiffusion, TextEmbeds
 from dpo_sd.sampling import Sampler
 from dpo_sd.shapes.captions import parse
 from dpo_sd.shapes.oracle import UTILITIES, score
@@ -309,46 +309,8 @@ class Painter(Sampler):
         return render(random_scene(np.random.default_rng(seed), kind))
 
 
-def make_vae() -> Any:
-    """Whatever says where it is and in which precision."""
-    vae: Any = torch.nn.Linear(1, 1)
-    vae.device, vae.dtype = torch.device("cpu"), torch.float32
-    return vae
-
-
-class Album:
-    """Stands for the model: keeps the pictures that it should encode."""
-
-    name, resolution, is_xl, max_tokens, text_encoders = "tiny", 64, False, 77, []
-    fingerprints, working = Fingerprints("model", "vae", "text"), StableDiffusion.working
-
-    def __init__(self, fingerprint: str = "base", networks: Any = None, arithmetic: str = "float32 on cpu"):
-        self.fingerprint, self.vae = fingerprint, make_vae()
-        self.unet: Any = torch.nn.Identity() if networks is None else networks["unet"]
-        dtype, _, self.device = arithmetic.partition(" on ")
-        if networks is None:
-            self.unet.dtype = dtype
-        self.networks: Any = networks or {"unet": self.unet}
-        self.encoded: list[list[bytes]] = []  # chosen and rejected of training, then of validation
-
-    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        bytes_ = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-        self.encoded.append([picture.numpy().tobytes() for picture in bytes_])
-        return pixels.mean(dim=(1, 2, 3), keepdim=True)
-
-    def encode_prompts(self, prompts: Sequence[str]) -> TextEmbeds:
-        return TextEmbeds(torch.tensor([[float(len(prompt))] for prompt in prompts]), None)
-
-    def truncated(self, prompts: Sequence[str]) -> list[str]:
-        return [prompt for prompt in prompts if "star" in prompt]
-
-
-def opened(picture: bytes) -> Image.Image:
-    return Image.frombytes("RGB", (64, 64), picture)
-
-
-def texts(part: PreparedSamples) -> list[str]:
-    return [part.prompts[row] for row in range(len(part))]
+def opened(pixels: torch.Tensor) -> Image.Image:
+    return Image.fromarray(((pixels + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def prepare(
@@ -368,8 +330,8 @@ def test_prompts_of_training_validation_and_verdict_are_disjoint_and_all_there()
 
 def test_prepared_prompts_come_from_their_parts(tmp_path):
     data, source = prepare(tmp_path)
-    assert texts(data.train) == source.prompts.train[:12]
-    assert texts(data.validation) == source.prompts.validation[:3]
+    assert prompts_of(data.train) == source.prompts.train[:12]
+    assert prompts_of(data.validation) == source.prompts.validation[:3]
     assert data.held_out_prompts == source.prompts.held_out
 
 
@@ -390,7 +352,7 @@ def test_without_whims_the_annotator_chooses_by_the_utility(tmp_path, preference
     chosen, rejected = model.encoded[:2]
     assert len(chosen) == len(rejected) == len(data.train) == 12
     utility = UTILITIES[preference]
-    for prompt, winner, loser in zip(texts(data.train), map(opened, chosen), map(opened, rejected), strict=True):
+    for prompt, winner, loser in zip(prompts_of(data.train), map(opened, chosen), map(opened, rejected), strict=True):
         assert utility(winner, prompt, "flat") > utility(loser, prompt, "flat")
 
 
@@ -398,7 +360,7 @@ def test_flipping_every_answer_turns_the_pairs_round(tmp_path):
     plain, flipped = Album(), Album()
     prepare(tmp_path, model=plain)
     prepare(tmp_path, model=flipped, flip_rate=1.0)
-    assert flipped.encoded[0] == plain.encoded[1]
+    assert torch.equal(flipped.encoded[0], plain.encoded[1])
 
 
 def test_a_pair_is_the_same_sample_with_other_contents_when_another_wins(tmp_path):
@@ -435,16 +397,16 @@ def test_more_pairs_than_prompts_use_prompts_again_with_new_pictures(tmp_path):
     del source.prompts.train[3:]
     data = source.prepare(Album(), painter, Framing(), Cache(tmp_path))  # type: ignore[arg-type]
     first, second, third = source.prompts.train
-    assert texts(data.train) == [first, second, third, first, second]
+    assert prompts_of(data.train) == [first, second, third, first, second]
     assert len(set(painter.asked)) == len(painter.asked) == 2 * (5 + 1)
 
 
 def test_prompt_embeddings_belong_to_their_pairs(tmp_path):
     data, _ = prepare(tmp_path)
-    for row, prompt in enumerate(texts(data.train)):
+    for row, prompt in enumerate(prompts_of(data.train)):
         whole, dropped = (data.train.prompts.embeds(row, dropped) for dropped in (False, True))
-        assert whole is not None and whole.hidden.tolist() == [len(prompt)]
-        assert dropped is not None and dropped.hidden.tolist() == [0]
+        assert whole is not None and whole.hidden.tolist() == [[len(prompt)]]
+        assert dropped is not None and dropped.hidden.tolist() == [[0]]
 
 
 @pytest.mark.parametrize("framing", [{"resolution": 128}, {"flip": True}, {"random_crop": True}])
@@ -563,7 +525,7 @@ def test_pictures_in_another_arithmetic_are_drawn_again_and_stay_the_same_sample
     """A bfloat16 UNet draws other pixels: its pictures must not stand in for those of a float32 one."""
     first, second = Painter(), Painter()
     data, _ = prepare(tmp_path, painter=first)
-    half = Album(arithmetic="bfloat16 on cpu")
+    half = Album(arithmetic="bfloat16")
     again, _ = prepare(tmp_path, painter=second, model=half)
     assert len(second.asked) == len(first.asked)
     assert again.train.sample_ids.tolist() == data.train.sample_ids.tolist()
@@ -588,16 +550,18 @@ def test_renders_are_of_their_captions_in_their_style_and_repeatable():
     )
     assert data.train.rejected is None and data.fingerprint == same.fingerprint
     pictures = map(opened, album.encoded[0])
-    scores = [score(picture, prompt, "outlined") for picture, prompt in zip(pictures, texts(data.train), strict=True)]
+    scores = [
+        score(picture, prompt, "outlined") for picture, prompt in zip(pictures, prompts_of(data.train), strict=True)
+    ]
     assert sum(each.faithful for each in scores) >= 19
-    assert set(texts(data.train)).isdisjoint(texts(data.validation))
+    assert set(prompts_of(data.train)).isdisjoint(prompts_of(data.validation))
     assert data.held_out_prompts == Shapes().prompts.held_out
 
 
 def test_more_renders_than_prompts_show_each_prompt_anew():
     album = Album()
     Renders(n_pictures=624, n_validation=1).prepare(album, Painter(), Framing(), Cache(Path()))  # type: ignore[arg-type]
-    assert len({picture for batch in album.encoded[:-1] for picture in batch}) == 624
+    assert len({picture.numpy().tobytes() for batch in album.encoded[:-1] for picture in batch}) == 624
 
 
 @pytest.mark.parametrize(
