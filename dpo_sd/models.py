@@ -295,7 +295,9 @@ class Model:
         if local.suffix in PICKLES and not self.pickle:
             raise UserError(
                 f"model.{key}={where} is a pickle, which can run code when it is opened: use a .safetensors file, "
-                f"convert it with python -m dpo_sd.export, or trust it with model.pickle=true"
+                "trust it with model.pickle=true, or write a safe copy of it once: "
+                f"python -m dpo_sd.export format=merged model={self.name} model.{key}={where} model.pickle=true "
+                "out=<folder>"
             )
         if local.is_dir() and key != "vae":
             if not (local / "model_index.json").is_file():

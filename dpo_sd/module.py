@@ -211,5 +211,6 @@ def quiet_lightning() -> None:
         ".*does not have many workers.*",
         ".*srun.*",
         ".*dataloader is not resumable.*",
+        ".*in eval mode.*",
     ):
         warnings.filterwarnings("ignore", message=message)
