@@ -14,6 +14,7 @@ from signal import SIGKILL
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+import torch
 
 if TYPE_CHECKING:
     from twins import SingleFile
@@ -54,6 +55,7 @@ def run_forked(work: Callable[[], object], folder: Path, timeout: float = 500) -
             for number, path in enumerate(paths, start=1):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
             sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+            torch.set_num_threads(1)  # the threads of OpenMP are not copied: work shared out to them would never end
             work()
             code = 0
         except SystemExit as end:
@@ -117,7 +119,6 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ended]:
     `program="generate"` or `"annotate"` is another command.
     """
     import diffusers
-    import torch
     import transformers
 
     # what they import when they are first asked for
@@ -128,7 +129,6 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ended]:
         *arguments: str, patch: Callable[[], object] = lambda: None, timeout: float = 500, program: str = "train"
     ) -> Ended:
         def work() -> None:
-            torch.set_num_threads(1)  # the threads of OpenMP are not copied
             os.chdir(folder)
             sys.argv = [program, *arguments]
             patch()
