@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "cpu": [Case("tiny", 64, 16, 8, 6), Case("sd15", 256, 1, 1, 3)],
+    "cpu": [Case("tiny", 64, 16, 8, 6), Case("sd15", 256, 2, 1, 3)],
     "cuda": [Case("sd15", 512, 4, 5, 5), Case("sdxl", 1024, 1, 5, 5)],
 }
 
@@ -121,7 +121,10 @@ class Bench:
         self._folder = tempfile.TemporaryDirectory()
 
     def compare(self) -> dict[str, Any]:
-        """Seconds per update of each way, and their ratios: median, lowest and highest over the rounds."""
+        """Seconds per update of each way, their ratios, and the ratios of what they multiply.
+
+        Seconds and ratios have median, lowest and highest over the rounds.
+        """
         public = _PublicWay(self)
         ways: dict[str, Callable[[], list[float]]] = {
             "ours": self.ours,
@@ -129,13 +132,12 @@ class Bench:
             "public": public.updates,
             "cached": lambda: self.ours(self._reference()),
         }
+        flops = {name: counted(way) for name, way in ways.items()}  # which warms up
         seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for number in range(self.case.rounds + 1):  # in turns, so that whatever else the machine does strikes all
+        for _ in range(self.case.rounds):  # in turns, so that whatever else the machine does strikes all
             for name, way in ways.items():
-                taken = statistics.median(way())
+                seconds[name].append(statistics.median(way()))
                 gc.collect()
-                if number:
-                    seconds[name].append(taken)
 
         def ratio(of: str, to: str) -> dict[str, float]:
             return spread([a / b for a, b in zip(seconds[of], seconds[to], strict=True)])
@@ -144,6 +146,8 @@ class Bench:
             "step_over_bare_loop": ratio("ours", "bare"),
             "speedup_over_public": ratio("public", "ours"),
             "speedup_cached_reference": ratio("public", "cached"),
+            "allowed_over_public": flops["public"] / flops["ours"],
+            "allowed_cached_reference": flops["public"] / flops["cached"],
         }
 
     def memory(self) -> dict[str, float]:
@@ -408,6 +412,27 @@ def cost(hardware: Any, lora: Any, loss: Any, optimizer: Any, seed: int) -> dict
     return seconds
 
 
+def counted(work: Callable[[], Any]) -> int:
+    """Floating-point operations of matrix products, convolutions and attention."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_backward_flop_count(gradient, query, key, value)
+
+    aten = torch.ops.aten
+    missing = {  # PyTorch counts only what GPUs use
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=missing) as counter:
+        work()
+    return counter.get_total_flops()
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, lowest and highest."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
@@ -423,11 +448,14 @@ def _synchronise() -> None:
 def _print(title: str, rows: dict[str, Any]) -> None:
     print(f"\n{title}")
     for name, row in rows.items():
-        if name != "memory_gib":
-            print(f"  {name:<26}{row['median']:9.4f}  [{row['low']:.4f}, {row['high']:.4f}]", flush=True)
+        if name.startswith("allowed"):
+            print(f"  {name:<26}{row:9.4f}  by counts of operations")
+        elif name != "memory_gib":
+            print(f"  {name:<26}{row['median']:9.4f}  [{row['low']:.4f}, {row['high']:.4f}]")
     memory = rows["memory_gib"]
     planned, really = memory["planned"], memory["measured"]
-    print(f"  peak of an update, GiB    {planned:9.4f} planned, {really:.4f} measured: {planned / really:.3f} of it")
+    foretold = f"{planned:9.4f} planned, {really:.4f} measured: {planned / really:.3f} of it"
+    print(f"  peak of an update, GiB    {foretold}", flush=True)
 
 
 if __name__ == "__main__":

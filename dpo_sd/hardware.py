@@ -89,7 +89,7 @@ class Hardware:
         """
         if self.weights == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
             raise UserError(
-                "hardware.weights=nf4 needs bitsandbytes, which is not installed: run pip install 'dpo_sd[gpu]', "
+                "hardware.weights=nf4 needs bitsandbytes, which is not installed: run pip install -e '.[gpu]', "
                 "or use hardware.weights=int8"
             )
         if self.accelerator == "cpu":

@@ -182,5 +182,5 @@ def _check_installed(package: str, option: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise UserError(
             f"optimizer={option} needs {package}, which is not installed: "
-            "run pip install 'dpo_sd[gpu]', or use optimizer=adamw"
+            "run pip install -e '.[gpu]', or use optimizer=adamw"
         )
