@@ -168,25 +168,35 @@ def cache_line(cfg: DictConfig, training: Training, samples: int, texts: int) ->
     prompts = (texts + 1) * (77 * width + (1280 if model.is_xl else 0)) * half if cfg.cache == "all" else 0
     errors = samples * 8 * (cfg.loss.get("draws_per_pair") or 0) if cfg.loss.get("reference") == "cached" else 0
     parts = {"latents": latents, "prompts": prompts, "the reference's errors": errors}
-    named = ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in parts.items() if size)
+    named = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
     return f"cache    {named or 'nothing'} under {cfg.cache_dir}"
 
 
 def time_lines(cfg: DictConfig, training: Training, gib: float) -> list[str]:
-    """Hours of the updates: from a rate, or on cards that are large enough."""
+    """How long the updates take: from a rate, or on cards that are large enough."""
     pairs = cfg.pairs_per_update * cfg.trainer.max_steps
     if cfg.rate is not None:
-        return [f"time     {pairs / cfg.rate / 3600:.2g} hours for {pairs} pairs at {cfg.rate:g} a second"]
+        return [f"time     {_duration(pairs / cfg.rate)} for {pairs} pairs at {cfg.rate:g} a second"]
     tera = training.flops / 1e12
     lines = [f"time     {tera:.3g} TFLOP for each of {pairs} pairs; at {REACHED:.0%} of a card's figure, not measured:"]
     for name, (memory, speed) in CARDS.items():
         if memory * 0.95 >= gib:
-            lines.append(f"           {name:<10} {pairs * tera / (speed * REACHED) / 3600:.2g} hours")
+            lines.append(f"           {name:<10} {_duration(pairs * tera / (speed * REACHED))}")
     return lines
 
 
 def _bytes(tensors: list[Any]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def _size(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    unit, length = next(((u, n) for u, n in (("hours", 3600), ("minutes", 60)) if seconds >= 2 * n), ("seconds", 1))
+    number = seconds / length
+    return f"{number:.0f} {unit}" if number >= 10 else f"{number:.2g} {unit}"
 
 
 def _gib(size: float) -> str:

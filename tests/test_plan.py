@@ -87,7 +87,7 @@ def test_the_plan_says_peaks_data_cache_and_time_without_writing_anything(plan, 
     assert ended.code == 0, ended.err
     assert re.search(r"^update: backward +\d", ended.out, re.MULTILINE)
     assert "300 of 16, which is 18.8 passes over 256, 16 updates each" in ended.out
-    assert "0.083 hours for 4800 pairs at 16 a second" in ended.out
+    assert "5 minutes for 4800 pairs at 16 a second" in ended.out
     assert list(tmp_path.iterdir()) == []  # no log, no record
 
 
