@@ -110,5 +110,5 @@ def test_four_bits_are_refused_without_a_gpu_and_without_their_library(monkeypat
     with pytest.raises(UserError, match=r"weights nf4 need a CUDA GPU: use hardware.weights=int8"):
         Hardware(precision="bf16-mixed", weights="nf4")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs bitsandbytes, .* pip install 'dpo_sd\[gpu\]', or use hardware.weights"):
+    with pytest.raises(UserError, match=r"needs bitsandbytes, .* pip install -e '.\[gpu\]', or use hardware.weights"):
         Hardware("cuda", "bf16-mixed", "nf4").check()

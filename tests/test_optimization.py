@@ -96,5 +96,5 @@ def test_a_warm_up_longer_than_the_run_is_refused():
 @pytest.mark.parametrize(("kind", "package"), [(AdamW8bit, "bitsandbytes"), (Prodigy, "prodigyopt")])
 def test_a_missing_package_is_named_with_the_command_that_installs_it(kind, package, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=rf"needs {package}.*pip install 'dpo_sd\[gpu\]'"):
+    with pytest.raises(UserError, match=rf"needs {package}.*pip install -e '.\[gpu\]'"):
         kind()
