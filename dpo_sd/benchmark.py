@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "cpu": [Case("tiny", 64, 16, 8, 6), Case("sd15", 256, 2, 1, 3)],
+    "cpu": [Case("tiny", 64, 16, 8, 6), Case("sd15", 256, 4, 1, 3)],
     "cuda": [Case("sd15", 512, 4, 5, 5), Case("sdxl", 1024, 1, 5, 5)],
 }
 
@@ -68,6 +68,7 @@ def main(cfg: DictConfig) -> None:
     results: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "precision": hardware.precision,
+        "compile": hardware.compile,
         "lora": {"rank": lora.rank, "modules": lora.target_modules},
     }
     for case in CASES[device.type]:
@@ -100,6 +101,7 @@ class Bench:
     def __init__(self, case: Case, hardware: Any, lora: Any, loss: Any, optimizer: Any, seed: int):
         import torch
 
+        from dpo_sd.compilation import compile_blocks
         from dpo_sd.memory import Training
         from dpo_sd.sampling import Sampler
 
@@ -117,6 +119,8 @@ class Bench:
         torch.manual_seed(seed)
         self.model = self.training.build("cpu")  # a GPU takes each part when it is needed
         self.model.device = hardware.device
+        if hardware.compile:
+            compile_blocks(self.model.unet)
         self.pixels, self.samples = random_samples(self.model, case)
         self._folder = tempfile.TemporaryDirectory()
 
@@ -125,14 +129,23 @@ class Bench:
 
         Seconds and ratios have median, lowest and highest over the rounds.
         """
+        from dpo_sd.compilation import eager
+
         public = _PublicWay(self)
+
+        def eagerly(way: Callable[[], list[float]]) -> list[float]:
+            with eager():
+                return way()
+
         ways: dict[str, Callable[[], list[float]]] = {
             "ours": self.ours,
-            "bare": self.bare,
-            "public": public.updates,
+            "bare": lambda: eagerly(self.bare),
+            "public": lambda: eagerly(public.updates),
             "cached": lambda: self.ours(self._reference()),
         }
         flops = {name: counted(way) for name, way in ways.items()}  # which warms up
+        if self.hardware.compile:
+            self.ours()
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(self.case.rounds):  # in turns, so that whatever else the machine does strikes all
             for name, way in ways.items():
@@ -417,6 +430,8 @@ def counted(work: Callable[[], Any]) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+    from dpo_sd.compilation import eager
+
     def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return sdpa_flop_count(query, key, value)
 
@@ -428,7 +443,7 @@ def counted(work: Callable[[], Any]) -> int:
         aten._scaled_dot_product_flash_attention_for_cpu: attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
-    with FlopCounterMode(display=False, custom_mapping=missing) as counter:
+    with FlopCounterMode(display=False, custom_mapping=missing) as counter, eager():
         work()
     return counter.get_total_flops()
 

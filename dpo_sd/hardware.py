@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import sysconfig
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dpo_sd.errors import UserError
@@ -30,6 +33,8 @@ class Hardware:
         gradient_checkpointing: computes activations again in the backward pass instead of keeping them.
         num_workers: processes that load data, at least 0.
         memory_gib: memory of the GPU these values were chosen for, in GiB, positive; None asks for none.
+        compile: fuses operations in the UNet's transformer blocks with `torch.compile`. The first update waits for it,
+            and so does the first of every other size of pictures.
 
     Raises:
         UserError: when a value is out of range.
@@ -44,6 +49,7 @@ class Hardware:
         gradient_checkpointing: bool = False,
         num_workers: int = 0,
         memory_gib: float | None = None,
+        compile: bool = False,
     ) -> None:
         if micro_batch < 1:
             raise UserError(f"micro_batch must be at least 1, got {micro_batch}")
@@ -64,6 +70,12 @@ class Hardware:
         self.gradient_checkpointing = gradient_checkpointing
         self.num_workers = num_workers
         self.memory_gib = memory_gib
+        self.compile = compile
+
+    @property
+    def arithmetic(self) -> str:
+        """What decides the rounding of a training step, for keys of caches."""
+        return f"{self.precision} {self.weights} {self.accelerator}" + (" compiled" if self.compile else "")
 
     @property
     def device(self) -> torch.device:
@@ -85,13 +97,15 @@ class Hardware:
 
         Raises:
             UserError: when there is no such GPU, too few of them, or one that lacks the precision or the memory, and
-                when the library of nf4 is not installed.
+                when the library of nf4 or what `compile` works with is not installed.
         """
         if self.weights == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
             raise UserError(
                 "hardware.weights=nf4 needs bitsandbytes, which is not installed: run pip install -e '.[gpu]', "
                 "or use hardware.weights=int8"
             )
+        if self.compile:
+            _check_compiler(self.accelerator)
         if self.accelerator == "cpu":
             return
         import torch
@@ -121,6 +135,20 @@ class Hardware:
                 f"{wanted} is made for {self.memory_gib:g} GiB, but {gpu.name} has {memory_gib:.1f}: "
                 f"use hardware={fitting[-1] if fitting else 'cpu'}, or hardware.memory_gib=null to try nevertheless"
             )
+
+
+def _check_compiler(accelerator: Accelerator) -> None:
+    """What torch.compile calls: a C++ compiler with Python's headers, and on a GPU Triton."""
+    lacking = [] if any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))) else ["a C++ compiler"]
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        lacking.append("Python's headers")
+    if accelerator == "cuda" and importlib.util.find_spec("triton") is None:
+        lacking.append("triton")
+    if lacking:
+        raise UserError(
+            f"hardware.compile=true needs {' and '.join(lacking)}: install it (on Debian g++ and python3-dev, and "
+            "pip install triton), or leave hardware.compile out"
+        )
 
 
 def accumulation(pairs_per_update: int, micro_batch: int, world_size: int = 1) -> int:

@@ -474,7 +474,7 @@ def micro_step(module: DiffusionModule, batch: PairBatch) -> Tensor:
 
 
 def measured(training: Training, device: torch.device) -> int:
-    """Bytes at the peak of two micro-steps with random weights, by the allocator: what `Training.update` foretells.
+    """Bytes at the peak of a micro-step with random weights, by the allocator: what `Training.update` foretells.
 
     On a CUDA device under a hard cap of the card that the hardware names.
     """
@@ -489,18 +489,21 @@ def measured(training: Training, device: torch.device) -> int:
     trained = list(itertools.chain(*policy_parameters(model).values()))
     state = [torch.empty(training.optimizer.state_bytes(p.numel()), dtype=torch.uint8, device=device) for p in trained]
 
-    def steps() -> None:
-        for _ in range(2):  # the second finds gradients of the first
-            with nullcontext() if half is None else torch.autocast(device.type, half):
-                loss = micro_step(module, batch)
-            torch.autograd.backward(loss)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+
+    def step() -> None:
+        with nullcontext() if half is None else torch.autocast(device.type, half):
+            loss = micro_step(module, batch)
+        torch.autograd.backward(loss)
 
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
-        steps()
+        step()
         return torch.cuda.max_memory_allocated(device)
-    there = Alive([*module.parameters(), *module.buffers(), *state, *_of_batch(batch)]).now
-    return there + _allocated(steps)
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    there = Alive([*module.parameters(), *module.buffers(), *gradients, *state, *_of_batch(batch)]).now
+    return there + _allocated(step)
 
 
 def _allocated(work: Callable[[], None]) -> int:

@@ -70,6 +70,8 @@ class Sampler:
         from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
         from tqdm import tqdm
 
+        from dpo_sd.compilation import eager
+
         unet = model.unet
         pipeline: Any = model.pipeline()
         # latents stay float32, so a UNet in half precision casts what it is given
@@ -95,7 +97,7 @@ class Sampler:
             with tqdm(total=len(prompts), desc=progress, unit="picture", disable=progress is None) as bar:
                 for start in range(0, len(prompts), self.batch_size):
                     batch = slice(start, start + self.batch_size)
-                    with model.working(unet), casting:
+                    with model.working(unet), casting, eager():
                         latents = pipeline(
                             latents=self._first_noise(model, seeds[batch]),
                             num_inference_steps=self.steps,

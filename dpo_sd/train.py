@@ -56,6 +56,7 @@ def main(cfg: DictConfig) -> float | None:
     if hasattr(source, "fetch"):  # a dataset that is of no use is met before weights load
         source.fetch(cache)
 
+    from dpo_sd import compilation
     from dpo_sd.callbacks.checkpoint import Checkpoint
     from dpo_sd.callbacks.metrics import Metrics
     from dpo_sd.callbacks.run_record import RunRecord, device_name
@@ -76,6 +77,8 @@ def main(cfg: DictConfig) -> float | None:
     model.device = hardware.device
     if hardware.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
+    if hardware.compile:
+        compilation.compile_blocks(model.unet)
     for note in base.notes:
         say(f"model   {note}")
     say(f"lora    {lora.attach(model, cfg.seed)}")
@@ -141,6 +144,8 @@ def main(cfg: DictConfig) -> float | None:
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     if kept is not None:
         say(f"loss    {kept.hits} of {kept.asked} errors of the reference were read and not computed")
+    if hardware.compile:
+        say(f"compile {compilation.graphs()} graphs for {compilation.blocks(model.unet)} blocks of the UNet")
     return conclude(trainer, record, run)
 
 
@@ -205,7 +210,7 @@ def reference_cache(
         kind="reference errors 1",
         model=model.fingerprint,
         lora=adapter_key(model, "reference"),
-        arithmetic=f"{hardware.precision} {hardware.weights} {hardware.accelerator}",
+        arithmetic=hardware.arithmetic,
         weighting=loss.min_snr_gamma,
         seed=cfg.seed,
         caption_dropout=cfg.data.get("caption_dropout"),

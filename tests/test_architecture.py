@@ -19,7 +19,7 @@ FLOORS = {  # a folder stands for all that is in it
     "pairs": 0, "preferences": 0, "annotator": 0, "pickapic": 0,
     "shapes.scenes": 0, "shapes.render": 0, "shapes.captions": 0, "shapes.oracle": 0,
     "hardware": 1, "quantization": 1, "models": 1, "sampling": 1, "optimization": 1, "data": 1, "annotation": 1,
-    "lora": 1, "lora_files": 1, "loaders": 1,
+    "lora": 1, "lora_files": 1, "loaders": 1, "compilation": 1,
     "module": 2, "memory": 2, "shapes.card": 2,
     "callbacks": 3,
     "schema": 4, "mistakes": 4, "config": 4, "resume": 4,

@@ -112,3 +112,18 @@ def test_four_bits_are_refused_without_a_gpu_and_without_their_library(monkeypat
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs bitsandbytes, .* pip install -e '.\[gpu\]', or use hardware.weights"):
         Hardware("cuda", "bf16-mixed", "nf4").check()
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "programs", "found"),
+    [("cpu", [], "a C\\+\\+ compiler:"), ("cuda", ["g++"], "triton:")],
+)
+def test_compiling_is_refused_without_what_it_works_with(monkeypatch, accelerator, programs, found):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("shutil.which", lambda program: program if program in programs else None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("pathlib.Path.exists", lambda path: True)
+    with pytest.raises(
+        UserError, match=rf"hardware.compile=true needs {found} install it .* leave hardware.compile out"
+    ):
+        Hardware(accelerator, "bf16-mixed", compile=True).check()

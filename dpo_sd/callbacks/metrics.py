@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from dpo_sd.compilation import eager
 from dpo_sd.data.datamodule import PairData
 from dpo_sd.errors import UserError
 from dpo_sd.files import replacing
@@ -132,7 +133,7 @@ class Metrics(L.Callback):
         pl_module.set_training(False)
         values: dict[str, list[torch.Tensor]] = {}
         timesteps = []
-        with torch.no_grad():
+        with torch.no_grad(), eager():
             for batch in data.validation_batches():
                 for part in trainer.strategy.batch_to_device(batch):
                     with trainer.precision_plugin.forward_context():
