@@ -260,9 +260,9 @@ class Bench:
             adam.zero_grad()
             with self.autocast():
                 noisy = model.noise_scheduler.add_noise(latents, noise, timesteps)
-                policy = unet(noisy, timesteps, *told[:1], added_cond_kwargs=told[1]).sample
                 with torch.no_grad(), reference(model):
                     frozen = unet(noisy, timesteps, *told[:1], added_cond_kwargs=told[1]).sample
+                policy = unet(noisy, timesteps, *told[:1], added_cond_kwargs=told[1]).sample
             self.step(policy, frozen, noise, parameters, adam, schedule)
             seconds.append(time.perf_counter() - start)
         return seconds

@@ -132,8 +132,8 @@ class DiffusionModule(L.LightningModule):
             return {"loss": loss(errors)}
         assert batch.rejected is not None  # the composition asks for pairs where a loss needs them
         batch = batch._replace(rejected=self.latents(batch.rejected))
+        ref = self.reference_errors(batch, kept)  # first: nothing of the policy's pass lies beside it
         policy = self.pair_errors(batch)
-        ref = self.reference_errors(batch, kept)
         margin = reward_margin(policy, ref).detach()
         return {
             "loss": loss(policy, ref, batch.label),
