@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import statistics
 import tempfile
 import time
@@ -57,6 +58,7 @@ def main(cfg: DictConfig) -> None:
 
     A card that the hardware names is a hard cap on what the process may take of a larger one.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler of `measured` talks otherwise
     import torch
 
     from dpo_sd.files import write_json

@@ -35,6 +35,7 @@ _UNWRITABLE = (
     errno.ENAMETOOLONG,
     errno.ELOOP,
 )
+LAUNCHERS = ("joblib", "submitit_")  # of the extra `sweep`
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
 
 
@@ -133,6 +134,8 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.rpartition("/")
         hint = nearest(option, error.options)
+        if group == "hydra/launcher" and option.startswith(LAUNCHERS):
+            return f"{group}={option} needs a package that is not installed: run pip install -e '.[sweep]'"
         return f"{group}={option}: no such option{hint} ({group} has: {', '.join(error.options)})"
     if missing := re.search(r"Missing mandatory value: (\S+)", str(error)):  # hydra.run.dir asks for it first
         return no_value(missing[1])

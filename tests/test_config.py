@@ -169,6 +169,10 @@ def test_wandb_is_offline_unless_logged_in(monkeypatch, tmp_path):
         (["experimnt=quickstart"], "experimnt: no such setting; did you mean experiment?"),
         (["loss=dpoo"], "loss=dpoo: no such option; did you mean dpo? (loss has: dpo, sft)"),
         (
+            ["hydra/launcher=joblib", "-m"],
+            "hydra/launcher=joblib needs a package that is not installed: run pip install -e '.[sweep]'",
+        ),
+        (
             ["loss=sft", "loss.beta=3"],
             "loss.beta: no such setting; it belongs to loss=dpo (loss=sft has: min_snr_gamma)",
         ),
