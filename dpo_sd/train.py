@@ -218,7 +218,9 @@ def reference_cache(
         cache=[cache.keep, cache.half],
     )
     kept = ReferenceErrors(cache.folder / "reference" / key, data.train.contents, loss.draws_per_pair, rank)
-    say(f"loss    {kept.filled:.0%} of the reference's errors are known from earlier runs")
+    others = sum(folder != kept.folder for folder in kept.folder.parent.glob("*"))
+    unread = f"; {others} kept of another base, reference, seed, precision or framing: not read" if others else ""
+    say(f"loss    {kept.filled:.0%} of the reference's errors are known from earlier runs{unread}")
     return kept
 
 
