@@ -116,9 +116,9 @@ class LoRA:
             for adapter in ("reference", "policy"):
                 _copy(model, adapter, file.state)
             self._say_what_differs(model, file, matched)
-        if not self.text_encoder:
-            for encoder in model.text_encoders:
-                for parameter in _tensors(encoder, "policy").values():
+        for encoder in model.text_encoders:
+            for name, parameter in _tensors(encoder, "policy").items():
+                if not self.text_encoder or _unread(model, encoder, name):  # DDP would wait for its gradient
                     parameter.requires_grad_(False)
         return summary(model)
 
@@ -263,7 +263,10 @@ def reference(model: StableDiffusion) -> AbstractContextManager[None]:
 
 
 def policy_parameters(model: StableDiffusion) -> dict[str, list[nn.Parameter]]:
-    """The policy's parameters by network, in the order of its modules; only of networks that are trained."""
+    """The policy's parameters by network, in the order of its modules; only of networks that are trained.
+
+    Of these networks all, a layer that is never read included: an optimiser passes over what has no gradient.
+    """
     _check_attached(model, "policy")
     tensors = {name: list(_tensors(network, "policy").values()) for name, network in model.networks.items()}
     return {name: parameters for name, parameters in tensors.items() if _any_trains(parameters)}
@@ -336,6 +339,12 @@ def _tensors(network: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
         for name, layer in layers
         for half, side in (("A", layer.lora_A), ("B", layer.lora_B))
     }
+
+
+def _unread(model: StableDiffusion, encoder: Any, name: str) -> bool:
+    """Whether no prompt's embedding depends on a tensor: SDXL reads the last layer only of the encoder that pools."""
+    last = f"layers.{encoder.config.num_hidden_layers - 1}."
+    return model.is_xl and encoder is not model.text_encoders[-1] and last in name
 
 
 def _any_trains(parameters: Any) -> bool:

@@ -9,6 +9,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,13 +62,23 @@ def pairs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def go(command, pairs, tmp_path_factory) -> Callable[..., Ended]:
-    """`go(folder, *overrides)`: a training on the pairs; all of them share a cache unless they name another."""
+def arguments(pairs, tmp_path_factory) -> Callable[..., list[str]]:
+    """`arguments(folder, *overrides)`: of a training on the pairs; all share a cache unless they name another."""
     cache = tmp_path_factory.mktemp("cache")
 
-    def go(folder: Path, *overrides: str, **options: Any) -> Ended:
+    def arguments(folder: Path, *overrides: str) -> list[str]:
         shared = [] if any(each.startswith("cache_dir=") for each in overrides) else [f"cache_dir={cache}"]
-        return command(*BRIEF, f"data.pairs={pairs}", f"hydra.run.dir={folder}", *shared, *overrides, **options)
+        return [*BRIEF, f"data.pairs={pairs}", f"hydra.run.dir={folder}", *shared, *overrides]
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def go(command, arguments) -> Callable[..., Ended]:
+    """`go(folder, *overrides)`: that training, in a forked process."""
+
+    def go(folder: Path, *overrides: str, **options: Any) -> Ended:
+        return command(*arguments(folder, *overrides), **options)
 
     return go
 
@@ -127,6 +139,19 @@ def test_the_text_encoders_of_sdxl_train_too(go, twin, tmp_path):
         grown = [value for name, value in state.items() if name.startswith(f"{network}.") and "lora_B" in name]
         # of both encoders SDXL reads the last layer but one
         assert sum(bool(value.any()) for value in grown) >= len(grown) / 2 > 0
+
+
+def test_two_processes_train_the_text_encoders_of_sdxl_as_one_does(go, arguments, twin, tmp_path):
+    """Each waits for the gradients of all that is trained, and none comes to a layer that SDXL does not read."""
+    text = ("model=sdxl", f"model.path={twin('sdxl')}", "lora.text_encoder=true", "cache=latents")
+    settings = (*text, *UNWATCHED, "trainer.max_steps=2")  # it is the second update that would find some missing
+    done(go(tmp_path / "one", *settings))
+    two = arguments(tmp_path / "two", *settings, "trainer=ddp", "hardware.micro_batch=2")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "dpo_sd.train", *two]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert ended.returncode == 0, ended.stderr
+    assert_close(tmp_path / "two", tmp_path / "one")
 
 
 # --------------------------------------------------------------------------------------------------------------- caches
