@@ -64,10 +64,10 @@ class AdamW:
         self.text_encoder_lr = text_encoder_lr
 
     def check(self, max_steps: int) -> None:
-        """Refuse a warm-up that takes all updates.
+        """Refuse a warm-up that takes all updates, and a package that is not installed.
 
         Raises:
-            UserError: when it does.
+            UserError: when there is such a thing.
         """
         if self.warmup_steps >= max_steps:
             raise UserError(f"warmup_steps must be below max_steps={max_steps}, got {self.warmup_steps}")
@@ -113,20 +113,11 @@ class AdamW8bit(AdamW):
         lr, betas, eps, weight_decay, schedule, warmup_steps, text_encoder_lr: as in `AdamW`.
 
     Raises:
-        UserError: when a value is out of range, and when bitsandbytes is not installed.
+        UserError: when a value is out of range.
     """
 
-    def __init__(
-        self,
-        lr: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        schedule: Schedule = "constant",
-        warmup_steps: int = 0,
-        text_encoder_lr: float | None = None,
-    ) -> None:
-        super().__init__(lr, betas, eps, weight_decay, schedule, warmup_steps, text_encoder_lr)
+    def check(self, max_steps: int) -> None:
+        super().check(max_steps)
         _check_installed("bitsandbytes", "adamw8bit")
 
     def state_bytes(self, n: int) -> int:
@@ -147,7 +138,7 @@ class Prodigy(AdamW):
         betas, eps, weight_decay, schedule, warmup_steps: as in `AdamW`.
 
     Raises:
-        UserError: when a value is out of range, and when prodigyopt is not installed.
+        UserError: when a value is out of range.
     """
 
     def __init__(
@@ -160,6 +151,9 @@ class Prodigy(AdamW):
         warmup_steps: int = 0,
     ) -> None:
         super().__init__(lr, betas, eps, weight_decay, schedule, warmup_steps)
+
+    def check(self, max_steps: int) -> None:
+        super().check(max_steps)
         _check_installed("prodigyopt", "prodigy")
 
     def state_bytes(self, n: int) -> int:

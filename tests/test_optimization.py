@@ -94,7 +94,13 @@ def test_a_warm_up_longer_than_the_run_is_refused():
 
 
 @pytest.mark.parametrize(("kind", "package"), [(AdamW8bit, "bitsandbytes"), (Prodigy, "prodigyopt")])
-def test_a_missing_package_is_named_with_the_command_that_installs_it(kind, package, monkeypatch):
+def test_a_missing_package_is_named_with_the_command_that_installs_it_and_needed_for_no_plan(
+    kind, package, monkeypatch
+):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    optimizer = kind()
+    assert optimizer.state_bytes(10_000) > 0
     with pytest.raises(UserError, match=rf"needs {package}.*pip install -e '.\[gpu\]'"):
-        kind()
+        optimizer.check(1)
+    with pytest.raises(UserError, match="warmup_steps must be below max_steps=10, got 10"):
+        kind(warmup_steps=10).check(10)
