@@ -41,6 +41,7 @@ from dpo_sd.mistakes import (
 )
 from dpo_sd.resume import resume_arguments
 from dpo_sd.schema import CONF_DIR, SCHEMAS, class_attribute, schema
+from dpo_sd.shapes.scenes import RESOLUTION
 
 
 @dataclass
@@ -131,7 +132,8 @@ def check_composition(cfg: DictConfig) -> None:
 
     Raises:
         UserError: when `check_settings` refuses it, when a value is out of range, when a loss needs pairs where there
-            are none, and when pairs_per_update does not divide into micro-batches.
+            are none, when pictures are framed that cannot be, and when pairs_per_update does not divide into
+            micro-batches.
     """
     check_settings(cfg)
     if not cfg.cache_dir:
@@ -150,6 +152,13 @@ def check_composition(cfg: DictConfig) -> None:
         raise UserError(
             f"{chosen('loss', cfg)} needs pairs, but {chosen('data', cfg)} has single images: "
             f"use {' or '.join(paired + single).replace('/', '=')}"
+        )
+    framing = cfg.framing
+    reframed = framing.flip or framing.random_crop or framing.resolution not in (None, RESOLUTION)
+    if reframed and _says(cfg.data._target_, "can_be_framed") is False:
+        raise UserError(
+            f"{chosen('data', cfg)} has pictures of {RESOLUTION} pixels whose places matter: leave out "
+            "framing.resolution, framing.flip and framing.random_crop"
         )
     _check_cache(cfg)
     if cfg.optimizer.get("text_encoder_lr") is not None and not cfg.lora.get("text_encoder"):

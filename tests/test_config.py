@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dpo_sd.config import Train, check_composition, entry_point
+from dpo_sd.config import Train, check_composition, check_plan, entry_point
 from dpo_sd.errors import UserError
 from dpo_sd.hardware import accumulation
 from dpo_sd.schema import CONF_DIR, PACKAGE, SCHEMAS
@@ -30,10 +30,10 @@ def options(group: str) -> list[str]:
 GROUPS = sorted({path.name for path in CONF_DIR.iterdir() if path.is_dir()} - {"annotator"})  # those of train
 
 
-def composed(*overrides: str) -> DictConfig:
-    """train.yaml as a job sees it."""
+def composed(*overrides: str, program: str = "train") -> DictConfig:
+    """train.yaml, or that of another program, as a job sees it."""
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = compose("train", list(overrides), return_hydra_config=True)
+        cfg = compose(program, list(overrides), return_hydra_config=True)
     cfg.hydra.runtime.output_dir = "outputs/test"
     HydraConfig.instance().set_config(cfg)  # the loggers' folders point into it
     with open_dict(cfg):
@@ -253,8 +253,8 @@ def test_a_mistake_that_composes_is_one_message_and_leaves_nothing(run, tmp_path
 @pytest.mark.parametrize(
     ("asked", "add"),
     [
-        (["framing.random_crop=true"], "cache=off"),
-        (["framing.random_crop=true", "cache=latents"], "cache=off"),
+        (["data=pairs", "data.pairs=folder", "framing.random_crop=true"], "cache=off"),
+        (["data=pairs", "data.pairs=folder", "framing.random_crop=true", "cache=latents"], "cache=off"),
         (["lora.text_encoder=true"], "cache=latents"),
         (["data=captions", "loss=sft", "data.path=photos", "data.shuffle_tags=true"], "cache=latents"),
     ],
@@ -319,6 +319,16 @@ def test_a_loss_on_pairs_is_refused_on_single_images(monkeypatch):
     OmegaConf.update(cfg, "data._target_", "dpo_sd.losses.SFTLoss")
     with pytest.raises(UserError, match=r"loss=dpo needs pairs, but data=captions .* use data=.* or loss=sft"):
         check_composition(cfg)
+
+
+@pytest.mark.parametrize("check", [check_composition, check_plan])
+@pytest.mark.parametrize("data", [["data=shapes"], ["data=renders", "loss=sft"]])
+@pytest.mark.parametrize("framing", ["resolution=128", "flip=true", "random_crop=true"])
+def test_the_shapes_world_refuses_other_sizes_crops_and_flips(check, data, framing):
+    cfg = composed(*data, f"framing.{framing}", "cache=off", program="plan")
+    with pytest.raises(UserError, match=rf"^{data[0]} has pictures of 64 pixels .* leave out framing\.resolution"):
+        check(cfg)
+    check(composed(*data, "framing.resolution=64", program="plan"))
 
 
 def program(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -409,13 +409,6 @@ def test_prompt_embeddings_belong_to_their_pairs(tmp_path):
         assert dropped is not None and dropped.hidden.tolist() == [[0]]
 
 
-@pytest.mark.parametrize("framing", [{"resolution": 128}, {"flip": True}, {"random_crop": True}])
-@pytest.mark.parametrize("source", [Shapes(), Renders()])
-def test_the_shapes_world_refuses_other_sizes_crops_and_flips(tmp_path, source, framing):
-    with pytest.raises(UserError, match="the shapes world has pictures of 64 pixels whose places matter"):
-        source.prepare(Album(), Painter(), Framing(**framing), Cache(tmp_path))
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

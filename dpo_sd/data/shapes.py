@@ -40,6 +40,7 @@ class Shapes:
     """
 
     has_pairs: ClassVar[bool] = True
+    can_be_framed: ClassVar[bool] = False  # the pictures have one size, and their places matter
 
     def __init__(
         self,
@@ -67,7 +68,6 @@ class Shapes:
 
     def prepare(self, model: StableDiffusion, sampler: Sampler, framing: Framing, cache: Cache) -> PreparedData:
         """Draws, judges and encodes the pairs; pictures already in the cache are read."""
-        check_framing(framing)
         if model.resolution != RESOLUTION:
             raise UserError(
                 f"data=shapes measures pictures of {RESOLUTION} pixels, but {model.name} draws {model.resolution}: "
@@ -121,6 +121,7 @@ class Renders:
     """
 
     has_pairs: ClassVar[bool] = False
+    can_be_framed: ClassVar[bool] = False  # as in `Shapes`
 
     def __init__(
         self,
@@ -142,7 +143,6 @@ class Renders:
 
     def prepare(self, model: StableDiffusion, sampler: Sampler, framing: Framing, cache: Cache) -> PreparedData:
         """Renders and encodes the pictures."""
-        check_framing(framing)
         train = self._pictures(model, self.prompts.train, self.n_pictures)
         validation = self._pictures(model, self.prompts.validation, self.n_validation)
         report = [f"{len(train)} rendered pictures in the {self.style} style on {len(train.prompts.texts)} prompts"]
@@ -165,14 +165,6 @@ class Renders:
 def check_validation(n_validation: int, prompts: PromptSplit) -> None:
     if not 1 <= n_validation <= len(prompts.validation):
         raise UserError(f"n_validation must be between 1 and {len(prompts.validation)}, got {n_validation}")
-
-
-def check_framing(framing: Framing) -> None:
-    if framing.flip or framing.random_crop or framing.resolution not in (None, RESOLUTION):
-        raise UserError(
-            f"the shapes world has pictures of {RESOLUTION} pixels whose places matter: leave out "
-            "framing.resolution, framing.flip and framing.random_crop"
-        )
 
 
 def _drawn(
