@@ -300,6 +300,24 @@ def test_rows_without_caption_are_counted_and_most_of_them_are_refused(tmp_path)
         fetched(parquet(tmp_path / "most.parquet", ["a", None, None, None, "b"]), tmp_path / "cache")
 
 
+@pytest.mark.parametrize("settings", [{}, {"max_images": 3}, {"trigger": "sks", "validation": 0.3}])
+def test_what_is_foreseen_of_a_dataset_is_what_is_fetched(settings, tmp_path):
+    file = parquet(tmp_path / "set.parquet", ["a", None, "c", "", "e", "f", "g"])
+    source, cache = Captions(str(file), **settings), Cache(tmp_path / "cache")
+    seen = source.foreseen(cache)
+    assert seen is not None and source.found is None and not cache.folder.exists()
+    both = source.fetch(cache)
+    assert sorted([*seen.train.prompts, *seen.validation.prompts]) == sorted(captions(both).values())
+    assert len(seen.train) == len(both.train) and seen.report[0] == both.report[0]
+    assert "pictures are not looked at" in said(seen)
+    assert "max_images" in settings or "image of row 3 of set.parquet" in said(seen)  # it has an empty caption
+
+
+def test_a_folder_of_pictures_is_foreseen_as_it_was_found(tmp_path):
+    source = Captions(str(ten(tmp_path / "photos")))
+    assert source.foreseen(Cache(tmp_path / "cache")) is source.found
+
+
 def test_a_dataset_is_read_until_there_are_enough(tmp_path):
     file = parquet(tmp_path / "set.parquet", [f"caption {i}" for i in range(20)])
     assert sorted(captions(fetched(file, tmp_path / "cache", max_images=3)).values()) == [

@@ -208,11 +208,38 @@ def test_what_cannot_be_a_dataset_is_refused_before_anything_is_read(tmp_path):
     assert "holds no parquet file" in says(tmp_path / "empty")
     assert "no such folder or file" in says("pickapic")
     file = parquet(tmp_path / "set/data/train-00000-of-00001.parquet", [row(0), row(1)])
-    assert "has no split test: it has train" in says(tmp_path / "set", split="test")
+    assert "has no split test: it has train; write data.split=<one of them>" in says(tmp_path / "set", split="test")
     assert "has no revision=main" in says(file, revision="main")
     assert "max_pairs must be at least 2" in says(file, max_pairs=1)
     assert "validation must be above 0" in says(file, validation=0)
     assert "caption_dropout" in says(file, caption_dropout=1.5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"ties": True}, {"max_pairs": 4}, {"validation": 0.4, "seed": 3}])
+def test_what_is_foreseen_is_what_is_fetched(settings, tmp_path):
+    labels = [1.0, 0.5, None, 0.0]
+    rows = [row(n, labels[n % 4], caption=None if n == 5 else f"prompt {n // 2}") for n in range(16)]
+    cache = Cache(tmp_path / "cache")
+    source = PickAPic(str(parquet(tmp_path / "a.parquet", rows)), **settings)
+    seen = source.foreseen(cache)
+    assert seen is not None and source.found is None and not cache.folder.exists()
+    found = source.fetch(cache)
+    for part, same in ((seen.train, found.train), (seen.validation, found.validation)):
+        assert part.prompts == same.prompts and part.label.tolist() == same.label.tolist()
+    assert "pictures are not looked at" in seen.report[1]
+    assert [seen.report[0], *seen.report[2:]] == found.report
+
+
+def test_the_same_picture_twice_is_foreseen_where_it_was_fetched(tmp_path, monkeypatch):
+    rows = [row(0), row(1, jpg_1=jpeg(2)), row(2)]
+    source, cache = PickAPic(str(parquet(tmp_path / "a.parquet", rows))), Cache(tmp_path / "cache")
+    source.fetch(cache)
+    identity = source.dataset.identity()
+    monkeypatch.setattr(source.dataset, "identity", lambda: identity)
+    monkeypatch.setattr(source.dataset, "files", None)  # as if it were on the Hub
+    seen = source.foreseen(cache)
+    assert seen is not None and len(seen.train) + len(seen.validation) == 2
+    assert any("left out 1 of 3 whose two pictures are the same file" in line for line in seen.report)
 
 
 def test_pairs_weigh_one_over_the_pairs_of_their_prompt(tmp_path):

@@ -122,6 +122,58 @@ def test_a_second_start_reads_the_folder_alone(tmp_path, monkeypatch):
     assert numbers(extract(path, tmp_path / "all")) == every
 
 
+def foreseen(extract: Extract, wanted: int | None = None) -> list[int] | None:
+    rows = extract.foreseen(wanted)
+    return None if rows is None else [entry["n"] for entry in rows if "left_out" not in entry]
+
+
+@pytest.mark.parametrize("wanted", [None, 1, 12])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_local_files_are_foreseen_as_they_would_be_read_and_nothing_is_written(wanted, seed, tmp_path):
+    path = make(tmp_path / "set")
+    before = tree(tmp_path)
+    tally = Tally(named=())
+    rows = extract(path, tmp_path / "cache", seed).foreseen(wanted)
+    assert rows is not None
+    kept = list(tally.kept(rows))
+    assert tree(tmp_path) == before and not (tmp_path / "cache").exists()
+    read = Tally(named=())
+    assert [entry["n"] for entry in kept] == [
+        entry["n"] for entry in read.kept(extract(path, tmp_path / "cache", seed).rows(wanted, "pictures"))
+    ]
+    assert str(tally) == str(read) and len({entry["picture"] for entry in kept}) == len(kept)
+
+
+def test_what_is_foreseen_reads_no_picture_and_no_row_beyond_what_is_wanted(tmp_path):
+    path = make(tmp_path / "set", files=1, rows=30)
+    (file,) = path.rglob("*.parquet")
+    for group in range(10):
+        column = pq.ParquetFile(file).metadata.row_group(group).column(1)
+        data = bytearray(file.read_bytes())
+        data[column.dictionary_page_offset : column.dictionary_page_offset + column.total_compressed_size] = bytes(
+            column.total_compressed_size
+        )
+        file.write_bytes(data)
+
+    def picking(row: dict[str, Any], where: str) -> dict[str, Any] | str:
+        if row["n"] > 6:
+            raise UserError("one row too many")
+        return pick(row, where)
+
+    assert foreseen(extract(path, tmp_path / "cache", picking=picking), 6) == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(UserError, match="one row too many"):
+        foreseen(extract(path, tmp_path / "cache", picking=picking), 7)
+    with pytest.raises(UserError, match="cannot be read"):
+        numbers(extract(path, tmp_path / "cache"), 6)
+
+
+def test_files_need_not_all_have_a_column_that_is_optional(tmp_path):
+    for name, columns in (("a", {"n": [1], "picture": [b"1"], "gone": [1]}), ("b", {"n": [2], "picture": [b"2"]})):
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+    seen = extract(tmp_path, tmp_path / "cache", picking=lambda row, where: {"n": row["n"]})
+    assert sorted(foreseen(seen) or []) == [1, 2]
+
+
 def test_what_is_kept_is_told_by_content_and_not_by_place(tmp_path):
     path = make(tmp_path / "set")
     numbers(extract(path, tmp_path / "cache"))
@@ -266,13 +318,28 @@ def test_a_repository_is_asked_only_for_what_is_not_there_and_stays_at_its_first
     assert json.loads(about.read_text()) == {"path": "owner/set", "split": "train", "commit": "c0ffee"}
 
 
+def test_what_a_repository_holds_is_foreseen_once_it_was_fetched(hub, tmp_path):
+    cache = tmp_path / "cache"
+    assert foreseen(extract("owner/set", cache), 5) is None and not cache.exists()
+    first = numbers(extract("owner/set", cache), 5)
+    (log,) = cache.rglob("rows.jsonl")
+    with open(log, "a") as torn:
+        torn.write('{"file": 0, "ro')
+    before, asked = tree(cache), list(hub)
+    assert foreseen(extract("owner/set", cache), 5) == first and foreseen(extract("owner/set", cache), 3) == first[:3]
+    assert foreseen(extract("owner/set", cache), 6) is None is foreseen(extract("owner/set", cache))
+    assert tree(cache) == before and hub == asked
+    everything = numbers(extract("owner/set", cache))
+    assert foreseen(extract("owner/set", cache)) == everything == foreseen(extract("owner/set", cache), 1000)
+
+
 def test_columns_and_splits_that_a_repository_lacks_are_named(hub, tmp_path):
     source = Extract(Dataset("owner/set"), tmp_path / "cache", {"data.image": ["image"]}, [], pick, None, 0)
     with pytest.raises(
         UserError, match=r"owner/set has no column image: name it with data.image=<column>; it has n, pict"
     ):
         list(source.rows(3, "pictures"))
-    with pytest.raises(UserError, match="owner/set has no split test: it has train"):
+    with pytest.raises(UserError, match=r"owner/set has no split test: it has train; write data.split=<one of them>"):
         numbers(extract("owner/set", tmp_path / "cache", split="test"), 3)
 
 

@@ -6,7 +6,7 @@ import csv
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -101,8 +101,21 @@ class Captions:
             UserError: when the dataset cannot be read, or most of its rows have no caption.
         """
         if self.found is None:
-            self.found = self._in_dataset(cache)
+            extract = self._extract(cache)
+            self.found = self._in_dataset(extract.rows(self.max_images, "pictures"), extract.images)
         return self.found
+
+    def foreseen(self, cache: Cache) -> Found | None:
+        """The pictures as `fetch` would find them, with those of a dataset unread and nothing written; None before they
+        are fetched.
+
+        Raises:
+            UserError: as `fetch`.
+        """
+        if self.found is not None:
+            return self.found
+        rows = self._extract(cache).foreseen(self.max_images)
+        return None if rows is None else self._in_dataset(rows, None)
 
     def prepare(self, model: StableDiffusion, sampler: Sampler, framing: Framing, cache: Cache) -> PreparedData:
         """Reads and encodes what is not in the cache yet."""
@@ -118,19 +131,22 @@ class Captions:
             "data.text_column": [self.text_column] if self.text_column else TEXT_COLUMNS,
         }
 
-    def _in_dataset(self, cache: Cache) -> Found:
+    def _extract(self, cache: Cache) -> Extract:
         assert self.dataset is not None
         settings = [self.image_column, self.text_column]
-        extract = Extract(self.dataset, cache.folder / "captions", self._needed, [], self._pick, settings, self.seed)
+        return Extract(self.dataset, cache.folder / "captions", self._needed, [], self._pick, settings, self.seed)
+
+    def _in_dataset(self, rows: Iterable[dict[str, Any]], images: Path | None) -> Found:
+        assert self.dataset is not None
         tally = Tally(named=(UNCAPTIONED, PICTURELESS))
         paths, captions = [], []
-        for row in tally.kept(extract.rows(self.max_images, "pictures")):
+        for row in tally.kept(rows):
             paths.append(row["image"])
             captions.append(row["text"])
         report = [f"{self.path}, {self.dataset.split}: {tally}"]
         if 2 * tally.left_out[UNCAPTIONED] > tally.read:
             raise UserError(f"{report[0]}; most have no caption: see data.text_column")
-        return self._split(extract.images, paths, captions, report)
+        return self._split(images, paths, captions, report)
 
     def _pick(self, row: dict[str, Any], where: str) -> dict[str, Any] | str:
         image_column, text_column = (
@@ -172,7 +188,7 @@ class Captions:
             used = [used[row] for row in order(self.seed, 0, len(used))[: self.max_images]]
         return self._split(folder, [caption.image for caption in used], [caption.text for caption in used], report)
 
-    def _split(self, folder: Path, paths: list[str], captions: list[str], report: list[str]) -> Found:
+    def _split(self, folder: Path | None, paths: list[str], captions: list[str], report: list[str]) -> Found:
         if empty := [path for path, caption in zip(paths, captions, strict=True) if not caption.strip()]:
             what = "the trigger alone" if self.trigger else "the empty prompt"
             named = ", ".join(empty[:5]) + (" …" if len(empty) > 5 else "")

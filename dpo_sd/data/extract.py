@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_sd.data.store import content_key
 from dpo_sd.errors import UserError
@@ -31,6 +32,7 @@ Pick = Callable[[dict[str, Any], str], dict[str, Any] | str]
 
 MEASURED = 32  # rows after which it is known how much room the others need
 FRUITLESS = 1000  # rows of which none can be used, after which nothing better is expected
+UNSEEN = b"unread"  # stands for a picture
 
 
 class Dataset:
@@ -68,9 +70,15 @@ class Dataset:
         from datasets import load_dataset_builder
 
         files = load_dataset_builder("parquet", data_dir=str(local)).config.data_files or {}
-        if self.split not in files:
-            raise UserError(f"{local} has no split {self.split}: it has {', '.join(map(str, files))}")
+        self._check_split(files)
         return [Path(file) for file in files[self.split]]
+
+    def _check_split(self, splits: Iterable[Any]) -> None:
+        splits = [str(split) for split in splits]
+        if self.split not in splits:
+            raise UserError(
+                f"{self.path} has no split {self.split}: it has {', '.join(splits)}; write data.split=<one of them>"
+            )
 
     def check(self, needed: Needed) -> None:
         """Refuses a local dataset in which a column is missing; one on the Hub is checked when it is read.
@@ -121,8 +129,8 @@ class Dataset:
             else:
                 builder = load_dataset_builder("parquet", data_files={self.split: [str(file) for file in self.files]})
             data_files = builder.config.data_files or {}
-            if data_files and self.split not in data_files:
-                raise UserError(f"{self.path} has no split {self.split}: it has {', '.join(map(str, data_files))}")
+            if data_files:
+                self._check_split(data_files)
             rows: Any = builder.as_streaming_dataset(split=self.split)
             names = rows.column_names or list(next(iter(rows)))
             check_columns(needed, names, self.path)
@@ -191,9 +199,25 @@ class Extract:
         seed: int,
     ):
         self.dataset, self.needed, self.optional, self.pick, self.seed = dataset, needed, optional, pick, seed
-        key = content_key(kind="extract 1", dataset=dataset.identity(), settings=settings, seed=seed)
-        self.folder = folder / key
-        self.images, self.log, self.about = self.folder / "images", self.folder / "rows.jsonl", self.folder / "of.json"
+        self._above, self._settings = folder, settings
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """Of what is kept; its name depends on the content of local files, which are read for it."""
+        identity = self.dataset.identity()
+        return self._above / content_key(kind="extract 1", dataset=identity, settings=self._settings, seed=self.seed)
+
+    @property
+    def images(self) -> Path:
+        return self.folder / "images"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "rows.jsonl"
+
+    @property
+    def about(self) -> Path:
+        return self.folder / "of.json"
 
     def rows(self, wanted: int | None, what: str) -> Iterator[dict[str, Any]]:
         """What was kept of the rows, until `wanted` of them are there, and in between what was left out.
@@ -214,33 +238,53 @@ class Extract:
         with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another process may want the same
             _cut_torn_line(self.log)
-            kept = file = row = 0
-            ended = False
-            for entry in self._entries():
-                ended = "end" in entry
-                if not ended:
-                    kept += "left_out" not in entry
-                    file, row = entry["file"], entry["row"] + 1
-            if not ended and (wanted is None or kept < wanted):
-                self._go_on(kept, file, row, wanted, what)
-        return self._first(wanted)
+            begun = self._begun()
+            if not begun.suffices(wanted):
+                self._go_on(begun, wanted, what)
+        return _first(self._entries(), wanted)
+
+    def foreseen(self, wanted: int | None) -> Iterator[dict[str, Any]] | None:
+        """What `rows` would give, with nothing written and no network; None where that would have to be fetched.
+
+        Local files are read but for their pictures: each is taken to be there, with its place in words for a path.
+
+        Raises:
+            UserError: as `rows`.
+        """
+        if self.dataset.files is not None:
+            return _first(self._glimpsed(self.dataset.files), wanted)
+        return _first(self._entries(), wanted) if self._begun().suffices(wanted) else None
+
+    def _glimpsed(self, files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+        def pick(values: dict[str, Any], where: str) -> dict[str, Any] | str:
+            taken = self.pick(values, where)
+            if isinstance(taken, str):
+                return taken
+            return {name: f"{name} of {where}" if value is UNSEEN else value for name, value in taken.items()}
+
+        texts = _Texts(files, {*self.optional}.union(*self.needed.values()))
+        with self.dataset._reading():
+            yield from self._picked(pick, texts, [file.name for file in files], _Begun())
+
+    def _begun(self) -> _Begun:
+        kept = file = row = 0
+        for entry in self._entries():
+            if "end" in entry:
+                return _Begun(kept, file, row, ended=True)
+            kept += "left_out" not in entry
+            file, row = entry["file"], entry["row"] + 1
+        return _Begun(kept, file, row)
 
     def _entries(self) -> Iterator[dict[str, Any]]:
         if self.log.exists():
             with open(self.log, encoding="utf-8") as lines:
                 for number, line in enumerate(lines, start=1):
+                    if not line.endswith("\n"):  # another process has not ended it, or was killed
+                        return
                     try:
                         yield json.loads(line)
                     except ValueError as error:
                         raise UserError(f"line {number} of {self.log} is damaged: delete {self.folder}") from error
-
-    def _first(self, wanted: int | None) -> Iterator[dict[str, Any]]:
-        kept = 0
-        for entry in self._entries():
-            if "end" in entry or kept == wanted:
-                return
-            kept += "left_out" not in entry
-            yield entry
 
     def _commit(self) -> str | None:
         """The commit that was read first, so that all rows are of one state of the dataset."""
@@ -250,10 +294,11 @@ class Extract:
                 write_json(self.about, {"path": self.dataset.path, "split": self.dataset.split, "commit": commit})
         return json.loads(self.about.read_text(encoding="utf-8"))["commit"]
 
-    def _go_on(self, kept: int, file: int, row: int, wanted: int | None, what: str) -> None:
-        """Reads from that row of that file on, as many as are wanted."""
+    def _go_on(self, begun: _Begun, wanted: int | None, what: str) -> None:
+        """Reads from there on, as many as are wanted."""
         from tqdm import tqdm
 
+        kept = begun.kept
         stream, names = self.dataset.stream(self.needed, self.optional, self._commit())
         total = _smaller(wanted, _length(stream))
         room = _Room(self.folder, None if total is None else total - kept, what)
@@ -262,14 +307,9 @@ class Extract:
             tqdm(total=total, initial=kept, desc=f"reading {what}", unit=what.removesuffix("s")) as bar,
             self.dataset._reading(),
         ):
-            for read, (entry, values, where) in enumerate(self._unread(stream, names, file, row), start=1):
-                taken = self.pick(values, where)
-                if isinstance(taken, str):
-                    entry |= {"left_out": taken, "where": where}
-                    if kept == 0 and read == FRUITLESS:
-                        raise UserError(f"{self.dataset.path}: the first {read} rows are all {taken}")
-                else:
-                    entry |= self._written(taken, room)
+            for entry in self._picked(self.pick, stream, names, begun):
+                if "left_out" not in entry:
+                    entry = self._written(entry, room)
                     kept += 1
                     bar.update()
                 self._append(log, entry)
@@ -277,8 +317,21 @@ class Extract:
                     return
             self._append(log, {"end": True})
 
+    def _picked(self, pick: Pick, stream: Any, names: list[str], begun: _Begun) -> Iterator[dict[str, Any]]:
+        """Place of each row from there on, and what is kept of it, or why it is left out."""
+        nothing = begun.kept == 0
+        for read, (entry, values, where) in enumerate(self._unread(stream, names, begun.file, begun.row), start=1):
+            taken = pick(values, where)
+            if not isinstance(taken, str):
+                nothing = False
+                yield entry | taken
+                continue
+            if nothing and read == FRUITLESS:
+                raise UserError(f"{self.dataset.path}: the first {read} rows are all {taken}")
+            yield entry | {"left_out": taken, "where": where}
+
     def _unread(
-        self, stream: IterableDataset, names: list[str], first_file: int, first_row: int
+        self, stream: Any, names: list[str], first_file: int, first_row: int
     ) -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
         """The rows from there on: place, values, and place in words."""
         files = order(self.seed, 0, stream.num_shards)
@@ -310,6 +363,57 @@ class Extract:
                 entry[key] = value
         room.taken(size)
         return entry
+
+
+class _Begun(NamedTuple):
+    """How far a log has come: rows kept, and the row of the file that follows."""
+
+    kept: int = 0
+    file: int = 0
+    row: int = 0
+    ended: bool = False
+
+    def suffices(self, wanted: int | None) -> bool:
+        return self.ended or (wanted is not None and self.kept >= wanted)
+
+
+def _first(entries: Iterable[dict[str, Any]], wanted: int | None) -> Iterator[dict[str, Any]]:
+    kept = 0
+    for entry in entries:
+        if "end" in entry:
+            return
+        yield entry
+        kept += "left_out" not in entry
+        if kept == wanted:
+            return
+
+
+class _Texts:
+    """Local parquet files as a stream of rows whose pictures stay unread, with `UNSEEN` in their place.
+
+    Args:
+        files: one shard each.
+        wanted: columns, those of them that a file has.
+    """
+
+    def __init__(self, files: Sequence[Path], wanted: Container[str]):
+        self.files, self.wanted, self.num_shards = files, wanted, len(files)
+
+    def shard(self, num_shards: int, index: int) -> Iterator[dict[str, Any]]:
+        import pyarrow.parquet as pq
+        from pyarrow.types import is_binary, is_large_binary, is_struct
+
+        with pq.ParquetFile(self.files[index]) as file:
+            texts, unseen = [], {}
+            for column in file.schema_arrow:
+                if column.name not in self.wanted:
+                    continue
+                if is_binary(column.type) or is_large_binary(column.type) or is_struct(column.type):
+                    unseen[column.name] = UNSEEN
+                else:
+                    texts.append(column.name)
+            for batch in file.iter_batches(columns=texts):
+                yield from (row | unseen for row in batch.to_pylist())
 
 
 class _Room:

@@ -111,7 +111,7 @@ class Found:
 
 
 def find(
-    folder: Path,
+    folder: Path | None,
     prompts: Sequence[str],
     chosen: Sequence[str],
     rejected: Sequence[str] | None,
@@ -125,7 +125,7 @@ def find(
     Those with a picture that cannot be used, or with the same one twice, are left out.
 
     Args:
-        folder: that the paths are relative to.
+        folder: that the paths are relative to; None looks at no picture, and takes those of one path for one.
         prompts, chosen, rejected, label, weight: columns; no label means 1, no weight equal ones.
         report: gets a line for what is left out, with the first five reasons.
         resolve: the file of a path, refusing what may not be read; None joins it to the folder.
@@ -137,12 +137,14 @@ def find(
     for paths in (chosen, rejected):
         if paths is None:
             continue
-        found, problems = _facts(folder, paths, resolve)
+        found, problems = (_unseen(paths), {}) if folder is None else _facts(folder, paths, resolve)
         for row, problem in problems.items():
             if kept[row]:
                 complaints.append(problem)
             kept[row] = False
         sides.append(found)
+    if folder is None:
+        report.append("pictures are not looked at: those that cannot be read are counted with the others")
     left_out("that cannot be read", complaints, n, report)
     if len(sides) == 2:
         same = kept & (sides[0].sha256 == sides[1].sha256)
@@ -158,6 +160,11 @@ def find(
         np.ones(n, np.float32) if weight is None else np.asarray(weight, np.float32),
     )
     return (samples if kept.all() else samples.take(np.flatnonzero(kept))), np.flatnonzero(kept).tolist()
+
+
+def _unseen(paths: Sequence[str]) -> ImageFiles:
+    sha256 = np.array([hashlib.sha256(path.encode()).hexdigest() for path in paths], "S64")
+    return ImageFiles(Path(), paths, sha256, np.zeros((len(paths), 2), np.int32))
 
 
 def _facts(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dpo_sd.data.extract import Dataset, Extract, Tally, picture_bytes
@@ -89,21 +91,32 @@ class PickAPic:
             UserError: when the dataset cannot be read, a label or a column is no such thing, or too few pairs are left.
         """
         if self.found is None:
-            self.found = self._find(cache)
+            extract = self._extract(cache)
+            self.found = self._find(extract.rows(self.max_pairs, "pairs"), extract.images)
         return self.found
+
+    def foreseen(self, cache: Cache) -> Found | None:
+        """The pairs as `fetch` would find them, with no picture read and nothing written; None before they are fetched.
+
+        Raises:
+            UserError: as `fetch`.
+        """
+        rows = self._extract(cache).foreseen(self.max_pairs)
+        return None if rows is None else self._find(rows, None)
 
     def prepare(self, model: StableDiffusion, sampler: Sampler, framing: Framing, cache: Cache) -> PreparedData:
         """Streams and encodes what is not in the cache yet."""
         return prepare(model, self.fetch(cache), framing, cache)
 
-    def _find(self, cache: Cache) -> Found:
+    def _extract(self, cache: Cache) -> Extract:
         settings = [{name: column for name, column in self.columns.items() if column}, self.ties]
-        extract = Extract(
-            self.dataset, cache.folder / "pickapic", self.needed, self.optional, self._pick, settings, self.seed
-        )
+        folder = cache.folder / "pickapic"
+        return Extract(self.dataset, folder, self.needed, self.optional, self._pick, settings, self.seed)
+
+    def _find(self, rows: Iterable[dict[str, Any]], images: Path | None) -> Found:
         tally = Tally(named=(UNCAPTIONED, PICTURELESS))
         prompts, chosen, rejected, label = [], [], [], []
-        for row in tally.kept(extract.rows(self.max_pairs, "pairs")):
+        for row in tally.kept(rows):
             prompts.append(row["prompt"])
             chosen.append(row["chosen"])
             rejected.append(row["rejected"])
@@ -113,8 +126,8 @@ class PickAPic:
         if not prompts:
             raise UserError(f"{report[0]}; no pair is left: see data.columns" + ("" if self.ties else " and data.ties"))
         weight = by_prompt(prompts) if self.weight_by_prompt else None
-        samples, rows = find(extract.images, prompts, chosen, rejected, label, weight, report)
-        if not rows:
+        samples, kept = find(images, prompts, chosen, rejected, label, weight, report)
+        if not kept:
             raise UserError(f"no pair of {self.dataset.path} can be used: {report[-1]}")
         return split(samples, self.validation, self.seed, report)
 
