@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from dpo_sd.config import entry_point
-from dpo_sd.errors import UserError
-from dpo_sd.mistakes import explain
+from dpo_sd.data.source import Cache
 
 if TYPE_CHECKING:
     from dpo_sd.memory import Training
@@ -36,11 +36,11 @@ def main(cfg: DictConfig) -> None:
 
     training = composed(cfg)
     hardware = training.hardware
-    kind = "pairs" if training.loss.needs_pairs else "pictures"
+    kind = "pair" if training.loss.needs_pairs else "picture"
     checkpointing = ", gradient checkpointing" if hardware.gradient_checkpointing else ""
     print(
         f"model    {training.family} at {training.resolution} pixels, {hardware.weights}, {hardware.precision}\n"
-        f"update   {cfg.pairs_per_update} {kind}, {hardware.micro_batch} at a time{checkpointing}\n"
+        f"update   {_counted(cfg.pairs_per_update, kind)}, {hardware.micro_batch} at a time{checkpointing}\n"
         "stays    "
         + ", ".join(f"{name} {_gib(_bytes(part))}" for name, part in training.state.items() if part)
         + " GiB\n"
@@ -63,7 +63,8 @@ def main(cfg: DictConfig) -> None:
     if cfg.measure:
         compare(training)
     print()
-    for line in [*data_lines(cfg, training), *time_lines(cfg, training, worst.needs / GIB)]:
+    # the data last: what is wrong with it ends the plan
+    for line in itertools.chain(time_lines(cfg, training, worst.needs / GIB), data_lines(cfg, training)):
         print(line)
 
 
@@ -105,33 +106,38 @@ def compare(training: Training) -> None:
 # ------------------------------------------------------------------------------------------------------- data and time
 
 
-def data_lines(cfg: DictConfig, training: Training) -> list[str]:
-    """Pairs, what is left out, truncated prompts, passes, and the size of the cache."""
-    try:
-        source = instantiate(cfg.data)
-    except (UserError, InstantiationException) as error:
-        return [f"data     cannot be counted: {explain(error) or error}"]
-    found = getattr(source, "found", None)
-    if callable(found) or found is None:  # to be drawn, or to be fetched
-        n = next(
-            (getattr(source, name) for name in ("n_pairs", "n_pictures", "max_pairs") if hasattr(source, name)), None
-        )
-        number = "all there are" if n is None else f"at most {n}" if callable(getattr(source, "fetch", None)) else n
-        lines = [f"data     {number}: to be drawn or fetched, so ties are not known yet"]
-        texts, whole = None, n
+def data_lines(cfg: DictConfig, training: Training) -> Iterator[str]:
+    """Samples, what is left out, truncated prompts, passes, and the size of the cache.
+
+    Raises:
+        UserError: when a training could not use the data.
+    """
+    source = instantiate(cfg.data)
+    if hasattr(source, "foreseen"):
+        found = source.foreseen(Cache(Path(cfg.cache_dir).expanduser()))
     else:
-        n, texts = len(found.train), sorted({*found.train.prompts, *found.validation.prompts})
-        whole = n + len(found.validation)
-        lines = [f"data     {line}" for line in found.report]
-        lines.append(truncated(cfg, texts))
-    if n is None:
-        return lines
-    passes = cfg.pairs_per_update * cfg.trainer.max_steps / n
-    lines.append(
-        f"update   {cfg.trainer.max_steps} of {cfg.pairs_per_update}, which is {passes:.3g} passes over {n}, "
-        f"{math.ceil(n / cfg.pairs_per_update)} updates each"
-    )
-    return [*lines, cache_line(cfg, training, whole or n, n if texts is None else len(texts))]
+        found = getattr(source, "found", None)
+    if found is None:
+        settings = ("n_pairs", "n_pictures", "max_pairs", "max_images")
+        limit = next((getattr(source, name) for name in settings if hasattr(source, name)), None)
+        fetched = hasattr(source, "fetch")
+        number = "all there are" if limit is None else _counted(limit, "pair" if source.has_pairs else "picture")
+        yield (
+            f"data     {'at most ' if fetched and limit else ''}{number}: to be {'fetched' if fetched else 'drawn'}"
+            + (", so ties are not known yet" if source.has_pairs else "")
+        )
+        if limit is None:
+            return
+        n = texts = whole = limit
+    else:
+        yield from (f"data     {line}" for line in found.report)
+        prompts = sorted({*found.train.prompts, *found.validation.prompts})
+        yield truncated(cfg, prompts)
+        n, texts, whole = len(found.train), len(prompts), len(found.train) + len(found.validation)
+    passes = _counted(f"{cfg.pairs_per_update * cfg.trainer.max_steps / n:.3g}", "pass")
+    each = _counted(math.ceil(n / cfg.pairs_per_update), "update")
+    yield f"update   {cfg.trainer.max_steps} of {cfg.pairs_per_update}, which is {passes} over {n}, {each} each"
+    yield cache_line(cfg, training, whole, texts)
 
 
 def truncated(cfg: DictConfig, texts: list[str]) -> str:
@@ -144,7 +150,8 @@ def truncated(cfg: DictConfig, texts: list[str]) -> str:
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     long = [text for text in texts if len(tokenizer(text).input_ids) > tokenizer.model_max_length]
     named = f": {', '.join(repr(text[:60]) for text in long[:3])}" if long else ""
-    return f"data     {len(long)} of {len(texts)} prompts are cut at the text encoder's limit{named}"
+    are = "is" if len(long) == 1 else "are"
+    return f"data     {len(long)} of {_counted(len(texts), 'prompt')} {are} cut at the text encoder's limit{named}"
 
 
 def vocabulary(model: Any) -> Path | None:
@@ -174,14 +181,16 @@ def cache_line(cfg: DictConfig, training: Training, samples: int, texts: int) ->
 
 def time_lines(cfg: DictConfig, training: Training, gib: float) -> list[str]:
     """How long the updates take: from a rate, or on cards that are large enough."""
-    pairs = cfg.pairs_per_update * cfg.trainer.max_steps
+    n, kind = cfg.pairs_per_update * cfg.trainer.max_steps, "pair" if training.loss.needs_pairs else "picture"
     if cfg.rate is not None:
-        return [f"time     {_duration(pairs / cfg.rate)} for {pairs} pairs at {cfg.rate:g} a second"]
+        return [f"time     {_duration(n / cfg.rate)} for {_counted(n, kind)} at {cfg.rate:g} a second"]
     tera = training.flops / 1e12
-    lines = [f"time     {tera:.3g} TFLOP for each of {pairs} pairs; at {REACHED:.0%} of a card's figure, not measured:"]
+    lines = [
+        f"time     {tera:.3g} TFLOP for each of {_counted(n, kind)}; at {REACHED:.0%} of a card's figure, not measured:"
+    ]
     for name, (memory, speed) in CARDS.items():
         if memory * 0.95 >= gib:
-            lines.append(f"           {name:<10} {_duration(pairs * tera / (speed * REACHED))}")
+            lines.append(f"           {name:<10} {_duration(n * tera / (speed * REACHED))}")
     return lines
 
 
@@ -189,14 +198,19 @@ def _bytes(tensors: list[Any]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
+def _counted(n: int | str, what: str) -> str:
+    several = "es" if what.endswith("s") else "s"
+    return f"{n} {what}" + ("" if str(n) == "1" else several)
+
+
 def _size(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def _duration(seconds: float) -> str:
-    unit, length = next(((u, n) for u, n in (("hours", 3600), ("minutes", 60)) if seconds >= 2 * n), ("seconds", 1))
+    unit, length = next(((u, n) for u, n in (("hour", 3600), ("minute", 60)) if seconds >= 2 * n), ("second", 1))
     number = seconds / length
-    return f"{number:.0f} {unit}" if number >= 10 else f"{number:.2g} {unit}"
+    return _counted(f"{number:.0f}" if number >= 10 else f"{number:.2g}", unit)
 
 
 def _gib(size: float) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -86,6 +89,7 @@ def test_the_plan_says_peaks_data_cache_and_time_without_writing_anything(plan, 
     ended = plan("experiment=quickstart", "rate=16", f"hydra.run.dir={tmp_path}")
     assert ended.code == 0, ended.err
     assert re.search(r"^update: backward +\d", ended.out, re.MULTILINE)
+    assert "256 pairs: to be drawn, so ties are not known yet" in ended.out
     assert "300 of 16, which is 18.8 passes over 256, 16 updates each" in ended.out
     assert "5 minutes for 4800 pairs at 16 a second" in ended.out
     assert list(tmp_path.iterdir()) == []  # no log, no record
@@ -102,15 +106,68 @@ def test_the_plan_measures_on_request(plan):
     assert found is not None and 0.9 < float(found[1]) < 1.1
 
 
-def test_pairs_of_a_folder_are_counted_with_what_is_left_out(plan):
-    ended = plan("experiment=style_dpo", "data.pairs=nowhere")
-    assert ended.code == 0
-    assert "data     cannot be counted: data: no folder nowhere" in ended.out
+def test_data_that_cannot_be_used_ends_a_plan_that_has_said_all_else_as_a_mistake(plan):
+    ended = plan("experiment=style_dpo", "data.pairs=nowhere", "rate=16")
+    assert ended.code == 1 and re.fullmatch(r"error: data: no folder nowhere.*\n", ended.err)
+    assert "update: backward" in ended.out and "pairs at 16 a second" in ended.out
 
 
-def test_a_number_of_pairs_that_is_only_a_limit_is_said_to_be_one(plan):
-    ended = plan("data=pickapic", "data.max_pairs=40")
-    assert "data     at most 40: to be drawn or fetched" in ended.out
+def test_one_is_no_plural(plan):
+    ended = plan("data=renders", "loss=sft", "data.n_pictures=1", "pairs_per_update=1", "rate=1", "trainer.max_steps=1")
+    assert "update   1 picture, 1 at a time" in ended.out
+    assert "data     1 picture: to be drawn\n" in ended.out
+    assert "1 of 1, which is 1 pass over 1, 1 update each" in ended.out
+    assert "1 second for 1 picture at 1 a second" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["data=pickapic", "data.max_pairs=40"], "at most 40 pairs: to be fetched, so ties are not known yet"),
+        (["data=pickapic", "data.max_pairs=null"], "all there are: to be fetched, so ties are not known yet"),
+        (
+            ["data=captions", "loss=sft", "data.path=owner/set", "data.max_images=40"],
+            "at most 40 pictures: to be fetched",
+        ),
+    ],
+)
+def test_what_is_not_fetched_yet_is_said_to_be_a_limit(plan, settings, says, tmp_path):
+    ended = plan(*settings, f"cache_dir={tmp_path / 'cache'}")
+    assert (ended.code, f"data     {says}\n" in ended.out) == (0, True)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_local_dataset_is_counted_as_a_training_would_with_its_pictures_unread(plan, tmp_path):
+    """Of 24 rows 4 are tied and 4 without a label; 16 pairs are left, each with a prompt of its own."""
+    rows = [
+        {"caption": f"prompt {n}", "jpg_0": b"0", "jpg_1": b"1", "label_0": [1.0, 0.0, 1.0, 0.0, 0.5, None][n % 6]}
+        for n in range(24)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set.parquet")
+    before = sorted(tmp_path.rglob("*"))
+    ended = plan("data=pickapic", f"data.path={tmp_path / 'set.parquet'}", f"cache_dir={tmp_path / 'cache'}")
+    assert ended.code == 0, ended.err
+    assert "set.parquet, train: 24 rows read; left out: 4 tied, 4 without a label" in ended.out
+    assert "data     pictures are not looked at" in ended.out
+    assert "data     training: 15 pairs on 15 prompts; validation: 1 on 1 others" in ended.out
+    assert "data     0 of 16 prompts are cut" in ended.out
+    assert "which is 320 passes over 15, 1 update each" in ended.out
+    assert "latents" in ended.out and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_local_dataset_that_no_training_could_use_is_a_mistake(plan, tmp_path):
+    row = {"caption": "a prompt", "jpg_0": b"0", "jpg_1": b"1", "label_0": 0.5}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "set.parquet")
+    ended = plan("data=pickapic", f"data.path={tmp_path / 'set.parquet'}")
+    assert ended.code == 1 and "error: " in ended.err and "1 tied; no pair is left" in ended.err
+
+
+@pytest.mark.parametrize(("optimizer", "package"), [("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")])
+def test_an_optimiser_is_planned_without_its_package(plan, optimizer, package, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == package else find(name, *more))
+    ended = plan(f"optimizer={optimizer}")
+    assert ended.code == 0, ended.err
 
 
 @pytest.mark.parametrize("rate", ["0", "-2"])
