@@ -409,6 +409,12 @@ def test_prompt_embeddings_belong_to_their_pairs(tmp_path):
         assert dropped is not None and dropped.hidden.tolist() == [[0]]
 
 
+@pytest.mark.parametrize(("keep", "kept"), [("all", True), ("latents", False), ("off", False)])
+def test_prompts_are_left_to_the_step_where_the_cache_does_not_keep_them(tmp_path, keep, kept):
+    data = Shapes(n_pairs=12, n_validation=3).prepare(Album(), Painter(), Framing(), Cache(tmp_path, keep))  # type: ignore[arg-type]
+    assert (data.train.prompts.embeds(0, dropped=False) is not None) == kept
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -527,7 +533,7 @@ def test_pictures_in_another_arithmetic_are_drawn_again_and_stay_the_same_sample
 def test_a_model_of_another_resolution_is_refused_before_it_draws(tmp_path):
     big, painter = Album(), Painter()
     big.resolution = 512
-    with pytest.raises(UserError, match=r"measures pictures of 64 pixels, but .* draws 512"):
+    with pytest.raises(UserError, match=r"pictures of the shapes world have 64 pixels, but .* draws 512"):
         prepare(tmp_path, painter=painter, model=big)
     assert not painter.asked
 

@@ -141,6 +141,16 @@ def test_the_text_encoders_of_sdxl_train_too(go, twin, tmp_path):
         assert sum(bool(value.any()) for value in grown) >= len(grown) / 2 > 0
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_text_encoder_trains_on_pictures_of_the_shapes_world(command, tmp_path, precision):
+    brief = (*BRIEF[1:], "loss=sft", "data=renders", "data.n_pictures=8", "data.n_validation=4")
+    text = ("lora.text_encoder=true", "cache=latents", f"hardware.precision={precision}", "trainer.max_steps=2")
+    done(command(*brief, *text, f"hydra.run.dir={tmp_path}", "~callbacks.verdict"))
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["adapters"]["policy"]
+    grown = [value for name, value in state.items() if name.startswith("text_encoder.") and "lora_B" in name]
+    assert grown and all(value.any() and value.dtype == torch.float32 for value in grown)
+
+
 def test_two_processes_train_the_text_encoders_of_sdxl_as_one_does(go, arguments, twin, tmp_path):
     """Each waits for the gradients of all that is trained, and none comes to a layer that SDXL does not read."""
     text = ("model=sdxl", f"model.path={twin('sdxl')}", "lora.text_encoder=true", "cache=latents")

@@ -24,7 +24,23 @@ if TYPE_CHECKING:
 CHUNK = 64  # pictures kept together: what a killed run has to draw again at most
 
 
-class Shapes:
+class _World:
+    can_be_framed: ClassVar[bool] = False  # the pictures have one size, and their places matter
+
+    def check(self, model: StableDiffusion) -> None:
+        """Refuse a model that draws pictures of another size.
+
+        Raises:
+            UserError: when it does.
+        """
+        if model.resolution != RESOLUTION:
+            raise UserError(
+                f"the pictures of the shapes world have {RESOLUTION} pixels, but {model.name} draws "
+                f"{model.resolution}: use model=tiny, or another data: pairs, pickapic or captions"
+            )
+
+
+class Shapes(_World):
     """Pairs drawn by the model on prompts of the shapes world, and the oracle as their judge.
 
     The 520 full captions are split by `seed`: 60 % for training, 10 % for validation, 30 % for the verdict.
@@ -40,7 +56,6 @@ class Shapes:
     """
 
     has_pairs: ClassVar[bool] = True
-    can_be_framed: ClassVar[bool] = False  # the pictures have one size, and their places matter
 
     def __init__(
         self,
@@ -68,11 +83,7 @@ class Shapes:
 
     def prepare(self, model: StableDiffusion, sampler: Sampler, framing: Framing, cache: Cache) -> PreparedData:
         """Draws, judges and encodes the pairs; pictures already in the cache are read."""
-        if model.resolution != RESOLUTION:
-            raise UserError(
-                f"data=shapes measures pictures of {RESOLUTION} pixels, but {model.name} draws {model.resolution}: "
-                "use model=tiny, or data=pairs"
-            )
+        self.check(model)
         train, report = self._pairs(model, sampler, cache, self.prompts.train, self.n_pairs, "training")
         validation, more = self._pairs(model, sampler, cache, self.prompts.validation, self.n_validation, "validation")
         return PreparedData(train, validation, self.prompts.held_out, report + more)
@@ -106,10 +117,10 @@ class Shapes:
             )
             raise UserError(f"all {n} {what} pairs are ties: {why}")
         report = [f"{what}: {len(kept)} pairs on {len(set(kept))} prompts, {ties} ties left out"]
-        return encode_drawn(model, kept, chosen, rejected, ids), [*report, *too_long(model, kept)]
+        return encode_drawn(model, kept, chosen, rejected, ids, cache.keep), [*report, *too_long(model, kept)]
 
 
-class Renders:
+class Renders(_World):
     """Rendered pictures of the shapes world in one style, with captions: what a style LoRA is trained on.
 
     Args:
@@ -121,7 +132,6 @@ class Renders:
     """
 
     has_pairs: ClassVar[bool] = False
-    can_be_framed: ClassVar[bool] = False  # as in `Shapes`
 
     def __init__(
         self,
@@ -143,12 +153,13 @@ class Renders:
 
     def prepare(self, model: StableDiffusion, sampler: Sampler, framing: Framing, cache: Cache) -> PreparedData:
         """Renders and encodes the pictures."""
-        train = self._pictures(model, self.prompts.train, self.n_pictures)
-        validation = self._pictures(model, self.prompts.validation, self.n_validation)
+        self.check(model)
+        train = self._pictures(model, cache, self.prompts.train, self.n_pictures)
+        validation = self._pictures(model, cache, self.prompts.validation, self.n_validation)
         report = [f"{len(train)} rendered pictures in the {self.style} style on {len(train.prompts.texts)} prompts"]
         return PreparedData(train, validation, self.prompts.held_out, report)
 
-    def _pictures(self, model: StableDiffusion, prompts: list[str], n: int) -> PreparedSamples:
+    def _pictures(self, model: StableDiffusion, cache: Cache, prompts: list[str], n: int) -> PreparedSamples:
         from dpo_sd.shapes.captions import kind
         from dpo_sd.shapes.render import render
         from dpo_sd.shapes.scenes import random_scene
@@ -159,7 +170,7 @@ class Renders:
             rng = generator(self.seed, sample_id(prompt), i // len(prompts), "render")
             pictures.append(render(random_scene(rng, kind(prompt), None, self.style)))
         ids = [sample_id(prompt, picture.tobytes()) for prompt, picture in zip(captions, pictures, strict=True)]
-        return encode_drawn(model, captions, pictures, None, ids)
+        return encode_drawn(model, captions, pictures, None, ids, cache.keep)
 
 
 def check_validation(n_validation: int, prompts: PromptSplit) -> None:

@@ -114,11 +114,13 @@ def encode_drawn(
     chosen: Sequence[Image.Image],
     rejected: Sequence[Image.Image] | None,
     sample_ids: Sequence[int],
+    keep: Keep,
 ) -> PreparedSamples:
     """Samples in memory, of pictures that were just drawn at the model's own size.
 
     Args:
         prompts, chosen, rejected, sample_ids: one of each per sample; single pictures have no rejected ones.
+        keep: as in `Cache`; the pictures are encoded once in any case.
     """
     import numpy as np
 
@@ -127,7 +129,7 @@ def encode_drawn(
 
     n, texts = len(prompts), sorted(set(prompts))
     place = {prompt: row for row, prompt in enumerate(texts)}
-    hidden, pooled = model.encode_prompts([*texts, ""])
+    hidden, pooled = model.encode_prompts([*texts, ""]) if keep == "all" else (None, None)
     side = model.resolution
     time_ids = np.tile(np.array([side, side, 0, 0, side, side], np.int32), (n, 1))
     pictures = zip(chosen, strict=True) if rejected is None else zip(chosen, rejected, strict=True)
