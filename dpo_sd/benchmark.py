@@ -66,6 +66,8 @@ def main(cfg: DictConfig) -> None:
     hardware = instantiate(cfg.hardware)
     hardware.check(preset=HydraConfig.get().runtime.choices.get("hardware"))
     lora, loss, optimizer = (instantiate(cfg[group]) for group in ("lora", "loss", "optimizer"))
+    lora.check()
+    optimizer.check(1)
     device = hardware.device
     results: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",

@@ -78,6 +78,13 @@ class Hardware:
         return f"{self.precision} {self.weights} {self.accelerator}" + (" compiled" if self.compile else "")
 
     @property
+    def half(self) -> torch.dtype | None:
+        """What a training step multiplies in; None for single precision."""
+        import torch
+
+        return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
+
+    @property
     def device(self) -> torch.device:
         """Where this process works, one of several when a launcher says so."""
         import torch

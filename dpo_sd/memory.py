@@ -46,9 +46,22 @@ DOING = {  # functions in a traceback: what was being done in them, and how the 
     "training_step": ("the forward pass of an update", "update"),
     "backward": ("the backward pass of an update", "update"),
 }
-BY_PAIRS = ("step pictures", "update", "validation")  # what the micro-batch changes
-TUNED = ("micro_batch", "gradient_checkpointing", "precision", "weights")  # settings of the hardware
-HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": None}
+TUNED = {  # settings that may make it fit, with their keys on the command line
+    "micro_batch": "hardware.micro_batch",
+    "gradient_checkpointing": "hardware.gradient_checkpointing",
+    "precision": "hardware.precision",
+    "weights": "hardware.weights",
+    "batch_size": "sampler.batch_size",
+    "cache": "cache",
+    "text_encoder": "lora.text_encoder",
+    "resolution": "framing.resolution",
+}
+CHANGES = {  # the phases that a setting changes: all where it is not named
+    "micro_batch": {"step pictures", "update", "validation"},
+    "gradient_checkpointing": {"update"},
+    "batch_size": {"captions", "denoising", "decoding"},
+    "resolution": {"pictures", "step pictures", "update", "validation"},
+}
 
 
 class Phase(NamedTuple):
@@ -181,34 +194,35 @@ class Training:
     known: dict[str, list[Phase]] = field(default_factory=dict)  # phases by what was tried
 
     def using(self, **settings: Any) -> Training:
-        """The same with other values for what `TUNED` names, for `resolution`, or for `batch_size` of drawing."""
-        hardware, sampler = copy.copy(self.hardware), copy.copy(self.sampler)
-        only_pairs = settings.keys() == {"micro_batch"}
-        known = {name: phases for name, phases in self.known.items() if only_pairs and name not in BY_PAIRS}
-        resolution = settings.pop("resolution", self.resolution)
-        for name, value in settings.items():
-            setattr(sampler if name == "batch_size" else hardware, name, value)
-        other = replace(
-            self, hardware=hardware, sampler=sampler, resolution=resolution, origin=self.origin or self, known=known
-        )
-        same_networks = all(
-            getattr(self.hardware, name) == getattr(hardware, name) for name in ("weights", "gradient_checkpointing")
-        )
-        if same_networks:
+        """The same with other values for what `TUNED` names."""
+        new = {name: value for name, value in settings.items() if value != getattr(self._home(name), name)}
+        parts: dict[str, Any] = {part: copy.copy(getattr(self, part)) for part in ("hardware", "sampler", "lora")}
+        own = {name: value for name, value in new.items() if self._home(name) is self}
+        for name in new.keys() - own:
+            setattr(parts[TUNED[name].partition(".")[0]], name, new[name])
+        changed = set().union(*(CHANGES.get(name, self.known) for name in new))
+        known = {name: phases for name, phases in self.known.items() if name not in changed}
+        other = replace(self, **parts, **own, origin=self.origin or self, known=known)
+        if new.keys() <= {"micro_batch", "batch_size", "resolution"}:  # the same networks
             other.__dict__.update({name: self.__dict__[name] for name in ("model", "state") if name in self.__dict__})
         return other
+
+    def _home(self, name: str) -> Any:
+        """What has the setting as an attribute."""
+        return getattr(self, TUNED[name].rpartition(".")[0], self)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What `using` can change, by the keys of the command line, the cheapest first."""
-        own = {f"hardware.{name}": getattr(self.hardware, name) for name in TUNED}
-        return own | {"sampler.batch_size": self.sampler.batch_size, "framing.resolution": self.resolution}
+        return {key: getattr(self._home(name), name) for name, key in TUNED.items()}
 
     @property
     def overrides(self) -> str:
         """What `using` has changed, as it is written on a command line."""
         before = self.settings if self.origin is None else self.origin.settings
         changed = {key: value for key, value in self.settings.items() if value != before[key]}
+        if "lora.text_encoder" in changed and self.optimizer.text_encoder_lr is not None:
+            changed["optimizer.text_encoder_lr"] = "null"
         return " ".join(f"{key}={str(value).lower()}" for key, value in changed.items())
 
     @property
@@ -236,6 +250,8 @@ class Training:
             if quantised:
                 quantization.quantise(model.unet, weights)  # type: ignore[arg-type]
         self.lora.attach(model)
+        if self.cache != "all" and self.hardware.half is not None:
+            model.halve_text(self.hardware.half)
         if self.hardware.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()
         return model
@@ -297,7 +313,7 @@ class Training:
 
     @property
     def _kernels(self) -> AbstractContextManager[None]:
-        return kernels(HALF[self.hardware.precision], self.hardware.accelerator)
+        return kernels(self.hardware.half, self.hardware.accelerator)
 
     @property
     def phases(self) -> list[Phase]:
@@ -330,7 +346,8 @@ class Training:
     @property
     def flops(self) -> float:
         """Floating-point operations of an update for each of its pairs."""
-        self._tried("update")
+        if "_flops" not in self.__dict__:
+            self.known["update"] = list(self._update())
         return self.__dict__["_flops"]
 
     def _update(self) -> Iterator[Phase]:
@@ -357,7 +374,7 @@ class Training:
 
     def _step_pictures(self) -> Iterator[Phase]:
         pictures = self._images(self.hardware.micro_batch)
-        yield self._beside("update: pictures", [], lambda: self.model.encode_pixels(pictures))
+        yield self._counted("update: pictures", self._stays, lambda: self.model.encode_pixels(pictures))
 
     def _images(self, n: int) -> Tensor:
         return torch.empty(n, 3, self.resolution, self.resolution, device="meta")
@@ -365,10 +382,6 @@ class Training:
     def _alone(self, name: str, networks: Iterable[nn.Module], work: Callable[[], Any]) -> Phase:
         """A phase before the training, with nothing but these networks on the card."""
         return self._counted(name, [tensor for network in networks for tensor in _tensors(network)], work)
-
-    def _beside(self, name: str, networks: Iterable[nn.Module], work: Callable[[], Any]) -> Phase:
-        """A phase amid the training, for which these networks come to the card."""
-        return self._counted(name, [*self._stays, *(t for network in networks for t in _tensors(network))], work)
 
     def _counted(
         self, name: str, stays: list[Tensor], work: Callable[[], Any], half: torch.dtype | None = None
@@ -379,12 +392,13 @@ class Training:
 
     def _validation(self) -> Iterator[Phase]:
         module, size = self.module(self.model), max(self.hardware.micro_batch, GRID) // GRID * GRID
-        batch, half = self.batch(self.model, size), HALF[self.hardware.precision]
-        yield self._counted("validation", self._stays, lambda: module.losses(batch), half)
+        batch = self.batch(self.model, size)
+        yield self._counted("validation", self._stays, lambda: module.losses(batch), self.hardware.half)
 
     def _captions(self) -> Iterator[Phase]:
         captions = [""] * min(PROMPTS, self.sampler.batch_size)
-        yield self._beside("samples: prompts", self.model.text_encoders, lambda: self.model.embed(captions))
+        stays = [*self._stays, *(t for encoder in self.model.text_encoders for t in _tensors(encoder))]
+        yield self._counted("samples: prompts", stays, lambda: self.model.embed(captions), self.model.text_dtype)
 
     def _denoising(self) -> Iterator[Phase]:
         unet = self.model.unet
@@ -425,8 +439,8 @@ class Training:
         Args:
             limit: in bytes; None is none.
         """
-        dear = ("update", "validation", "denoising")  # tried last
-        names = sorted(self._work, key=lambda name: name in dear)
+        dear = ("denoising", "validation", "update")  # tried last
+        names = sorted(self._work, key=lambda name: (name not in self.known, name in dear, name))
         for phase in (phase for name in names for phase in self._tried(name)):
             bounds = (self.limit, limit if phase.name.startswith(of) else None)
             if any(bound is not None and phase.needs > bound for bound in bounds):
@@ -434,17 +448,17 @@ class Training:
         return True
 
     def nearest(self, limit: int | None = None, of: str = "") -> Iterator[Training]:
-        """The nearest settings that fit, the cheapest first: one with these pictures, whose base is stored smaller only
-        where nothing else does, and one with smaller pictures.
+        """The nearest settings that fit, the cheapest first: one that learns the same, whose base is stored smaller
+        only where nothing else does; one whose text encoders are left alone; and one with smaller pictures.
 
         Args:
             limit, of: as in `fits`.
         """
-        bases = [self.hardware.weights, *self._smaller_weights()]
-        these_pictures = [{"weights": weights, "resolution": self.resolution} for weights in bases]
-        sides = [side for side in (768, 512) if side < self.resolution]
-        smaller_pictures = [{"weights": self.hardware.weights, "resolution": side} for side in sides]
-        for settings in (these_pictures, smaller_pictures):
+        bases = [{"weights": weights} for weights in (self.hardware.weights, *self._smaller_weights())]
+        kept = [base | {"cache": "all", "text_encoder": False} for base in bases if self.cache != "all"]
+        smaller_pictures = [{"resolution": side} for side in (768, 512) if side < self.resolution]
+        learns_the_same = [bases, kept] if self.lora.text_encoder else [kept + bases]
+        for settings in (*learns_the_same, smaller_pictures):
             fitting = (found for each in settings if (found := self._first_that_fits(limit, of, **each)) is not None)
             yield from itertools.islice(fitting, 1)
 
@@ -456,7 +470,7 @@ class Training:
 
     def _first_that_fits(self, limit: int | None, of: str, **settings: Any) -> Training | None:
         """With smaller micro-batches, and with checkpointing where these do not do; None when nothing fits."""
-        if settings["weights"] != "float32" and self.hardware.precision == "32-true":
+        if settings.get("weights", "float32") != "float32" and self.hardware.precision == "32-true":
             settings["precision"] = "bf16-mixed"
         micro_batches = [n for n in range(self.hardware.micro_batch, 0, -1) if self.pairs % n == 0]
         for checkpointing in sorted({self.hardware.gradient_checkpointing, True}):
@@ -485,7 +499,7 @@ def measured(training: Training, device: torch.device) -> int:
     model = training.build("cpu")
     module = training.module(model).to(device)
     module.set_training(True)
-    batch, half = training.batch(model, training.hardware.micro_batch, device), HALF[training.hardware.precision]
+    batch, half = training.batch(model, training.hardware.micro_batch, device), training.hardware.half
     trained = list(itertools.chain(*policy_parameters(model).values()))
     state = [torch.empty(training.optimizer.state_bytes(p.numel()), dtype=torch.uint8, device=device) for p in trained]
 
@@ -534,7 +548,8 @@ def explained(training: Training, go_on: Callable[[str], str]) -> Iterator[None]
         # the plan was too hopeful: clearly less than it said is wanted
         said = max(phase.needs for phase in training.phases if phase.name.startswith(of))
         smaller = training.nearest(round(0.9 * (said - CONTEXT)) + CONTEXT, of)
-        found = next((other.overrides for other in smaller if other.resolution == training.resolution), "")
+        now = (training.resolution, training.cache)  # which a run that goes on cannot change
+        found = next((other.overrides for other in smaller if (other.resolution, other.cache) == now), "")
         only = "" if found else "only a smaller framing.resolution or sampler.height takes less; "
         raise UserError(f"out of memory in {doing} ({str(error).splitlines()[0]}): {only}{go_on(found)}") from error
 

@@ -95,6 +95,7 @@ class StableDiffusion:
     noise_scheduler: DDPMScheduler
     fingerprints: Fingerprints
     device: torch.device | str = field(default="cpu")
+    text_dtype: torch.dtype | None = field(default=None, init=False)  # of `halve_text`
 
     @property
     def fingerprint(self) -> str:
@@ -165,6 +166,20 @@ class StableDiffusion:
                 images += processor.postprocess(decoded.sample)  # type: ignore[operator]  # a list by default
         return images
 
+    def halve_text(self, dtype: torch.dtype) -> None:
+        """Stores the text encoders' linear layers as autocast would cast them at every use; adapters stay as they are.
+
+        For steps that ask the encoders: half of the memory, and inside autocast the same results.
+        `encode_prompts` computes under autocast from then on.
+        """
+        from torch import nn
+
+        for encoder in self.text_encoders:
+            for name, layer in encoder.named_modules():
+                if isinstance(layer, nn.Linear) and "lora_" not in name:
+                    layer.to(dtype)
+        self.text_dtype = dtype
+
     def embed(self, prompts: Sequence[str]) -> TextEmbeds:
         """What the text encoders make of prompts, where they are and with the gradients they have; long ones are cut.
 
@@ -184,7 +199,9 @@ class StableDiffusion:
         """`embed` in batches and without gradients: fp32 on the CPU."""
         import torch
 
-        with self.working(*self.text_encoders), torch.inference_mode():
+        half = self.text_dtype
+        casting = nullcontext() if half is None else torch.autocast(torch.device(self.device).type, half)
+        with self.working(*self.text_encoders), torch.inference_mode(), casting:
             parts = [self.embed(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
 
         def joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -1,18 +1,21 @@
-"""Says before a training what it takes: `python -m dpo_sd.plan model=sdxl hardware=1x8gb`."""
+"""Says before a training what it takes: `python -m dpo_sd.plan experiment=pickapic_dpo model=sdxl hardware=1x8gb`."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from dpo_sd.config import entry_point
+from dpo_sd.config import check_composition, entry_point
 from dpo_sd.data.source import Cache
+from dpo_sd.errors import UserError
 
 if TYPE_CHECKING:
     from dpo_sd.memory import Training
@@ -32,10 +35,13 @@ REACHED = 0.25
 @entry_point("plan")
 def main(cfg: DictConfig) -> None:
     """Memory by phase, what does fit where this does not, and what happens to the data."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler of `measured` talks otherwise
     from dpo_sd.memory import CONTEXT, GIB, OWNED, SPARE
 
     training = composed(cfg)
     hardware = training.hardware
+    if cfg.measure:
+        hardware.check(preset=HydraConfig.get().runtime.choices.get("hardware"))
     kind = "pair" if training.loss.needs_pairs else "picture"
     checkpointing = ", gradient checkpointing" if hardware.gradient_checkpointing else ""
     print(
@@ -53,13 +59,13 @@ def main(cfg: DictConfig) -> None:
         f"\nneeds    the peak, {SPARE:.0%} of what passes for gaps and workspaces, {_gib(CONTEXT)} GiB for CUDA: "
         "allowances, not measured"
     )
-    worst = max(training.phases, key=lambda phase: phase.needs)
+    worst = training.worst
     if training.limit is None:
         print(f"card     none named: it needs {_gib(worst.needs)} GiB ({worst.name}); hardware=1x8gb, for example")
     else:
         card = f"{_gib(training.limit)} GiB, {OWNED:.0%} of the card's {hardware.memory_gib:g}"
         print(f"card     {card}; most is needed by {worst.name}: {_gib(worst.needs)}")
-        print("fits" if training.fits() else f"does not fit: {advice(training)}")
+        print("fits" if training.fits() else f"does not fit: {advice(cfg, training)}")
     if cfg.measure:
         compare(training)
     print()
@@ -84,13 +90,24 @@ def composed(cfg: DictConfig) -> Training:
     )
 
 
-def advice(training: Training) -> str:
+def advice(cfg: DictConfig, training: Training) -> str:
     """The nearest settings that fit, one a line; the smallest card that does where none do."""
-    found = [f"\n  {other.overrides}" for other in training.nearest()]
+    from dpo_sd.memory import GIB, OWNED
+
+    found = [f"\n  {overrides}" for other in training.nearest() if composes(cfg, overrides := other.overrides)]
     if found:
         return "the nearest that does, the cheapest first" + "".join(found)
-    card = math.ceil(max(phase.needs for phase in training.phases) / (0.95 * 2**30))
+    card = math.ceil(training.worst.needs / (OWNED * GIB))
     return f"no setting is known that does; the smallest card for it has {card} GiB"
+
+
+def composes(cfg: DictConfig, overrides: str) -> bool:
+    """Whether a training may have these settings too."""
+    try:
+        check_composition(OmegaConf.merge(cfg, OmegaConf.from_dotlist(overrides.split())))  # type: ignore[arg-type]
+    except UserError:
+        return False
+    return True
 
 
 def compare(training: Training) -> None:
@@ -113,6 +130,8 @@ def data_lines(cfg: DictConfig, training: Training) -> Iterator[str]:
         UserError: when a training could not use the data.
     """
     source = instantiate(cfg.data)
+    if hasattr(source, "check"):
+        source.check(training.model)
     if hasattr(source, "foreseen"):
         found = source.foreseen(Cache(Path(cfg.cache_dir).expanduser()))
     else:

@@ -123,6 +123,8 @@ def main(cfg: DictConfig) -> float | None:
             parents=[lora.init_from] if lora.init_from else [],
         )
 
+    if cfg.cache != "all" and hardware.half is not None:
+        model.halve_text(hardware.half)
     encodes = needed_networks(model, cfg.cache)
     kept = reference_cache(cfg, hardware, model, loss, data, trainer.global_rank, cache)
     module = DiffusionModule(model, loss, optimizer, cfg.trainer.max_steps, cfg.seed, encodes, kept)

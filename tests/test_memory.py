@@ -112,6 +112,41 @@ def test_the_nearest_settings_take_checkpointing_where_a_single_pair_is_too_much
     assert next(plan.nearest()).overrides == "hardware.gradient_checkpointing=true"
 
 
+@pytest.mark.parametrize(
+    ("trained", "fits", "nearest"),
+    [
+        (False, lambda plan: plan.cache == "all" or plan.hardware.weights == "int8", ["cache=all"]),
+        (True, lambda plan: plan.cache == "all", ["cache=all lora.text_encoder=false"]),
+        (
+            True,
+            lambda plan: plan.cache == "all" or plan.hardware.weights == "int8",
+            ["hardware.weights=int8", "cache=all lora.text_encoder=false"],
+        ),
+    ],
+)
+def test_text_encoders_are_left_alone_only_after_all_that_learns_the_same(monkeypatch, trained, fits, nearest):
+    monkeypatch.setattr(Training, "fits", lambda plan, *_: fits(plan))
+    plan = gpu("sd15", 512, cache="latents", lora=LoRA(rank=4, text_encoder=trained))
+    assert [other.overrides for other in plan.nearest()] == nearest
+
+
+def test_linear_layers_of_the_text_encoder_are_kept_in_half_where_the_step_asks_it_and_change_nothing():
+    lora = LoRA(rank=4, text_encoder=True)
+    plan = training(cache="latents", lora=lora, precision="bf16-mixed")
+    single = training(cache="all", lora=lora).build("cpu")
+    half = plan.build("cpu")
+    kinds = {name.split(".")[-2]: value.dtype for name, value in half.text_encoders[0].named_parameters()}
+    assert kinds["fc1"] == kinds["base_layer"] == torch.bfloat16
+    assert kinds["token_embedding"] == kinds["policy"] == kinds["final_layer_norm"] == torch.float32
+    half.text_encoders[0].load_state_dict(single.text_encoders[0].state_dict())
+    for model in (single, half):
+        model.tokenizers = Model("tiny").load().tokenizers
+    with torch.autocast("cpu", torch.bfloat16):
+        one, two = (model.embed(["a red star"]).hidden for model in (single, half))
+    assert torch.equal(one, two)
+    torch.testing.assert_close(half.encode_prompts(["a red star"]).hidden, one.float())
+
+
 def test_settings_that_are_changed_back_are_no_overrides():
     plan = training(micro_batch=4)
     assert plan.using(micro_batch=2, resolution=128).using(micro_batch=4).overrides == "framing.resolution=128"

@@ -9,12 +9,13 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from dpo_sd.config import check_composition
 from dpo_sd.hardware import PRESETS, accumulation
-from dpo_sd.memory import GIB
+from dpo_sd.memory import GIB, Training
 from dpo_sd.mistakes import options
 from dpo_sd.models import REPOSITORIES
 from dpo_sd.plan import composed
@@ -96,14 +97,36 @@ def test_the_plan_says_peaks_data_cache_and_time_without_writing_anything(plan, 
 
 
 def test_a_composition_that_does_not_fit_ends_in_overrides_that_do(plan):
-    ended = plan("model=sd15", "hardware=1x8gb", "hardware.micro_batch=16", "data.n_pairs=16")
+    ended = plan("model=sd15", "hardware=1x8gb", "hardware.micro_batch=16", "data=pickapic")
     assert "does not fit: the nearest that does, the cheapest first\n  hardware.micro_batch=8" in ended.out
+
+
+@pytest.mark.parametrize("tags", ["true", "false"])
+def test_overrides_that_no_training_may_have_are_not_advised(plan, monkeypatch, tags):
+    monkeypatch.setattr(Training, "fits", lambda plan, *_: plan.cache == "all")
+    data = ("data=captions", "loss=sft", "data.path=photos", f"data.shuffle_tags={tags}", "cache=latents")
+    out = plan(*data, "hardware.memory_gib=1").out
+    advice = (
+        "no setting is known that does" if tags == "true" else "the nearest that does, the cheapest first\n  cache=all"
+    )
+    assert f"does not fit: {advice}" in out
 
 
 def test_the_plan_measures_on_request(plan):
     ended = plan("model=tiny", "measure=true", "hardware.micro_batch=2", "data.n_pairs=16")
     found = re.search(r"measured [\d.]+ MiB in an update on cpu, planned ([\d.]+) of it", ended.out)
     assert found is not None and 0.9 < float(found[1]) < 1.1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can measure it")
+def test_a_gpu_that_is_not_there_measures_nothing(plan):
+    ended = plan("model=sd15", "data=pickapic", "hardware=1x8gb", "measure=true")
+    assert ended.code == 1 and "hardware=1x8gb needs a CUDA GPU" in ended.err and not ended.out
+
+
+def test_pictures_of_another_size_than_the_model_draws_end_a_plan_as_a_mistake(plan):
+    ended = plan("model=sd15", "hardware=1x24gb")
+    assert ended.code == 1 and "have 64 pixels, but sd15 draws 512" in ended.err and "fits" in ended.out
 
 
 def test_data_that_cannot_be_used_ends_a_plan_that_has_said_all_else_as_a_mistake(plan):
