@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dpo_sd.config import entry_point
+from dpo_sd.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +54,9 @@ CASES = {
 }
 
 
+CLAIMS = ("step_over_bare_loop", "speedup_over_public", "speedup_cached_reference")
+
+
 @entry_point("benchmark")
 def main(cfg: DictConfig) -> None:
     """Times our training, a bare loop and the way of the public scripts in turns, and writes benchmark.json.
@@ -59,38 +64,41 @@ def main(cfg: DictConfig) -> None:
     A card that the hardware names is a hard cap on what the process may take of a larger one.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler of `measured` talks otherwise
-    import torch
-
+    from dpo_sd.callbacks.run_record import device_name, versions
     from dpo_sd.files import write_json
 
     hardware = instantiate(cfg.hardware)
     hardware.check(preset=HydraConfig.get().runtime.choices.get("hardware"))
-    lora, loss, optimizer = (instantiate(cfg[group]) for group in ("lora", "loss", "optimizer"))
+    loss, lora, optimizer = (instantiate(cfg[group]) for group in ("loss", "lora", "optimizer"))
+    if not loss.needs_pairs:
+        raise UserError("the benchmark compares ways of Diffusion-DPO: use loss=dpo")
     lora.check()
     optimizer.check(1)
-    device = hardware.device
     results: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "precision": hardware.precision,
-        "compile": hardware.compile,
+        **versions(),
+        "overrides": list(HydraConfig.get().overrides.task),
+        "device": device_name(hardware.accelerator),
         "lora": {"rank": lora.rank, "modules": lora.target_modules},
     }
-    for case in CASES[device.type]:
-        bench = Bench(case, hardware, lora, loss, optimizer, cfg.seed)
+    cases = CASES[hardware.accelerator]
+    for case in cases:
+        bench = Bench(case, cfg)
         memory = bench.memory()
         results[str(case)] = bench.compare() | {"memory_gib": memory}
         _print(str(case), results[str(case)])
         del bench  # before the next one takes its place
-    largest = results[str(CASES[device.type][-1])]
-    results |= {
-        name: largest[name] for name in ("step_over_bare_loop", "speedup_over_public", "speedup_cached_reference")
-    }
+    results |= {name: results[str(cases[-1])][name] for name in CLAIMS}
     results["data loading, pairs/s"] = loading_rate(Path(cfg.cache_dir).expanduser())
     print(f"\ndata loading        {results['data loading, pairs/s']:.0f} pairs/s from disk, one process")
-    results["cost"] = cost(hardware, lora, loss, optimizer, cfg.seed)
+    results["cost"] = cost(cases[0], cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
     write_json(folder / "benchmark.json", results)
     print(folder / "benchmark.json")
+
+
+def adapted(cfg: DictConfig, case: Case) -> Any:
+    """The composition with the case's model, so that the preset says what it has for it, and number of updates."""
+    return OmegaConf.merge(cfg, {"model": {"name": case.family}, "trainer": {"max_steps": case.updates, "devices": 1}})
 
 
 class Bench:
@@ -98,41 +106,47 @@ class Bench:
 
     Args:
         case: what is measured.
-        hardware, lora, loss, optimizer: of the composition.
-        seed: of weights and pictures.
+        cfg: composed from benchmark.yaml; what its hardware says of the case's model is taken.
     """
 
-    def __init__(self, case: Case, hardware: Any, lora: Any, loss: Any, optimizer: Any, seed: int):
+    def __init__(self, case: Case, cfg: DictConfig):
         import torch
 
         from dpo_sd.compilation import compile_blocks
         from dpo_sd.memory import Training
         from dpo_sd.sampling import Sampler
 
-        self.case, self.hardware, self.loss, self.optimizer, self.seed = (
-            case,
-            copy.copy(hardware),
-            loss,
-            optimizer,
-            seed,
-        )
+        self.case = case
+        self.cfg = adapted(cfg, case)
+        parts = (instantiate(self.cfg[group]) for group in ("hardware", "lora", "loss", "optimizer"))
+        self.hardware, lora, self.loss, self.optimizer = parts
         self.hardware.micro_batch = case.pairs
         self.training = Training(
-            case.family, lora, loss, optimizer, self.hardware, Sampler(), case.resolution, pairs=case.pairs, draws=False
+            case.family,
+            lora,
+            self.loss,
+            self.optimizer,
+            self.hardware,
+            Sampler(),
+            case.resolution,
+            pairs=case.pairs,
+            draws=False,
         )
-        torch.manual_seed(seed)
+        torch.manual_seed(cfg.seed)
         self.model = self.training.build("cpu")  # a GPU takes each part when it is needed
-        self.model.device = hardware.device
-        if hardware.compile:
+        self.model.device = self.hardware.device
+        if self.hardware.compile:
             compile_blocks(self.model.unet)
         self.pixels, self.samples = random_samples(self.model, case)
         self._folder = tempfile.TemporaryDirectory()
 
     def compare(self) -> dict[str, Any]:
-        """Seconds per update of each way, their ratios, and the ratios of what they multiply.
+        """Seconds per update of each way, their ratios, and the ratios of their operations.
 
-        Seconds and ratios have median, lowest and highest over the rounds.
+        Seconds and ratios have median, lowest and highest over the rounds, or None where a way runs out of memory.
         """
+        import torch
+
         from dpo_sd.compilation import eager
 
         public = _PublicWay(self)
@@ -147,39 +161,36 @@ class Bench:
             "public": lambda: eagerly(public.updates),
             "cached": lambda: self.ours(self._reference()),
         }
-        flops = {}
-        whole, self.case = self.case, self.case._replace(pairs=1)  # the ratios are those of more pairs
-        for name, way in ways.items():  # which warms up
-            flops[name] = counted(way)
-        self.case = whole
-        if self.hardware.compile:
-            self.ours()
+        self.ours()  # warms up what the ways share, and compiles
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(self.case.rounds):  # in turns, so that whatever else the machine does strikes all
             for name, way in ways.items():
-                seconds[name].append(statistics.median(way()))
+                try:
+                    seconds[name].append(statistics.median(way()))
+                except torch.OutOfMemoryError:
+                    seconds[name].append(math.nan)
                 gc.collect()
 
-        def ratio(of: str, to: str) -> dict[str, float]:
+        def ratio(of: str, to: str) -> dict[str, float] | None:
             return spread([a / b for a, b in zip(seconds[of], seconds[to], strict=True)])
 
+        needed = self.training.operations
+        ours = needed.policy + needed.reference
         return {f"{name}_s": spread(values) for name, values in seconds.items()} | {
             "step_over_bare_loop": ratio("ours", "bare"),
             "speedup_over_public": ratio("public", "ours"),
             "speedup_cached_reference": ratio("public", "cached"),
-            "allowed_over_public": flops["public"] / flops["ours"],
-            "allowed_cached_reference": flops["public"] / flops["cached"],
+            "allowed_over_public": (ours + needed.encoding + needed.text) / ours,
+            "allowed_cached_reference": (ours + needed.encoding + needed.text) / needed.policy,
+            "tflop_a_pair": {name: count / 1e12 for name, count in needed._asdict().items()},
         }
 
     def memory(self) -> dict[str, float]:
         """GiB at the peak of an update: as the plan foretells and as the allocator says."""
-        import torch
+        from dpo_sd.memory import GIB, measured
 
-        from dpo_sd.memory import measured
-
-        planned = max(phase.peak for phase in self.training.phases if phase.name.startswith("update"))
-        device = torch.device(self.hardware.device)
-        return {"planned": planned / 2**30, "measured": measured(self.training, device) / 2**30}
+        really = measured(self.training, self.hardware.device)
+        return {"planned": self.training.peak_of_update / GIB, "measured": really / GIB}
 
     def _reference(self) -> Any:
         """A cache that knows the reference's errors of the one draw that each pair has."""
@@ -194,40 +205,29 @@ class Bench:
         return kept
 
     def ours(self, reference: Any = None) -> list[float]:
-        """Seconds per update of the Lightning trainer with the metrics of a real run."""
+        """Seconds per update of the trainer and the metrics of a real run."""
         import lightning as L
 
         from dpo_sd.callbacks.metrics import Metrics
         from dpo_sd.data.datamodule import PairData
         from dpo_sd.data.source import PreparedData
-        from dpo_sd.module import DiffusionModule, quiet_lightning
+        from dpo_sd.module import DiffusionModule
         from dpo_sd.sampling import Sampler
+        from dpo_sd.trainer import make_trainer
 
         class Clock(L.Callback):
-            def __init__(self) -> None:
+            def on_train_start(self, *_: Any) -> None:
                 self.ends = [time.perf_counter()]
 
             def on_train_batch_end(self, *_: Any) -> None:
                 _synchronise()
                 self.ends.append(time.perf_counter())
 
-        quiet_lightning()
-        clock = Clock()
-        trainer = L.Trainer(
-            accelerator="gpu" if self.hardware.accelerator == "cuda" else "cpu",
-            devices=1,
-            precision=self.hardware.precision,
-            max_epochs=-1,
-            max_steps=self.case.updates,
-            gradient_clip_val=1.0,
-            callbacks=[Metrics(log_every=1, validate_every=0), clock],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        clock, run, seed = Clock(), Path(self._folder.name), self.cfg.seed
+        (run / "metrics.csv").unlink(missing_ok=True)
+        trainer = make_trainer(self.cfg, self.hardware, run, 1, [Metrics(log_every=1, validate_every=0), clock])
         module = DiffusionModule(
-            self.model, self.loss, self.optimizer, self.case.updates, self.seed, reference_cache=reference
+            self.model, self.loss, self.optimizer, self.case.updates, seed, reference_cache=reference
         )
         module.set_training(True)
         source: Any = type("NoDropout", (), {"caption_dropout": 0.0})
@@ -237,7 +237,7 @@ class Bench:
             Sampler(),
             self.case.pairs,
             self.case.pairs,
-            self.seed,
+            seed,
             num_train_timesteps=1000,
             factor=self.model.factor,
             draws_per_pair=None if reference is None else 1,
@@ -279,8 +279,8 @@ class Bench:
         """Those of the updates, as our training takes them."""
         from dpo_sd.data.batches import UpdateOrder, Visits, stack
 
-        visits, pairs = Visits(self.samples, self.seed, 1000, self.model.factor), self.case.pairs
-        order = UpdateOrder(len(self.samples), self.seed, range(self.case.updates), pairs, pairs)
+        visits, pairs = Visits(self.samples, self.cfg.seed, 1000, self.model.factor), self.case.pairs
+        order = UpdateOrder(len(self.samples), self.cfg.seed, range(self.case.updates), pairs, pairs)
         return [stack([visits[visit] for visit in update])[0] for update in order]
 
     def told(self, batch: Any, device: torch.device) -> tuple[Any, dict[str, Any] | None]:
@@ -317,20 +317,19 @@ class _PublicWay:
     """The same algorithm as public scripts run it: VAE and text encoders in every step, a second UNet as reference."""
 
     def __init__(self, bench: Bench):
-        import torch
-
-        self.bench = bench
-        device = torch.device(bench.hardware.device)
-        model = bench.model
-        networks: list[Any] = [model.vae, *model.text_encoders]
-        for network in networks:
-            network.to(device)
-        self.second: Any = copy.deepcopy(model.unet)
-        self.second.to(device).requires_grad_(False)
+        self.bench, self.second = bench, cast("Any", copy.deepcopy(bench.model.unet))
+        self.second.requires_grad_(False)
         self.second.disable_adapters()
+        if bench.hardware.half is not None:
+            bench.model.halve_text(bench.hardware.half)
 
     def updates(self) -> list[float]:
-        """Seconds per update."""
+        """Seconds per update; afterwards only the policy is on the device."""
+        model = self.bench.model
+        with model.working(self.second, model.vae, *model.text_encoders):
+            return self._updates()
+
+    def _updates(self) -> list[float]:
         import torch
 
         from dpo_sd.lora import policy_parameters
@@ -414,50 +413,28 @@ def loading_rate(folder: Path, n: int = 2000) -> float:
         return n / (time.perf_counter() - start)
 
 
-def cost(hardware: Any, lora: Any, loss: Any, optimizer: Any, seed: int) -> dict[str, float]:
-    """Seconds per update of the smallest case as one thing changes: pairs, resolution, rank."""
-    basis = CASES["cpu" if hardware.accelerator == "cpu" else "cuda"][0]._replace(rounds=1)
+def cost(basis: Case, cfg: DictConfig) -> dict[str, float]:
+    """Seconds per update of a case as one thing changes: pairs, resolution, rank."""
+    rank = cfg.lora.rank
     changed: dict[str, tuple[Case, int]] = {
-        f"{basis}, rank {lora.rank}": (basis, lora.rank),
-        "a quarter of the pairs": (basis._replace(pairs=max(1, basis.pairs // 4)), lora.rank),
-        "twice the resolution": (basis._replace(resolution=2 * basis.resolution), lora.rank),
-        "eight times the rank": (basis, 8 * lora.rank),
+        f"{basis}, rank {rank}": (basis, rank),
+        "a quarter of the pairs": (basis._replace(pairs=max(1, basis.pairs // 4)), rank),
+        "twice the resolution": (basis._replace(resolution=2 * basis.resolution), rank),
+        "eight times the rank": (basis, 8 * rank),
     }
     seconds = {}
     for name, (case, rank) in changed.items():
-        adapter = copy.copy(lora)
-        adapter.rank, adapter.alpha = rank, float(rank)
-        bench = Bench(case, hardware, adapter, loss, optimizer, seed)
-        seconds[name] = statistics.median(bench.ours()[1:])
-        print(f"{name:<44}{seconds[name]:8.3f} s an update")
+        bench = Bench(case, OmegaConf.merge(cfg, {"lora": {"rank": rank, "alpha": float(rank)}}))  # type: ignore[arg-type]
+        bench.ours()  # warms up
+        seconds[name] = statistics.median(bench.ours())
+        print(f"{name:<44}{seconds[name]:8.3f} s an update", flush=True)
     return seconds
 
 
-def counted(work: Callable[[], Any]) -> int:
-    """Floating-point operations of matrix products, convolutions and attention."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-
-    from dpo_sd.compilation import eager
-
-    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    def backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return sdpa_backward_flop_count(gradient, query, key, value)
-
-    aten = torch.ops.aten
-    missing = {  # PyTorch counts only what GPUs use
-        aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    with FlopCounterMode(display=False, custom_mapping=missing) as counter, eager():
-        work()
-    return counter.get_total_flops()
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, lowest and highest."""
+def spread(values: Sequence[float]) -> dict[str, float] | None:
+    """Median, lowest and highest; None where one is no number."""
+    if any(map(math.isnan, values)):
+        return None
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
@@ -470,13 +447,13 @@ def _synchronise() -> None:
 
 def _print(title: str, rows: dict[str, Any]) -> None:
     print(f"\n{title}")
-    for name, row in rows.items():
-        if name.startswith("allowed"):
-            print(f"  {name:<26}{row:9.4f}  by counts of operations")
-        elif name != "memory_gib":
-            print(f"  {name:<26}{row['median']:9.4f}  [{row['low']:.4f}, {row['high']:.4f}]")
-    memory = rows["memory_gib"]
-    planned, really = memory["planned"], memory["measured"]
+    for name in (*(name for name in rows if name.endswith("_s")), *CLAIMS):
+        row = rows[name]
+        told = "runs out of memory" if row is None else f"{row['median']:9.4f}  [{row['low']:.4f}, {row['high']:.4f}]"
+        print(f"  {name:<26}{told}")
+    for name in ("allowed_over_public", "allowed_cached_reference"):
+        print(f"  {name:<26}{rows[name]:9.4f}  by counts of operations")
+    planned, really = rows["memory_gib"]["planned"], rows["memory_gib"]["measured"]
     foretold = f"{planned:9.4f} planned, {really:.4f} measured: {planned / really:.3f} of it"
     print(f"  peak of an update, GiB    {foretold}", flush=True)
 

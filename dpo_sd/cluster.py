@@ -31,6 +31,11 @@ def first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
+def local_rank() -> int:
+    """Which of the processes on this machine this one is: as torchrun and Lightning say it, or else Slurm's srun."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+
+
 def launched() -> bool:
     """Whether a launcher starts the processes of the other machines too."""
     return in_slurm() or "TORCHELASTIC_RUN_ID" in os.environ or "MASTER_ADDR" in os.environ

@@ -9,6 +9,7 @@ import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from dpo_sd.cluster import local_rank
 from dpo_sd.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class Hardware:
         """Where this process works, one of several when a launcher says so."""
         import torch
 
-        return torch.device("cpu" if self.accelerator == "cpu" else f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        return torch.device("cpu" if self.accelerator == "cpu" else f"cuda:{local_rank()}")
 
     def accumulation(self, pairs_per_update: int, world_size: int = 1) -> int:
         """How many micro-batches make one update; see `accumulation`."""

@@ -23,8 +23,8 @@ from torch.utils.flop_counter import flop_registry
 
 from dpo_sd import quantization
 from dpo_sd.data.batches import PairBatch
-from dpo_sd.data.datamodule import GRID
-from dpo_sd.data.image_files import BATCH_PIXELS
+from dpo_sd.data.datamodule import grid_batch
+from dpo_sd.data.image_files import encoded_together
 from dpo_sd.errors import UserError
 from dpo_sd.hardware import Hardware
 from dpo_sd.lora import LoRA, policy_parameters
@@ -39,6 +39,7 @@ CONTEXT = GIB // 2  # CUDA itself and the workspaces of cuBLAS: assumed, not mea
 SPARE = 0.1  # of what comes and goes: gaps that the allocator cannot close, workspaces of cuDNN; assumed
 OWNED = 0.95  # of what a card is sold with, what its programs get; assumed
 ROUND = 512  # bytes that CUDA's allocator rounds up to
+POOLED = 1280  # width of what SDXL is told of a prompt as a whole
 DOING = {  # functions in a traceback: what was being done in them, and how the names of its phases begin
     "prepare": ("encoding the data", "encoding"),
     "draw": ("drawing pictures", "samples"),
@@ -59,7 +60,7 @@ TUNED = {  # settings that may make it fit, with their keys on the command line
 CHANGES = {  # the phases that a setting changes: all where it is not named
     "micro_batch": {"step pictures", "update", "validation"},
     "gradient_checkpointing": {"update"},
-    "batch_size": {"captions", "denoising", "decoding"},
+    "batch_size": {"denoising", "decoding"},
     "resolution": {"pictures", "step pictures", "update", "validation"},
 }
 
@@ -71,11 +72,13 @@ class Phase(NamedTuple):
         name: of it.
         stays: bytes of what is on the card all the while: weights, adapters, gradients, optimiser state.
         passes: bytes of what else there is at its peak.
+        flops: its floating-point operations, two for a multiplication and its addition.
     """
 
     name: str
     stays: int
     passes: int
+    flops: int = 0
 
     @property
     def peak(self) -> int:
@@ -87,8 +90,26 @@ class Phase(NamedTuple):
         return round(self.peak + SPARE * self.passes + CONTEXT)
 
 
+class Operations(NamedTuple):
+    """Floating-point operations for a pair, or a picture of a loss without pairs.
+
+    Args:
+        policy: its forward and backward pass, with what checkpointing computes again.
+        reference: the forward pass of the reference; 0 for a loss without pairs.
+        forward: the forward pass of the policy alone.
+        encoding: of its pictures by the VAE.
+        text: of its prompt by the text encoders.
+    """
+
+    policy: float
+    reference: float
+    forward: float
+    encoding: float
+    text: float
+
+
 class Alive(TorchDispatchMode):
-    """Inside, counts the bytes of the tensors that are alive, and the multiplications.
+    """Inside, counts the bytes of the tensors that are alive, and floating-point operations as PyTorch does.
 
     Args:
         tensors: that are there already.
@@ -104,8 +125,8 @@ class Alive(TorchDispatchMode):
 
     def phase(self, name: str) -> Phase:
         """What was counted since the last call."""
-        phase = Phase(name, self.stays, self.peak - self.stays)
-        self.peak = self.now
+        phase = Phase(name, self.stays, self.peak - self.stays, self.flops)
+        self.peak, self.flops = self.now, 0
         return phase
 
     def _count(self, tensor: Tensor) -> None:
@@ -260,8 +281,7 @@ class Training:
         """A batch of pairs, encoded as the cache keeps them."""
         side = self.resolution // model.factor
         rows = lambda *shape: torch.zeros(pairs, *shape, device=device)  # noqa: E731
-        width = int(model.unet.config["cross_attention_dim"])
-        embeds = TextEmbeds(rows(77, width), rows(1280) if model.is_xl else None)
+        embeds = TextEmbeds(rows(*hidden_shape(model)), rows(POOLED) if model.is_xl else None)
         return PairBatch(
             chosen=rows(4, side, side),
             rejected=rows(4, side, side) if self.loss.needs_pairs else None,
@@ -325,7 +345,7 @@ class Training:
         """What is to be tried, by names of its own."""
         before = {"all": ["pictures", "prompts"], "latents": ["pictures"], "off": []}[self.cache]
         step = ["step pictures"] if self.cache == "off" else []
-        drawing = ["captions", "denoising", "decoding"] if self.draws else []
+        drawing = ["captions", "denoising", "decoding"] if self.draws else []  # the captions of what is drawn
         tries = {
             "pictures": self._pictures,
             "prompts": self._prompts,
@@ -344,11 +364,22 @@ class Training:
         return self.known[name]
 
     @property
-    def flops(self) -> float:
-        """Floating-point operations of an update for each of its pairs."""
-        if "_flops" not in self.__dict__:
-            self.known["update"] = list(self._update())
-        return self.__dict__["_flops"]
+    def operations(self) -> Operations:
+        update = sum(phase.flops for phase in self._tried("update")) / self.hardware.micro_batch
+        validation = self._tried("validation")
+        both = validation[-1].flops / grid_batch(self.hardware.micro_batch)
+        reference = both / 2 if self.loss.needs_pairs else 0.0
+        before = ("pictures", encoded_together(self.resolution**2))
+        name, n = ("step pictures", self.hardware.micro_batch) if self.cache == "off" else before
+        picture = self._tried(name)[0].flops / n
+        encoding = picture * (2 if self.loss.needs_pairs else 1)
+        text = next(iter(self._prompts())).flops / PROMPTS
+        return Operations(update - reference, reference, both - reference, encoding, text)
+
+    @property
+    def peak_of_update(self) -> int:
+        """Bytes at the peak of an update, without the encoding of its pictures: what `measured` measures."""
+        return max(phase.peak for phase in self._tried("update"))
 
     def _update(self) -> Iterator[Phase]:
         """With the gradients of earlier micro-batches."""
@@ -359,14 +390,13 @@ class Training:
             forward = alive.phase("update: forward")
             torch.autograd.backward(loss)
             backward = alive.phase("update: backward")
-            self.__dict__["_flops"] = alive.flops / micro_batch
             copies = [torch.empty_like(gradient) for gradient in self.state["gradients"] for _ in range(2)]
             optimiser = alive.phase("update: optimiser")
             del loss, copies
         return iter((forward, backward, optimiser))
 
     def _pictures(self) -> Iterator[Phase]:
-        pictures = self._images(max(1, min(64, BATCH_PIXELS // self.resolution**2)))
+        pictures = self._images(encoded_together(self.resolution**2))
         yield self._alone("encoding pictures", [self.model.vae], lambda: self.model.encode_pixels(pictures))
 
     def _prompts(self) -> Iterator[Phase]:
@@ -391,20 +421,23 @@ class Training:
             return alive.phase(name)
 
     def _validation(self) -> Iterator[Phase]:
-        module, size = self.module(self.model), max(self.hardware.micro_batch, GRID) // GRID * GRID
+        module, size = self.module(self.model), grid_batch(self.hardware.micro_batch)
         batch = self.batch(self.model, size)
+        if self.cache == "off":
+            pictures = self._images(size)
+            yield self._counted("validation: pictures", self._stays, lambda: self.model.encode_pixels(pictures))
         yield self._counted("validation", self._stays, lambda: module.losses(batch), self.hardware.half)
 
     def _captions(self) -> Iterator[Phase]:
-        captions = [""] * min(PROMPTS, self.sampler.batch_size)
         stays = [*self._stays, *(t for encoder in self.model.text_encoders for t in _tensors(encoder))]
-        yield self._counted("samples: prompts", stays, lambda: self.model.embed(captions), self.model.text_dtype)
+        prompts = [""] * PROMPTS
+        yield self._counted("samples: prompts", stays, lambda: self.model.embed(prompts), self.model.text_dtype)
 
     def _denoising(self) -> Iterator[Phase]:
         unet = self.model.unet
         empty = partial(torch.empty, self.sampler.batch_size * (2 if self.sampler.guidance > 1 else 1), device="meta")
-        hidden, timesteps = empty(77, int(unet.config["cross_attention_dim"])), empty(dtype=torch.int64)
-        told, latents = {"text_embeds": empty(1280), "time_ids": empty(6)}, empty(4, *self._drawn)
+        hidden, timesteps = empty(*hidden_shape(self.model)), empty(dtype=torch.int64)
+        told, latents = {"text_embeds": empty(POOLED), "time_ids": empty(6)}, empty(4, *self._drawn)
         half = None if unet.dtype == torch.float32 else unet.dtype
         draw = lambda: unet(latents, timesteps, hidden, added_cond_kwargs=told)  # noqa: E731
         yield self._counted("samples: denoising", self._stays, draw, half)
@@ -487,8 +520,13 @@ def micro_step(module: DiffusionModule, batch: PairBatch) -> Tensor:
     return module.losses(batch)["loss"].mean()
 
 
+def hidden_shape(model: StableDiffusion) -> tuple[int, int]:
+    """Of the hidden states of a prompt: tokens and width."""
+    return model.text_encoders[0].config.max_position_embeddings, int(model.unet.config["cross_attention_dim"])
+
+
 def measured(training: Training, device: torch.device) -> int:
-    """Bytes at the peak of a micro-step with random weights, by the allocator: what `Training.update` foretells.
+    """Bytes at the peak of a micro-step with random weights, by the allocator: `Training.peak_of_update` foretells it.
 
     On a CUDA device under a hard cap of the card that the hardware names.
     """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from typing import Any
 
 import lightning as L
@@ -123,7 +121,7 @@ class DiffusionModule(L.LightningModule):
         """Loss and what is watched beside it, each (pairs,); only `loss` carries gradients.
 
         Args:
-            kept: errors of the reference on training samples; None computes them.
+            kept: errors of the reference on these samples; None computes them.
         """
         loss: Any = self.loss
         batch = batch._replace(chosen=self.latents(batch.chosen))
@@ -201,16 +199,3 @@ def needed_networks(model: StableDiffusion, keep: str) -> tuple[nn.Module, ...]:
     """
     text = tuple(model.text_encoders) if keep != "all" or trains_text(model) else ()
     return (*text, model.vae) if keep == "off" else text
-
-
-def quiet_lightning() -> None:
-    """Keeps from the user what Lightning says about choices that are made for him here."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (
-        ".*isinstance.treespec.*",
-        ".*does not have many workers.*",
-        ".*srun.*",
-        ".*dataloader is not resumable.*",
-        ".*in eval mode.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)

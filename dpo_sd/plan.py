@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -20,9 +19,11 @@ from dpo_sd.errors import UserError
 if TYPE_CHECKING:
     from dpo_sd.memory import Training
 
-# GiB, and TFLOP/s in dense 16-bit tensor arithmetic with 32-bit sums: NVIDIA's data sheets
+# GiB, and TFLOP/s in dense 16-bit tensor arithmetic with 32-bit sums: NVIDIA's data sheets and architecture papers
 CARDS = {
     "RTX 3070": (8, 40.6),
+    "RTX 4070": (12, 58.3),
+    "RTX 4080": (16, 97.5),
     "RTX 3090": (24, 71.2),
     "RTX 4090": (24, 165.2),
     "A100 80GB": (80, 312.0),
@@ -32,46 +33,89 @@ CARDS = {
 REACHED = 0.25
 
 
+class Amount(NamedTuple):
+    """How much data there is, as far as that is known before anything is fetched or drawn.
+
+    Args:
+        train, validation: samples; the most there can be where they are not fetched yet, None where nobody knows.
+        texts: different prompts, the most there can be where they are not known.
+        report: what there is to say, one line each.
+        drawn: pictures that the model draws for the run; None where they are read.
+        fetched: whether they come from elsewhere.
+    """
+
+    train: int | None
+    validation: int
+    texts: int
+    report: list[str]
+    drawn: int | None = None
+    fetched: bool = False
+
+
 @entry_point("plan")
 def main(cfg: DictConfig) -> None:
     """Memory by phase, what does fit where this does not, and what happens to the data."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler of `measured` talks otherwise
-    from dpo_sd.memory import CONTEXT, GIB, OWNED, SPARE
-
     training = composed(cfg)
-    hardware = training.hardware
     if cfg.measure:
-        hardware.check(preset=HydraConfig.get().runtime.choices.get("hardware"))
-    kind = "pair" if training.loss.needs_pairs else "picture"
-    checkpointing = ", gradient checkpointing" if hardware.gradient_checkpointing else ""
-    print(
-        f"model    {training.family} at {training.resolution} pixels, {hardware.weights}, {hardware.precision}\n"
-        f"update   {_counted(cfg.pairs_per_update, kind)}, {hardware.micro_batch} at a time{checkpointing}\n"
-        "stays    "
-        + ", ".join(f"{name} {_gib(_bytes(part))}" for name, part in training.state.items() if part)
-        + " GiB\n"
-    )
-    print(f"{'GiB':<20} {'stays':>7} {'passes':>7} {'peak':>7} {'needs':>7}")
-    for phase in training.phases:
-        columns = (phase.stays, phase.passes, phase.peak, phase.needs)
-        print(f"{phase.name:<20} " + " ".join(f"{_gib(column):>7}" for column in columns))
-    print(
-        f"\nneeds    the peak, {SPARE:.0%} of what passes for gaps and workspaces, {_gib(CONTEXT)} GiB for CUDA: "
-        "allowances, not measured"
-    )
-    worst = training.worst
-    if training.limit is None:
-        print(f"card     none named: it needs {_gib(worst.needs)} GiB ({worst.name}); hardware=1x8gb, for example")
-    else:
-        card = f"{_gib(training.limit)} GiB, {OWNED:.0%} of the card's {hardware.memory_gib:g}"
-        print(f"card     {card}; most is needed by {worst.name}: {_gib(worst.needs)}")
-        print("fits" if training.fits() else f"does not fit: {advice(cfg, training)}")
+        training.hardware.check(preset=HydraConfig.get().runtime.choices.get("hardware"))
+    for line in memory_lines(cfg, training):
+        print(line)
     if cfg.measure:
         compare(training)
     print()
-    # the data last: what is wrong with it ends the plan
-    for line in itertools.chain(time_lines(cfg, training, worst.needs / GIB), data_lines(cfg, training)):
+    # what is wrong with the data ends the plan, when all else is said
+    try:
+        mistake, amount = None, foreseen(cfg, training)
+    except Exception as error:  # raised again below
+        mistake, amount = error, Amount(None, 0, 0, [])
+    for line in amount.report:
+        print(f"data     {line}")
+    if amount.train is not None:
+        passes = _counted(f"{cfg.pairs_per_update * cfg.trainer.max_steps / amount.train:.3g}", "pass")
+        each = _counted(math.ceil(amount.train / cfg.pairs_per_update), "update")
+        print(f"run      {_counted(cfg.trainer.max_steps, 'update')}: {passes} over {amount.train}, {each} each")
+    for line in time_lines(cfg, training, amount):
         print(line)
+    if mistake is not None:
+        raise mistake
+    if amount.train is not None:
+        print(f"disk     {kept(cfg, training, amount)}")
+
+
+def memory_lines(cfg: DictConfig, training: Training) -> Iterator[str]:
+    """What is on the card, phase by phase, and whether the card has room for it."""
+    from dpo_sd.memory import CONTEXT, OWNED, SPARE
+
+    hardware, kind = training.hardware, _kind(training)
+    checkpointing = ", gradient checkpointing" if hardware.gradient_checkpointing else ""
+    yield f"model    {training.family} at {training.resolution} pixels, {hardware.weights}, {hardware.precision}"
+    yield f"update   {_counted(cfg.pairs_per_update, kind)}, {hardware.micro_batch} at a time{checkpointing}"
+    parts = {name: sum(tensor.untyped_storage().nbytes() for tensor in part) for name, part in training.state.items()}
+    yield "stays    " + ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
+    yield ""
+    no_card = hardware.accelerator == "cpu" and training.limit is None
+    columns = ("stays", "passes", "peak", "needs")[: 3 if no_card else 4]
+    yield f"{'GiB':<20} " + " ".join(f"{column:>7}" for column in columns)
+    for phase in training.phases:
+        yield f"{phase.name:<20} " + " ".join(f"{_gib(getattr(phase, column)):>7}" for column in columns)
+    yield ""
+    worst = training.worst
+    if no_card:
+        yield f"peak     {_gib(worst.peak)} GiB in {worst.name}, beside what Python and PyTorch take for themselves"
+        return
+    yield (
+        f"needs    the peak, {SPARE:.0%} of what passes for gaps and workspaces, {_gib(CONTEXT)} GiB for CUDA: "
+        "allowances, not measured"
+    )
+    most = f"{worst.name} needs {_gib(worst.needs)}"
+    if training.limit is None:
+        yield f"fits?    {most} GiB; hardware.memory_gib, the card's, is not given"
+        return
+    card = f"{most} of {_gib(training.limit)} GiB, {OWNED:.0%} of the card's {hardware.memory_gib:g}"
+    yield f"fits?    {'yes' if training.fits() else 'no'}: {card}"
+    if not training.fits():
+        yield advice(cfg, training)
 
 
 def composed(cfg: DictConfig) -> Training:
@@ -96,9 +140,12 @@ def advice(cfg: DictConfig, training: Training) -> str:
 
     found = [f"\n  {overrides}" for other in training.nearest() if composes(cfg, overrides := other.overrides)]
     if found:
-        return "the nearest that does, the cheapest first" + "".join(found)
+        return "does not fit: the nearest that does, the cheapest first" + "".join(found)
     card = math.ceil(training.worst.needs / (OWNED * GIB))
-    return f"no setting is known that does; the smallest card for it has {card} GiB"
+    return (
+        f"does not fit: no setting is known that does (a smaller lora.rank or optimizer=adamw8bit may); "
+        f"the smallest card for it has {card} GiB"
+    )
 
 
 def composes(cfg: DictConfig, overrides: str) -> bool:
@@ -114,7 +161,7 @@ def compare(training: Training) -> None:
     """Runs the update and prints planned over measured."""
     from dpo_sd.memory import measured
 
-    planned = max(phase.peak for phase in training.phases if phase.name.startswith("update"))
+    planned = training.peak_of_update
     really = measured(training, training.hardware.device)
     where = f"{really / 2**20:.1f} MiB in an update on {training.hardware.device}"
     print(f"measured {where}, planned {planned / really:.3f} of it")
@@ -123,12 +170,14 @@ def compare(training: Training) -> None:
 # ------------------------------------------------------------------------------------------------------- data and time
 
 
-def data_lines(cfg: DictConfig, training: Training) -> Iterator[str]:
-    """Samples, what is left out, truncated prompts, passes, and the size of the cache.
+def foreseen(cfg: DictConfig, training: Training) -> Amount:
+    """The samples of the data, what is left out, and truncated prompts.
 
     Raises:
         UserError: when a training could not use the data.
     """
+    from dpo_sd.data.image_files import held_back
+
     source = instantiate(cfg.data)
     if hasattr(source, "check"):
         source.check(training.model)
@@ -136,41 +185,35 @@ def data_lines(cfg: DictConfig, training: Training) -> Iterator[str]:
         found = source.foreseen(Cache(Path(cfg.cache_dir).expanduser()))
     else:
         found = getattr(source, "found", None)
-    if found is None:
-        settings = ("n_pairs", "n_pictures", "max_pairs", "max_images")
-        limit = next((getattr(source, name) for name in settings if hasattr(source, name)), None)
-        fetched = hasattr(source, "fetch")
-        number = "all there are" if limit is None else _counted(limit, "pair" if source.has_pairs else "picture")
-        yield (
-            f"data     {'at most ' if fetched and limit else ''}{number}: to be {'fetched' if fetched else 'drawn'}"
-            + (", so ties are not known yet" if source.has_pairs else "")
-        )
-        if limit is None:
-            return
-        n = texts = whole = limit
-    else:
-        yield from (f"data     {line}" for line in found.report)
+    if found is not None:
         prompts = sorted({*found.train.prompts, *found.validation.prompts})
-        yield truncated(cfg, prompts)
-        n, texts, whole = len(found.train), len(prompts), len(found.train) + len(found.validation)
-    passes = _counted(f"{cfg.pairs_per_update * cfg.trainer.max_steps / n:.3g}", "pass")
-    each = _counted(math.ceil(n / cfg.pairs_per_update), "update")
-    yield f"update   {cfg.trainer.max_steps} of {cfg.pairs_per_update}, which is {passes} over {n}, {each} each"
-    yield cache_line(cfg, training, whole, texts)
+        report = [*found.report, truncated(cfg, prompts)]
+        return Amount(len(found.train), len(found.validation), len(prompts), report, fetched=hasattr(source, "fetch"))
+    kind, unknown = _kind(training), ", so ties are not known yet" if source.has_pairs else ""
+    if (drawn := getattr(source, "n_pairs", None) or getattr(source, "n_pictures", None)) is not None:
+        report = [f"{_counted(drawn, kind)}: to be drawn{unknown}"]
+        samples = drawn + source.n_validation
+        return Amount(drawn, source.n_validation, samples, report, drawn=2 * samples if source.has_pairs else 0)
+    limit = getattr(source, "max_pairs", None) or getattr(source, "max_images", None)
+    if limit is None:
+        return Amount(None, 0, 0, [f"all there are: to be fetched{unknown}"])
+    apart = held_back(source.validation, limit) if source.validation else 0
+    report = [f"at most {_counted(limit, kind)}, {apart or 'none'} of them held back: to be fetched{unknown}"]
+    return Amount(limit - apart, apart, limit, report, fetched=True)
 
 
 def truncated(cfg: DictConfig, texts: list[str]) -> str:
     """How many prompts are longer than the text encoder reads, where its vocabulary is on this computer."""
     folder = vocabulary(instantiate(cfg.model))
     if folder is None:
-        return "data     prompts cut at the text encoder's limit: not known before the vocabulary is downloaded"
+        return "prompts cut at the text encoder's limit: not known before the vocabulary is downloaded"
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     long = [text for text in texts if len(tokenizer(text).input_ids) > tokenizer.model_max_length]
     named = f": {', '.join(repr(text[:60]) for text in long[:3])}" if long else ""
     are = "is" if len(long) == 1 else "are"
-    return f"data     {len(long)} of {_counted(len(texts), 'prompt')} {are} cut at the text encoder's limit{named}"
+    return f"{len(long)} of {_counted(len(texts), 'prompt')} {are} cut at the text encoder's limit{named}"
 
 
 def vocabulary(model: Any) -> Path | None:
@@ -185,36 +228,63 @@ def vocabulary(model: Any) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
-def cache_line(cfg: DictConfig, training: Training, samples: int, texts: int) -> str:
-    """What latents, prompts and kept errors of the reference take on disk."""
-    model, half = training.model, 4 if training.hardware.weights == "float32" else 2
-    pictures = samples * (2 if training.loss.needs_pairs else 1) * (2 if cfg.framing.flip else 1)
-    latents = pictures * 4 * (training.resolution // model.factor) ** 2 * half if cfg.cache != "off" else 0
-    width = int(model.unet.config["cross_attention_dim"])
-    prompts = (texts + 1) * (77 * width + (1280 if model.is_xl else 0)) * half if cfg.cache == "all" else 0
-    errors = samples * 8 * (cfg.loss.get("draws_per_pair") or 0) if cfg.loss.get("reference") == "cached" else 0
-    parts = {"latents": latents, "prompts": prompts, "the reference's errors": errors}
+def kept(cfg: DictConfig, training: Training, amount: Amount) -> str:
+    """What pictures, latents, prompts and errors of the reference take in the cache folder."""
+    from dpo_sd.memory import POOLED, hidden_shape
+
+    assert amount.train is not None
+    samples, model, half = amount.train + amount.validation, training.model, training.hardware.weights != "float32"
+    pictures = samples * (2 if training.loss.needs_pairs else 1)
+    area, parts = training.resolution**2, {}
+    if amount.drawn is None:
+        latents = pictures * (2 if cfg.framing.flip else 1) * 4 * area // model.factor**2
+        numbers = math.prod(hidden_shape(model)) + (POOLED if model.is_xl else 0)
+        parts["latents"] = latents * (2 if half else 4) if cfg.cache != "off" else 0
+        parts["prompts"] = (amount.texts + 1) * numbers * (2 if half else 4) if cfg.cache == "all" else 0
+    else:
+        parts["drawn pictures"] = amount.drawn * 3 * area
+    if cfg.loss.get("reference") == "cached":
+        parts["the reference's errors"] = amount.train * 8 * cfg.loss.draws_per_pair
     named = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
-    return f"cache    {named or 'nothing'} under {cfg.cache_dir}"
+    fetched = "; the pictures that are fetched not counted" if amount.fetched else ""
+    return f"{named or 'nothing'} under {cfg.cache_dir}{fetched}"
 
 
-def time_lines(cfg: DictConfig, training: Training, gib: float) -> list[str]:
-    """How long the updates take: from a rate, or on cards that are large enough."""
-    n, kind = cfg.pairs_per_update * cfg.trainer.max_steps, "pair" if training.loss.needs_pairs else "picture"
+def time_lines(cfg: DictConfig, training: Training, amount: Amount) -> Iterator[str]:
+    """How long it takes: from a rate, or on cards that are large enough."""
+    from dpo_sd.data.datamodule import GRID
+    from dpo_sd.memory import GIB, OWNED
+
+    visits, steps = cfg.pairs_per_update * cfg.trainer.max_steps, cfg.trainer.max_steps
     if cfg.rate is not None:
-        return [f"time     {_duration(n / cfg.rate)} for {_counted(n, kind)} at {cfg.rate:g} a second"]
-    tera = training.flops / 1e12
-    lines = [
-        f"time     {tera:.3g} TFLOP for each of {_counted(n, kind)}; at {REACHED:.0%} of a card's figure, not measured:"
-    ]
+        kind = _kind(training)
+        yield f"time     {_duration(visits / cfg.rate)} for {_counted(visits, kind)} at {cfg.rate:g} a second"
+        return
+    operations, train = training.operations, amount.train
+    first = visits  # that the reference computes
+    if cfg.loss.get("reference") == "cached" and train is not None:
+        first = min(visits, train * cfg.loss.draws_per_pair)
+    once, each = (0.0, operations.encoding) if cfg.cache == "off" else (operations.encoding, 0.0)
+    grid, validations = amount.validation * GRID, 1 + math.ceil(steps / cfg.trainer.validate_every)
+    devices = cfg.trainer.devices * cfg.trainer.num_nodes
+    parts = {
+        "encoding": once * ((train or 0) + amount.validation),
+        "updates": (visits * (operations.policy + each) + first * operations.reference) / devices,
+        "validation": grid * (validations * (operations.forward + each) + operations.reference),
+    }
+    named = ", ".join(f"{name} {_flop(count)}" for name, count in parts.items() if count)
+    on_each = " on each device" if devices > 1 else ""
+    if training.hardware.accelerator == "cpu":
+        yield f"time     {named}{on_each}; rate=<pairs a second> of a run turns it into hours"
+        return
+    yield f"time     {named}{on_each}; at {REACHED:.0%} of a card's figure, not measured:"
     for name, (memory, speed) in CARDS.items():
-        if memory * 0.95 >= gib:
-            lines.append(f"           {name:<10} {_duration(n * tera / (speed * REACHED))}")
-    return lines
+        if memory * OWNED * GIB >= training.worst.needs:
+            yield f"           {name:<10} {_duration(sum(parts.values()) / (speed * 1e12 * REACHED))}"
 
 
-def _bytes(tensors: list[Any]) -> int:
-    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+def _kind(training: Training) -> str:
+    return "pair" if training.loss.needs_pairs else "picture"
 
 
 def _counted(n: int | str, what: str) -> str:
@@ -230,6 +300,13 @@ def _duration(seconds: float) -> str:
     unit, length = next(((u, n) for u, n in (("hour", 3600), ("minute", 60)) if seconds >= 2 * n), ("second", 1))
     number = seconds / length
     return _counted(f"{number:.0f}" if number >= 10 else f"{number:.2g}", unit)
+
+
+def _flop(count: float) -> str:
+    unit, size = next(
+        ((u, n) for u, n in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12)) if count >= n), ("GFLOP", 1e9)
+    )
+    return f"{count / size:.3g} {unit}"
 
 
 def _gib(size: float) -> str:

@@ -89,8 +89,9 @@ def quantise(network: nn.Module, bits: str) -> None:
 
 
 def _to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (outputs, inputs) and scales (outputs, 1)."""
+    """Codes (outputs, inputs) and scales (outputs, 1), which are float32 that bfloat16 holds too."""
     scales = (weight.detach().float().abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-12)
+    scales = scales.bfloat16().float()  # rounded first, so that the codes make up for it
     return (weight.detach().float() / scales).round().to(torch.int8), scales
 
 

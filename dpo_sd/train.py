@@ -56,6 +56,8 @@ def main(cfg: DictConfig) -> float | None:
     if hasattr(source, "fetch"):  # a dataset that is of no use is met before weights load
         source.fetch(cache)
 
+    import torch
+
     from dpo_sd import compilation
     from dpo_sd.callbacks.checkpoint import Checkpoint
     from dpo_sd.callbacks.metrics import Metrics
@@ -63,9 +65,9 @@ def main(cfg: DictConfig) -> float | None:
     from dpo_sd.callbacks.verdict import Verdict
     from dpo_sd.data.datamodule import PairData
     from dpo_sd.memory import Training, explained
-    from dpo_sd.module import DiffusionModule, needed_networks, quiet_lightning
+    from dpo_sd.module import DiffusionModule, needed_networks
+    from dpo_sd.trainer import make_trainer
 
-    quiet_lightning()
     record = RunRecord(run, settings, list(HydraConfig.get().overrides.task))
     watchers = [instantiate(callback) for callback in cfg.callbacks.values()]
     watchers.sort(key=lambda watcher: isinstance(watcher, Checkpoint))  # it saves what the others have done
@@ -73,6 +75,8 @@ def main(cfg: DictConfig) -> float | None:
     trainer = make_trainer(cfg, hardware, run, accumulation, [metrics, *watchers, record])
 
     say(f"run     {run}")
+    if hardware.accelerator == "cuda":
+        torch.cuda.set_device(hardware.device)  # which nf4 is quantised on
     model = base.load(hardware.weights)
     model.device = hardware.device
     if hardware.gradient_checkpointing:
@@ -166,38 +170,6 @@ def resumed(cfg: DictConfig, run: Path) -> str | None:
     return None
 
 
-def make_trainer(cfg: DictConfig, hardware: Any, run: Path, accumulation: int, callbacks: list[Any]) -> L.Trainer:
-    """Lightning's loop, with metrics and checkpoints of our own."""
-    import lightning as L
-    from lightning.pytorch.plugins.environments import SLURMEnvironment
-
-    from dpo_sd.callbacks.checkpoint import AtomicCheckpointIO
-    from dpo_sd.callbacks.metrics import MetricsFile
-
-    # the Checkpoint callback puts the job back into the queue, at the end of an update
-    slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
-    return L.Trainer(
-        accelerator="gpu" if hardware.accelerator == "cuda" else "cpu",
-        devices=cfg.trainer.devices,
-        num_nodes=cfg.trainer.num_nodes,
-        strategy=cfg.trainer.strategy,
-        precision=hardware.precision,
-        max_epochs=-1,
-        max_steps=cfg.trainer.max_steps,
-        accumulate_grad_batches=accumulation,
-        gradient_clip_val=cfg.trainer.gradient_clip,
-        deterministic=cfg.trainer.deterministic,
-        use_distributed_sampler=False,
-        callbacks=callbacks,
-        logger=[MetricsFile(run / "metrics.csv"), *(instantiate(logger) for logger in cfg.logger.values())],
-        plugins=[AtomicCheckpointIO(accumulation), *slurm],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=run,
-    )
-
-
 def reference_cache(
     cfg: DictConfig, hardware: Any, model: Any, loss: Any, data: Any, rank: int, cache: Cache
 ) -> ReferenceErrors | None:
@@ -219,8 +191,9 @@ def reference_cache(
         framing=OmegaConf.to_container(cfg.framing, resolve=True),
         cache=[cache.keep, cache.half],
     )
-    kept = ReferenceErrors(cache.folder / "reference" / key, data.train.contents, loss.draws_per_pair, rank)
-    others = sum(folder != kept.folder for folder in kept.folder.parent.glob("*"))
+    folder = cache.folder / "reference" / key
+    kept = ReferenceErrors(folder, data.train.contents, loss.draws_per_pair, rank)
+    others = sum(other != folder for other in folder.parent.glob("*"))
     unread = f"; {others} kept of another base, reference, seed, precision or framing: not read" if others else ""
     say(f"loss    {kept.filled:.0%} of the reference's errors are known from earlier runs{unread}")
     return kept

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import signal
 import sys
 import time
 import traceback
@@ -129,6 +130,7 @@ def command(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ended]:
         *arguments: str, patch: Callable[[], object] = lambda: None, timeout: float = 500, program: str = "train"
     ) -> Ended:
         def work() -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # which pytest-xdist's processes ignore
             os.chdir(folder)
             sys.argv = [program, *arguments]
             patch()

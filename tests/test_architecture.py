@@ -22,7 +22,7 @@ FLOORS = {  # a folder stands for all that is in it
     "lora": 1, "lora_files": 1, "loaders": 1, "compilation": 1,
     "module": 2, "memory": 2, "shapes.card": 2,
     "callbacks": 3,
-    "schema": 4, "mistakes": 4, "config": 4, "resume": 4,
+    "schema": 4, "mistakes": 4, "config": 4, "resume": 4, "trainer": 4,
     "train": 5, "generate": 5, "annotate": 5, "export": 5, "benchmark": 5, "plan": 5, "shapes.pretrain": 5,
 }  # fmt: skip
 HEAVY = {"torch", "lightning", "diffusers", "transformers", "peft", "accelerate", "scipy"}

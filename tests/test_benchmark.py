@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 
-from dpo_sd.benchmark import Bench, Case
-from dpo_sd.hardware import Hardware
-from dpo_sd.lora import LoRA, adapter_state
-from dpo_sd.losses import DiffusionDPOLoss
-from dpo_sd.optimization import AdamW
+from dpo_sd.benchmark import Bench, Case, adapted
+from dpo_sd.lora import adapter_state
+from dpo_sd.schema import CONF_DIR
 
 SMALL = Case("tiny", 64, 2, 2, 1)
 
@@ -20,7 +20,9 @@ SMALL = Case("tiny", 64, 2, 2, 1)
 @pytest.fixture
 def bench() -> Any:
     """`bench()`: a fresh one, always with the same weights."""
-    return lambda: Bench(SMALL, Hardware(), LoRA(rank=2), DiffusionDPOLoss(), AdamW(), seed=0)
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose("benchmark", ["lora.rank=2"])
+    return lambda: Bench(SMALL, cfg)
 
 
 def test_ours_and_the_bare_loop_train_to_the_same_weights(bench):
@@ -41,6 +43,32 @@ def test_the_public_way_leaves_our_networks_as_they_were_but_for_the_policy(benc
     before = {name: value.clone() for name, value in each.model.unet.named_parameters() if "lora_" not in name}
     assert len(_PublicWay(each).updates()) == SMALL.updates
     assert all(torch.equal(value, before[name]) for name, value in each.model.unet.named_parameters() if name in before)
+
+
+def test_a_way_that_runs_out_of_memory_is_none_and_the_others_are_told(bench, monkeypatch, capsys):
+    from dpo_sd import benchmark
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(benchmark._PublicWay, "updates", full)
+    rows = bench().compare() | {"memory_gib": {"planned": 1.0, "measured": 1.0}}
+    assert rows["speedup_over_public"] is None and rows["public_s"] is None
+    assert rows["step_over_bare_loop"]["median"] > 0
+    benchmark._print("small", rows)
+    assert "speedup_over_public       runs out of memory" in capsys.readouterr().out
+
+
+def test_a_case_takes_what_the_preset_says_of_its_model():
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose("benchmark", ["hardware=1x8gb", "model=tiny"])
+    hardware = instantiate(adapted(cfg, Case("sdxl", 1024, 1, 1, 1)).hardware)
+    assert (hardware.weights, hardware.gradient_checkpointing, hardware.micro_batch) == ("int8", True, 1)
+
+
+def test_fine_tuning_has_no_reference_to_compare(command, tmp_path):
+    ended = command("loss=sft", f"hydra.run.dir={tmp_path}", program="benchmark")
+    assert ended.code == 1 and "the benchmark compares ways of Diffusion-DPO: use loss=dpo" in ended.err
 
 
 def test_the_table_holds_what_is_claimed_from_it(command, tmp_path):

@@ -35,7 +35,7 @@ from dpo_sd.data.source import PreparedData
 from dpo_sd.errors import UserError
 from dpo_sd.lora import LoRA, weights_of
 from dpo_sd.lora_files import WEIGHTS_NAME, save_diffusers
-from dpo_sd.losses import DiffusionDPOLoss
+from dpo_sd.losses import DiffusionDPOLoss, PairErrors
 from dpo_sd.models import Model
 from dpo_sd.module import DiffusionModule
 from dpo_sd.optimization import AdamW
@@ -182,26 +182,49 @@ class TwoSizes:
         return torch.zeros(4, 2, 2 + row % 2), torch.zeros(6)
 
 
-def test_validation_averages_the_four_noises_of_each_pair_though_sizes_differ(module, monkeypatch):
-    """Margins of pair i are 1, 1, 1 and i - 4: pair 0 loses, pair 1 is a tie, and the three others win."""
-
-    def losses(part: PairBatch) -> dict[str, torch.Tensor]:
-        late = zip(part.index, (part.timesteps == 875).tolist(), strict=True)
-        margins = torch.tensor([i - 4.0 if is_late else 1.0 for i, is_late in late])
-        return {"loss": torch.ones(len(margins)), "reward_margin": margins}
-
+def trainer_of_five_pairs() -> Any:
+    """Enough of a trainer for a validation on pairs of two sizes."""
     pictures, ones = TwoSizes(), np.ones(5, np.float32)
     prompts = Prompts(["prompt"], np.zeros(5, int), None)
     samples = PreparedSamples(pictures, pictures, prompts, ones, ones, np.arange(5), np.arange(5) % 2)
     source: Any = SimpleNamespace(caption_dropout=0.0)
     data = PairData(PreparedData(samples, samples, [], []), source, Sampler(), 8, 8, seed=0, num_train_timesteps=1000)
-    trainer: Any = SimpleNamespace(
+    return SimpleNamespace(
         datamodule=data,
         strategy=SimpleNamespace(batch_to_device=lambda batch: batch),
         precision_plugin=SimpleNamespace(forward_context=nullcontext),
     )
+
+
+def test_the_reference_is_asked_once_about_the_grid_and_the_policy_every_time(module, monkeypatch):
+    asked = []
+
+    def pair_errors(part: PairBatch) -> PairErrors:
+        asked.append(len(part.index))
+        n = 0.5 * torch.tensor(part.index) + part.timesteps / 1000 + len(asked)
+        return PairErrors(n, 2 * n)
+
+    monkeypatch.setattr(module, "pair_errors", pair_errors)
+    metrics, trainer = Metrics(), trainer_of_five_pairs()
+    first = metrics._validate(trainer, module)
+    both = len(asked)
+    second = metrics._validate(trainer, module)
+    assert 2 * (len(asked) - both) == both > 0
+    assert first["val/chosen_drift"] == pytest.approx(1)  # asked just after the reference
+    assert second["val/chosen_drift"] > 1  # of the errors that the first validation kept
+    module.set_training(False)
+
+
+def test_validation_averages_the_four_noises_of_each_pair_though_sizes_differ(module, monkeypatch):
+    """Margins of pair i are 1, 1, 1 and i - 4: pair 0 loses, pair 1 is a tie, and the three others win."""
+
+    def losses(part: PairBatch, _: Any) -> dict[str, torch.Tensor]:
+        late = zip(part.index, (part.timesteps == 875).tolist(), strict=True)
+        margins = torch.tensor([i - 4.0 if is_late else 1.0 for i, is_late in late])
+        return {"loss": torch.ones(len(margins)), "reward_margin": margins}
+
     monkeypatch.setattr(module, "losses", losses)
-    metrics = Metrics()._validate(trainer, module)
+    metrics = Metrics()._validate(trainer_of_five_pairs(), module)
     module.set_training(False)
     assert metrics["val/reward_accuracy"] == pytest.approx(3.5 / 5)
     assert metrics["val/reward_margin/t875"] == pytest.approx(-2)

@@ -190,7 +190,9 @@ def test_a_file_of_captions_that_cannot_be_read_is_named(name, content, what, tm
 
 def test_settings_that_do_not_fit_the_folder_are_refused(tmp_path):
     folder = ten(tmp_path / "photos")
-    assert "validation must be between 0 and 0.5, got 0.6" in refused(folder, validation=0.6)
+    assert "validation must be a share above 0 and at most 0.5, or how many, from 1 on, got 0.6" in refused(
+        folder, validation=0.6
+    )
     assert "max_images must be at least 1" in refused(folder, max_images=0)
     assert "caption_dropout must be between 0 and 1" in refused(folder, caption_dropout=2)
     assert "no metadata.jsonl or metadata.csv for image_column" in refused(folder, text_column="alt")

@@ -211,7 +211,8 @@ def test_what_cannot_be_a_dataset_is_refused_before_anything_is_read(tmp_path):
     assert "has no split test: it has train; write data.split=<one of them>" in says(tmp_path / "set", split="test")
     assert "has no revision=main" in says(file, revision="main")
     assert "max_pairs must be at least 2" in says(file, max_pairs=1)
-    assert "validation must be above 0" in says(file, validation=0)
+    assert "validation must be a share above 0" in says(file, validation=0)
+    assert "got 1.5" in says(file, validation=1.5)
     assert "caption_dropout" in says(file, caption_dropout=1.5)
 
 
@@ -254,6 +255,7 @@ def test_training_and_validation_share_no_prompt(tmp_path):
     file = parquet(tmp_path / "a.parquet", [row(i, caption=f"prompt {i % 5}") for i in range(20)])
     found = fetched(file, validation=0.4)
     assert len(set(found.validation.prompts)) == 2 and not set(found.train.prompts) & set(found.validation.prompts)
+    assert len(set(fetched(file, validation=1).validation.prompts)) == 1
 
 
 def test_the_file_that_the_annotation_exports_is_read_back(tmp_path):

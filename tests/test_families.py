@@ -249,8 +249,8 @@ def test_errors_are_kept_apart_by_whatever_decides_them(monkeypatch, tmp_path, c
             cfg = compose("train", ["loss.reference=cached", "loss.draws_per_pair=2", *overrides])
         loss, hardware, cache = instantiate(cfg.loss), instantiate(cfg.hardware), Cache(tmp_path, cfg.cache)
         kept = train.reference_cache(cfg, hardware, model, loss, data, 0, cache)
-        assert kept is not None
-        return kept.folder
+        assert kept is not None and kept.file is not None
+        return kept.file.parent
 
     assert (folder() == folder(change)) == same
 

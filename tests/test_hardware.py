@@ -64,6 +64,14 @@ def test_every_process_of_a_launcher_has_a_device_of_its_own(monkeypatch):
     assert Hardware("cuda", "bf16-mixed", "bfloat16").device == torch.device("cuda:1")
 
 
+def test_srun_says_which_device_is_a_processs_own_and_lightnings_own_processes_know_better(monkeypatch):
+    monkeypatch.setenv("SLURM_LOCALID", "3")
+    hardware = Hardware("cuda", "bf16-mixed", "bfloat16")
+    assert hardware.device == torch.device("cuda:3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert hardware.device == torch.device("cuda:1")
+
+
 def test_a_cpu_needs_no_check(monkeypatch):
     cuda(monkeypatch, gpus=0)
     Hardware().check(devices=2)

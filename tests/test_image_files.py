@@ -23,7 +23,7 @@ from dpo_sd.data import image_files
 from dpo_sd.data import store as store_module
 from dpo_sd.data.batches import Visits
 from dpo_sd.data.framing import Framing
-from dpo_sd.data.image_files import Found, ImageFiles, Samples, by_prompt, find, prepare, split
+from dpo_sd.data.image_files import Found, ImageFiles, Samples, by_prompt, find, held_back, prepare, split
 from dpo_sd.data.source import Cache, PreparedData, encode_bytes, encode_images
 from dpo_sd.errors import UserError
 from dpo_sd.models import Fingerprints, Model, StableDiffusion, TextEmbeds
@@ -516,3 +516,11 @@ def test_many_pairs_need_little_memory_and_no_time_at_the_second_start(model, tm
         visits[row, 0]
     assert time.perf_counter() - start < 1.5  # the tiny UNet needs about 4 s for these
     assert resident() - before < 60
+
+
+@pytest.mark.parametrize(
+    ("validation", "n", "apart"),
+    [(0.1, 50, 5), (0.1, 3, 1), (0.5, 2, 1), (0.1, 10_000, 128), (1, 50, 1), (500, 10_000, 500), (500, 20, 10)],
+)
+def test_a_share_is_held_back_as_far_as_it_is_of_use_and_a_number_up_to_half(validation, n, apart):
+    assert held_back(validation, n) == apart

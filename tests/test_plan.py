@@ -91,9 +91,27 @@ def test_the_plan_says_peaks_data_cache_and_time_without_writing_anything(plan, 
     assert ended.code == 0, ended.err
     assert re.search(r"^update: backward +\d", ended.out, re.MULTILINE)
     assert "256 pairs: to be drawn, so ties are not known yet" in ended.out
-    assert "300 of 16, which is 18.8 passes over 256, 16 updates each" in ended.out
+    assert "run      300 updates: 18.8 passes over 256, 16 updates each" in ended.out
     assert "5 minutes for 4800 pairs at 16 a second" in ended.out
     assert list(tmp_path.iterdir()) == []  # no log, no record
+
+
+def test_a_kept_reference_and_a_second_card_shorten_the_updates_and_fewer_validations_the_validation(plan):
+    def operations(*settings: str) -> tuple[float, float]:
+        out = plan("experiment=quickstart", "hardware=1x8gb", *settings).out
+        updates, validation = re.findall(r"(?:updates|validation) ([\d.]+ [GT]FLOP)", out)
+        assert re.search(r"^ +RTX 3070 +[\d.]+ seconds?$", out, re.MULTILINE)
+        tera = [float(value[:-6]) * (1 if value[-5] == "T" else 1e-3) for value in (updates, validation)]
+        return tera[0], tera[1]
+
+    updates, validation = operations()
+    cached, same = operations("loss.reference=cached", "loss.draws_per_pair=4")
+    # of 4800 visits to 256 pairs 1024 ask the reference, whose pass is a quarter of the work to a third
+    assert 0.7 < cached / updates < 0.85 and same == validation
+    assert operations("trainer.devices=2", "trainer.strategy=ddp", "hardware.micro_batch=8")[0] == pytest.approx(
+        updates / 2, rel=0.01
+    )
+    assert operations("trainer.validate_every=300")[1] == pytest.approx(validation * 3 / 8, rel=0.02)
 
 
 def test_a_composition_that_does_not_fit_ends_in_overrides_that_do(plan):
@@ -139,18 +157,21 @@ def test_one_is_no_plural(plan):
     ended = plan("data=renders", "loss=sft", "data.n_pictures=1", "pairs_per_update=1", "rate=1", "trainer.max_steps=1")
     assert "update   1 picture, 1 at a time" in ended.out
     assert "data     1 picture: to be drawn\n" in ended.out
-    assert "1 of 1, which is 1 pass over 1, 1 update each" in ended.out
+    assert "run      1 update: 1 pass over 1, 1 update each" in ended.out
     assert "1 second for 1 picture at 1 a second" in ended.out
 
 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (["data=pickapic", "data.max_pairs=40"], "at most 40 pairs: to be fetched, so ties are not known yet"),
+        (
+            ["data=pickapic", "data.max_pairs=40"],
+            "at most 40 pairs, 4 of them held back: to be fetched, so ties are not known yet",
+        ),
         (["data=pickapic", "data.max_pairs=null"], "all there are: to be fetched, so ties are not known yet"),
         (
             ["data=captions", "loss=sft", "data.path=owner/set", "data.max_images=40"],
-            "at most 40 pictures: to be fetched",
+            "at most 40 pictures, 4 of them held back: to be fetched",
         ),
     ],
 )
@@ -174,7 +195,7 @@ def test_a_local_dataset_is_counted_as_a_training_would_with_its_pictures_unread
     assert "data     pictures are not looked at" in ended.out
     assert "data     training: 15 pairs on 15 prompts; validation: 1 on 1 others" in ended.out
     assert "data     0 of 16 prompts are cut" in ended.out
-    assert "which is 320 passes over 15, 1 update each" in ended.out
+    assert "run      300 updates: 320 passes over 15, 1 update each" in ended.out
     assert "latents" in ended.out and sorted(tmp_path.rglob("*")) == before
 
 

@@ -35,6 +35,14 @@ def test_what_was_put_is_found_by_pair_and_draw(tmp_path):
     assert kept.filled == pytest.approx(2 / 6)
 
 
+def test_without_a_folder_they_are_kept_in_memory_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kept = ReferenceErrors(None, IDS, 1)
+    kept.put([2], [0], errors(1.0))
+    kept.save()
+    assert found(kept, [2, 0], [0, 0]) == [1.0, None] and not list(tmp_path.iterdir())
+
+
 def test_what_is_known_never_changes(tmp_path):
     """Or a run that is continued would read other numbers than it has computed."""
     kept = ReferenceErrors(tmp_path, IDS, 1)
@@ -47,7 +55,7 @@ def test_a_later_run_reads_them_to_the_bit_in_whatever_order_its_pairs_stand(tmp
     kept, third = ReferenceErrors(tmp_path / "new" / "folder", IDS, 2), 1 / 3
     kept.put([0, 1, 2], [0, 0, 1], errors(1.0, third, 3.0))
     kept.save()
-    later = ReferenceErrors(kept.folder, np.array([30, 99, 10, 50]), 2)
+    later = ReferenceErrors(tmp_path / "new" / "folder", np.array([30, 99, 10, 50]), 2)
     assert found(later, [3, 2, 0, 1], [0, 0, 1, 0]) == [1.0, float(np.float32(third)), 3.0, None]
     assert later.filled == pytest.approx(3 / 8)
 
@@ -94,6 +102,7 @@ def test_a_damaged_file_is_said_and_its_errors_are_computed_anew(tmp_path, caplo
     kept = ReferenceErrors(tmp_path, IDS, 1)
     kept.put([0], [0], errors(1.0))
     kept.save()
+    assert kept.file is not None
     whole = kept.file.read_bytes()
     if content == "other columns":
         np.savez(kept.file, content_ids=IDS, errors=np.zeros((2, 1, 2), np.float32))

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from dpo_sd.compilation import eager
 from dpo_sd.data.datamodule import PairData
+from dpo_sd.data.reference import ReferenceErrors
 from dpo_sd.errors import UserError
 from dpo_sd.files import replacing
 from dpo_sd.module import DiffusionModule
@@ -85,6 +86,7 @@ class Metrics(L.Callback):
     def __init__(self, log_every: int = 1, validate_every: int = 100):
         self.log_every, self.validate_every = log_every, validate_every
         self.latest: dict[str, float] = {}
+        self._reference: ReferenceErrors | None = None  # on the grid, which stays as it is
 
     def state_dict(self) -> dict[str, Any]:
         return {"latest": self.latest}
@@ -130,6 +132,8 @@ class Metrics(L.Callback):
         assert isinstance(pl_module, DiffusionModule)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, PairData)
+        if self._reference is None:
+            self._reference = ReferenceErrors(None, data.data.validation.contents, len(data.grid))
         pl_module.set_training(False)
         values: dict[str, list[torch.Tensor]] = {}
         timesteps = []
@@ -137,7 +141,7 @@ class Metrics(L.Callback):
             for batch in data.validation_batches():
                 for part in trainer.strategy.batch_to_device(batch):
                     with trainer.precision_plugin.forward_context():
-                        for name, value in pl_module.losses(part).items():
+                        for name, value in pl_module.losses(part, self._reference).items():
                             values.setdefault(name, []).append(value)
                     timesteps.append(part.timesteps)
         pl_module.set_training(True)

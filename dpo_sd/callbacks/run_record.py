@@ -48,6 +48,16 @@ def device_name(accelerator: Literal["cpu", "cuda"]) -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
+def versions() -> dict[str, Any]:
+    """Of this package, its checkout, Python, and what results depend on."""
+    return {
+        "version": dpo_sd.__version__,
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
 def _peak_memory() -> float:
     """Of this process so far, in GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -71,10 +81,7 @@ class RunRecord(L.Callback):
             "command": ["python", "-m", "dpo_sd.train", *sys.argv[1:]],
             "overrides": overrides,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "version": dpo_sd.__version__,
-            "commit": git_commit(),
-            "python": platform.python_version(),
-            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+            **versions(),
             "seed": config["seed"],
         }
 

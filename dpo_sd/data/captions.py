@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from dpo_sd.data.extract import Dataset, Extract, Tally, check_columns, picture_bytes
-from dpo_sd.data.image_files import Found, Samples, find, left_out, prepare
+from dpo_sd.data.image_files import Found, Samples, check_validation, find, held_back, left_out, prepare
 from dpo_sd.data.source import Cache, Judge, PreparedData, checked_dropout
 from dpo_sd.errors import UserError
 from dpo_sd.images import ENDINGS
@@ -43,7 +43,7 @@ class Captions:
         trigger: put in front of every caption with a comma, `sks style` for example.
         shuffle_tags: shuffles what stands between the commas of a caption at every visit, the trigger apart.
         caption_dropout: share of visits that train on the empty prompt, in [0, 1].
-        validation: share of the pictures held back for the validation grid, in [0, 0.5], at least one unless it is 0;
+        validation: share of the pictures held back for the validation grid, in (0, 0.5] and at most 128, or how many;
             with 0, or with a single picture, all are trained on and the grid is of some of them.
         max_images: at most so many pictures; the seed chooses them. None takes all.
         image_column, text_column: of a dataset or a metadata file; None takes `image` or `file_name`, and `text` or
@@ -73,8 +73,8 @@ class Captions:
         revision: str | None = None,
         seed: int = 0,
     ):
-        if not 0 <= validation <= 0.5:
-            raise UserError(f"validation must be between 0 and 0.5, got {validation}")
+        if validation != 0:
+            check_validation(validation)
         if max_images is not None and max_images < 1:
             raise UserError(f"max_images must be at least 1, or null for all, got {max_images}")
         self.path, self.trigger, self.shuffle_tags = path, (trigger or "").strip().rstrip(","), shuffle_tags
@@ -204,7 +204,7 @@ def split_pictures(samples: Samples, validation: float, seed: int, report: list[
     """Training and validation with different pictures; with no share held back, validation is on those of the training.
 
     Args:
-        validation: share of the pictures held back, in [0, 0.5].
+        validation: 0, or as in `held_back`, of the pictures.
     """
     pictures = np.unique(samples.chosen.sha256)
     shuffled = pictures[order(seed, 0, len(pictures))]
@@ -215,7 +215,7 @@ def split_pictures(samples: Samples, validation: float, seed: int, report: list[
             "and does not show whether the training learns them by heart"
         )
         return Found(samples, samples.take(shown), report)
-    is_held_back = np.isin(samples.chosen.sha256, shuffled[: max(1, int(validation * len(pictures)))])
+    is_held_back = np.isin(samples.chosen.sha256, shuffled[: held_back(validation, len(pictures))])
     found = Found(samples.take(np.flatnonzero(~is_held_back)), samples.take(np.flatnonzero(is_held_back)), report)
     report.append(f"training: {len(found.train)} pictures; validation: {len(found.validation)} others")
     return found

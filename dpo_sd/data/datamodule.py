@@ -12,6 +12,11 @@ from dpo_sd.sampling import Sampler
 GRID = 4  # noises and timesteps of the fixed validation grid, spread evenly over the schedule
 
 
+def grid_batch(micro_batch: int) -> int:
+    """Samples of the grid that go through the networks together: all of a pair's, of as many pairs as fit."""
+    return max(micro_batch, GRID) // GRID * GRID
+
+
 class PairData(L.LightningDataModule):
     """Batches in the order of training, beginning at whatever update the trainer stands at.
 
@@ -70,6 +75,6 @@ class PairData(L.LightningDataModule):
     def validation_batches(self) -> DataLoader[list[PairBatch]]:
         """Every validation sample at every point of the grid, sample by sample."""
         visits = [(index, k) for index in range(len(self.data.validation)) for k in range(GRID)]
-        size = max(self.micro_batch, GRID) // GRID * GRID
+        size = grid_batch(self.micro_batch)
         batches = [visits[start : start + size] for start in range(0, len(visits), size)]
         return DataLoader(self.validation_visits, batch_sampler=batches, collate_fn=stack)  # type: ignore[arg-type]

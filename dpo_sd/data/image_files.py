@@ -34,7 +34,13 @@ if TYPE_CHECKING:
 
 THINNEST = 16  # longer side over shorter side; beyond, a scaled picture would fill the memory
 BATCH_PIXELS = 8 * 512 * 512  # that the VAE encodes together
+ENOUGH = 128  # prompts for a validation grid; more would cost more than the training where pairs are many
 READERS = 8  # threads that decode pictures while the VAE works, at most one for each core
+
+
+def encoded_together(area: int) -> int:
+    """Pictures of so many pixels that the VAE encodes at a time, before the training."""
+    return max(1, min(64, BATCH_PIXELS // area))
 
 
 @dataclass(frozen=True)
@@ -211,7 +217,7 @@ def split(samples: Samples, validation: float, seed: int, report: list[str], wha
     """Training and validation with disjoint prompts.
 
     Args:
-        validation: share of the prompts held back, in (0, 0.5]; at least one prompt is.
+        validation: as in `held_back`, of the prompts.
 
     Raises:
         UserError: when there are not two prompts.
@@ -223,12 +229,12 @@ def split(samples: Samples, validation: float, seed: int, report: list[str], wha
             f"add {what} for other prompts"
         )
     shuffled = [prompts[i] for i in order(seed, 0, len(prompts))]
-    held_back = set(shuffled[: max(1, int(validation * len(prompts)))])
-    is_held_back = np.array([prompt in held_back for prompt in samples.prompts])
+    apart = set(shuffled[: held_back(validation, len(prompts))])
+    is_held_back = np.array([prompt in apart for prompt in samples.prompts])
     found = Found(samples.take(np.flatnonzero(~is_held_back)), samples.take(np.flatnonzero(is_held_back)), report)
     report.append(
-        f"training: {len(found.train)} {what} on {len(prompts) - len(held_back)} prompts; "
-        f"validation: {len(found.validation)} on {len(held_back)} others"
+        f"training: {len(found.train)} {what} on {len(prompts) - len(apart)} prompts; "
+        f"validation: {len(found.validation)} on {len(apart)} others"
     )
     return found
 
@@ -239,10 +245,20 @@ def by_prompt(prompts: Sequence[str]) -> np.ndarray:
     return np.array([1 / counts[prompt] for prompt in prompts], np.float32)
 
 
-def check_validation(validation: float) -> float:
-    if not 0 < validation <= 0.5:
-        raise UserError(f"validation must be above 0 and at most 0.5, got {validation}")
-    return validation
+def check_validation(validation: float) -> None:
+    if not (0 < validation <= 0.5 or (validation >= 1 and validation == int(validation))):
+        raise UserError(
+            f"validation must be a share above 0 and at most 0.5, or how many, from 1 on, got {validation:g}"
+        )
+
+
+def held_back(validation: float, n: int) -> int:
+    """How many of n prompts or pictures are for validation: at least one, and at most half of them where n > 1.
+
+    Args:
+        validation: a share, in (0, 0.5], that is taken as far as `ENOUGH`; or how many, from 1 on.
+    """
+    return max(1, min(ENOUGH, int(validation * n)) if validation < 1 else min(int(validation), n // 2))
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding
@@ -456,7 +472,7 @@ class _Jobs:
             if not len(members):
                 continue
             area = math.prod(self.frames.sizes[members[0] % len(self.samples)].tolist())
-            size = max(1, min(64, BATCH_PIXELS // area))
+            size = encoded_together(area)
             for start in range(0, len(members), size):
                 yield [self._job(int(place)) for place in members[start : start + size]]
 

@@ -27,7 +27,7 @@ class Pairs:
 
     Args:
         pairs: the folder.
-        validation: share of the prompts held back for the validation grid, in (0, 0.5]; at least one prompt is.
+        validation: share of the prompts held back for the validation grid, in (0, 0.5] and at most 128, or how many.
         soft_labels: where several people voted, P(chosen is better) is their share; otherwise the majority decides.
         ties: trains on ties too, with P = 1/2.
         weight_by_prompt: weighs each pair by one over the number of pairs with its prompt.

@@ -48,7 +48,7 @@ class PickAPic:
         columns: names of the dataset's columns, where they are others: `caption`; `image_0` and `image_1` with
             `label_0`, which is 1, 0 or 0.5, and where there are such `label_1` and `has_label`; or instead of all these
             `chosen` and `rejected`, where pairs are ready-made.
-        validation: share of the prompts held back for the validation grid, in (0, 0.5]; at least one prompt is.
+        validation: share of the prompts held back for the validation grid, in (0, 0.5] and at most 128, or how many.
         caption_dropout: share of visits that train on the empty prompt, in [0, 1].
         seed: of the order of the files, and of the split into training and validation.
 

@@ -28,30 +28,32 @@ class ReferenceErrors:
 
     Args:
         folder: of all that was computed under the same base, reference, seed, precision and weighting: a change of any
-            of these is another folder.
+            of these is another folder. None keeps the errors for this process alone.
         content_ids: of the pairs' pictures and prompts, (n,), int64, see `PreparedSamples`.
         draws: noises and timesteps per pair, at least 1.
         rank: which process this is; each writes a file of its own and reads those of all.
     """
 
-    def __init__(self, folder: Path, content_ids: np.ndarray, draws: int, rank: int = 0):
+    def __init__(self, folder: Path | None, content_ids: np.ndarray, draws: int, rank: int = 0):
         import torch
 
-        self.folder, self.content_ids, self.draws = folder, content_ids, draws
-        pairs = hashlib.sha256(np.ascontiguousarray(content_ids).tobytes()).hexdigest()[:12]
-        self.file = folder / f"{pairs}-{draws}-{rank}.npz"  # other pairs of the same reference keep theirs
+        self.content_ids, self.draws = content_ids, draws
         self.errors = torch.full((len(content_ids), draws, 2), torch.nan)
         self.known = torch.zeros((len(content_ids), draws), dtype=torch.bool)
         self.hits = self.asked = 0
         self._pending: list[tuple[list[int], list[int], PairErrors]] = []  # on the device until they are asked for
-        self._load()
+        self.file = None
+        if folder is not None:
+            pairs = hashlib.sha256(np.ascontiguousarray(content_ids).tobytes()).hexdigest()[:12]
+            self.file = folder / f"{pairs}-{draws}-{rank}.npz"  # other pairs of the same reference keep theirs
+            self._load(folder)
 
-    def _load(self) -> None:
+    def _load(self, folder: Path) -> None:
         import torch
 
         order = np.argsort(self.content_ids, kind="stable")
         sorted_ids = self.content_ids[order]
-        for file in sorted(self.folder.glob("*.npz")):
+        for file in sorted(folder.glob("*.npz")):
             try:
                 with np.load(file, allow_pickle=False) as kept:
                     ids, errors = kept["content_ids"], kept["errors"]
@@ -105,6 +107,8 @@ class ReferenceErrors:
 
     def save(self) -> None:
         """Writes what is known; a folder that cannot be written costs later runs the cache, not this one its result."""
+        if self.file is None:
+            return
         self._settle()
         some = self.known.any(dim=-1).numpy()
         try:
