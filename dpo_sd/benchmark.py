@@ -262,15 +262,15 @@ class Bench:
         for batch in batches:
             latents = torch.cat([batch.chosen, batch.rejected]).to(device)
             noise, timesteps = batch.noise.to(device).repeat(2, 1, 1, 1), batch.timesteps.to(device).repeat(2)
-            told = self.told(batch, device)
+            hidden, added = self.told(batch, device)
             _synchronise()
             start = time.perf_counter()
             adam.zero_grad()
             with self.autocast():
                 noisy = model.noise_scheduler.add_noise(latents, noise, timesteps)
                 with torch.no_grad(), reference(model):
-                    frozen = unet(noisy, timesteps, *told[:1], added_cond_kwargs=told[1]).sample
-                policy = unet(noisy, timesteps, *told[:1], added_cond_kwargs=told[1]).sample
+                    frozen = unet(noisy, timesteps, hidden, added_cond_kwargs=added).sample
+                policy = unet(noisy, timesteps, hidden, added_cond_kwargs=added).sample
             self.step(policy, frozen, noise, parameters, adam, schedule)
             seconds.append(time.perf_counter() - start)
         return seconds
@@ -284,7 +284,9 @@ class Bench:
         return [stack([visits[visit] for visit in update])[0] for update in order]
 
     def told(self, batch: Any, device: torch.device) -> tuple[Any, dict[str, Any] | None]:
-        """What the UNet is told beside the latents, for both pictures of each pair."""
+        """What the UNet is told beside the latents, for both pictures of each pair: hidden states of the prompts
+        (2·pairs, tokens, width), and for SDXL pooled ones and sizes.
+        """
         import torch
 
         hidden, pooled = batch.embeds
@@ -354,11 +356,11 @@ class _PublicWay:
                     for encoder in model.text_encoders:
                         encoder(tokens.to(device), output_hidden_states=True)
                 noise, timesteps = batch.noise.to(device).repeat(2, 1, 1, 1), batch.timesteps.to(device).repeat(2)
-                told = bench.told(batch, device)
+                hidden, added = bench.told(batch, device)
                 noisy = model.noise_scheduler.add_noise(latents, noise, timesteps)
-                policy = unet(noisy, timesteps, *told[:1], added_cond_kwargs=told[1]).sample
+                policy = unet(noisy, timesteps, hidden, added_cond_kwargs=added).sample
                 with torch.no_grad():
-                    frozen = self.second(noisy, timesteps, *told[:1], added_cond_kwargs=told[1]).sample
+                    frozen = self.second(noisy, timesteps, hidden, added_cond_kwargs=added).sample
             bench.step(policy, frozen, noise, parameters, adam, schedule)
             seconds.append(time.perf_counter() - start)
         return seconds

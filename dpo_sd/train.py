@@ -130,7 +130,7 @@ def main(cfg: DictConfig) -> float | None:
     if cfg.cache != "all" and hardware.half is not None:
         model.halve_text(hardware.half)
     encodes = needed_networks(model, cfg.cache)
-    kept = reference_cache(cfg, hardware, model, loss, data, trainer.global_rank, cache)
+    kept = reference_cache(cfg, hardware, model, loss, data, cache, trainer.global_rank, checkpoint is not None)
     module = DiffusionModule(model, loss, optimizer, cfg.trainer.max_steps, cfg.seed, encodes, kept)
     module.identity = {"settings": settings, "data": data.fingerprint, "model": model.fingerprint}
     datamodule = PairData(
@@ -171,7 +171,7 @@ def resumed(cfg: DictConfig, run: Path) -> str | None:
 
 
 def reference_cache(
-    cfg: DictConfig, hardware: Any, model: Any, loss: Any, data: Any, rank: int, cache: Cache
+    cfg: DictConfig, hardware: Any, model: Any, loss: Any, data: Any, cache: Cache, rank: int, resumed: bool
 ) -> ReferenceErrors | None:
     """Where the errors of the reference are kept, under all that they depend on but the pair and the draw."""
     if getattr(loss, "reference", "live") == "live":
@@ -192,7 +192,7 @@ def reference_cache(
         cache=[cache.keep, cache.half],
     )
     folder = cache.folder / "reference" / key
-    kept = ReferenceErrors(folder, data.train.contents, loss.draws_per_pair, rank)
+    kept = ReferenceErrors(folder, data.train.contents, loss.draws_per_pair, rank, resumed)
     others = sum(other != folder for other in folder.parent.glob("*"))
     unread = f"; {others} kept of another base, reference, seed, precision or framing: not read" if others else ""
     say(f"loss    {kept.filled:.0%} of the reference's errors are known from earlier runs{unread}")

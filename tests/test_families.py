@@ -248,7 +248,7 @@ def test_errors_are_kept_apart_by_whatever_decides_them(monkeypatch, tmp_path, c
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             cfg = compose("train", ["loss.reference=cached", "loss.draws_per_pair=2", *overrides])
         loss, hardware, cache = instantiate(cfg.loss), instantiate(cfg.hardware), Cache(tmp_path, cfg.cache)
-        kept = train.reference_cache(cfg, hardware, model, loss, data, 0, cache)
+        kept = train.reference_cache(cfg, hardware, model, loss, data, cache, 0, False)
         assert kept is not None and kept.file is not None
         return kept.file.parent
 

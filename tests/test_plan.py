@@ -71,7 +71,7 @@ def test_a_micro_batch_of_a_preset_divides_a_small_update_and_one_of_the_command
 @pytest.mark.parametrize(
     ("model", "preset"),
     [*itertools.product(("sd15", "sd21"), PRESETS.values()), ("sdxl", "1x8gb")]
-    + [pytest.param("sdxl", preset, marks=pytest.mark.slow) for preset in ("1x12gb", "1x24gb", "1x80gb")],
+    + [pytest.param("sdxl", preset, marks=pytest.mark.slow) for preset in ("1x12gb", "1x16gb", "1x24gb", "1x80gb")],
 )
 def test_every_preset_fits_its_card_and_its_comment_holds_the_planned_peak(config, model, preset):
     training = composed(config(f"model={model}", f"hardware={preset}"))

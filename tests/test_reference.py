@@ -60,6 +60,16 @@ def test_a_later_run_reads_them_to_the_bit_in_whatever_order_its_pairs_stand(tmp
     assert later.filled == pytest.approx(3 / 8)
 
 
+def test_processes_read_what_all_have_computed_and_go_on_from_their_own(tmp_path):
+    for rank, value in ((0, 1.0), (1, 2.0)):
+        each = ReferenceErrors(tmp_path, IDS, 1, rank)
+        each.put([rank], [0], errors(value))
+        each.save()
+    assert found(ReferenceErrors(tmp_path, IDS, 1, 0), [0, 1], [0, 0]) == [1.0, 2.0]
+    assert found(ReferenceErrors(tmp_path, IDS, 1, 0, resumed=True), [0, 1], [0, 0]) == [1.0, None]
+    assert found(ReferenceErrors(tmp_path, IDS, 1, 2, resumed=True), [0, 1], [0, 0]) == [1.0, 2.0]
+
+
 def test_pairs_that_stand_twice_are_found_at_both_places(tmp_path):
     kept = ReferenceErrors(tmp_path, IDS, 1)
     kept.put([1], [0], errors(1.0))

@@ -32,9 +32,11 @@ class ReferenceErrors:
         content_ids: of the pairs' pictures and prompts, (n,), int64, see `PreparedSamples`.
         draws: noises and timesteps per pair, at least 1.
         rank: which process this is; each writes a file of its own and reads those of all.
+        resumed: whether a run is continued, which then reads its own file alone, if there is one: what another process
+            has computed may be rounded otherwise than what this one would have.
     """
 
-    def __init__(self, folder: Path | None, content_ids: np.ndarray, draws: int, rank: int = 0):
+    def __init__(self, folder: Path | None, content_ids: np.ndarray, draws: int, rank: int = 0, resumed: bool = False):
         import torch
 
         self.content_ids, self.draws = content_ids, draws
@@ -46,14 +48,14 @@ class ReferenceErrors:
         if folder is not None:
             pairs = hashlib.sha256(np.ascontiguousarray(content_ids).tobytes()).hexdigest()[:12]
             self.file = folder / f"{pairs}-{draws}-{rank}.npz"  # other pairs of the same reference keep theirs
-            self._load(folder)
+            self._load([self.file] if resumed and self.file.exists() else sorted(folder.glob("*.npz")))
 
-    def _load(self, folder: Path) -> None:
+    def _load(self, files: list[Path]) -> None:
         import torch
 
         order = np.argsort(self.content_ids, kind="stable")
         sorted_ids = self.content_ids[order]
-        for file in sorted(folder.glob("*.npz")):
+        for file in files:
             try:
                 with np.load(file, allow_pickle=False) as kept:
                     ids, errors = kept["content_ids"], kept["errors"]
