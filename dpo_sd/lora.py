@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dpo_sd.errors import UserError
 from dpo_sd.loaders import adaptable, canonical
 from dpo_sd.lora_files import ATTENTION, LoRAFile, LoRAWeights, find_lora, read_lora
+from dpo_sd.models import WIDTHS
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
-_WIDTHS: dict[int, Family] = {128: "tiny", 768: "sd15", 1024: "sd21", 2048: "sdxl"}  # of the text in cross-attention
 
 
 class LoRA:
@@ -401,4 +401,4 @@ def _family(file: LoRAWeights) -> Family | None:
     if "text_encoder_2" in file.networks:
         return "sdxl"
     widths = {file.state[f"{name}.lora_A.weight"].shape[1] for name in file.modules if name.endswith("attn2.to_k")}
-    return _WIDTHS.get(widths.pop()) if widths else None
+    return WIDTHS.get(widths.pop()) if widths else None

@@ -38,7 +38,7 @@ REPOSITORIES: dict[Family, str] = {
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
 # of the text in cross-attention
-_WIDTHS: dict[int, Family] = {128: "tiny", 768: "sd15", 1024: "sd21", 2048: "sdxl"}
+WIDTHS: dict[int, Family] = {128: "tiny", 768: "sd15", 1024: "sd21", 2048: "sdxl"}
 # by whose width a single file is told: cross-attention of the first block that has any
 _CROSS_ATTENTION = re.compile(
     r"model\.diffusion_model\.input_blocks\.\d+\.1\.transformer_blocks\.0\.attn2\.to_k\.weight"
@@ -619,7 +619,7 @@ def _family(config: Any) -> Family | None:
     width = config.get("cross_attention_dim")
     if config.get("addition_embed_type") == "text_time":
         return "sdxl"
-    return _WIDTHS.get(width) if isinstance(width, int) else None
+    return WIDTHS.get(width) if isinstance(width, int) else None
 
 
 def _family_of_folder(folder: Path) -> Family | None:
@@ -650,7 +650,7 @@ def _family_of_file(file: Path) -> Family | None:
         raise UserError(f"{file} holds no Stable Diffusion 1, 2 or XL in Stability's layout: use such a checkpoint")
     if any(key.startswith("conditioner.embedders.1.") for key in shapes):
         return "sdxl"
-    return _WIDTHS.get(widths.pop())
+    return WIDTHS.get(widths.pop())
 
 
 @contextmanager
