@@ -61,7 +61,8 @@ class Hardware:
         if precision == "16-mixed" and accelerator == "cpu":
             raise UserError("precision 16-mixed needs a CUDA GPU: use 32-true or bf16-mixed on a CPU")
         if precision == "32-true" and weights != "float32":
-            raise UserError(f"weights {weights} need a mixed precision, got 32-true: use bf16-mixed or 16-mixed")
+            mixed = "hardware.precision=bf16-mixed" + ("" if accelerator == "cpu" else " or 16-mixed")
+            raise UserError(f"weights {weights} need a mixed precision, got 32-true: use {mixed}")
         if weights == "nf4" and accelerator == "cpu":
             raise UserError("weights nf4 need a CUDA GPU: use hardware.weights=int8 or float32 on a CPU")
         self.accelerator: Accelerator = accelerator

@@ -99,7 +99,7 @@ class LoRA:
         matched = _match(model.unet, self.target_modules)
         widest = max(max(module.weight.shape[:2]) for name, module in adaptable(model.unet).items() if name in matched)
         if self.rank > widest:
-            raise UserError(f"rank {self.rank} is above the width of every module ({widest}): nothing is gained by it")
+            raise UserError(f"rank {self.rank} is above the width of every module: use lora.rank={widest} at most")
         file = None if self.init_from is None else read_lora(self.init_from)
         if file is not None:
             check_base(model, file)

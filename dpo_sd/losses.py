@@ -95,7 +95,7 @@ class DiffusionDPOLoss:
         min_snr_gamma: cap on the signal-to-noise ratio for `min_snr_weights`, which the training step multiplies into
             the errors of policy and reference alike; positive, 5 in the paper; None trains on unweighted errors.
         reference: "live" asks the reference at every visit, "cached" once for each of a pair's draws.
-        draws_per_pair: noises and timesteps of a pair, taken in turns, at least 1; None makes every visit a new one.
+        draws_per_pair: noises and timesteps of a pair, taken in turns, in [1, 1000]; None makes every visit a new one.
 
     Raises:
         UserError: when a value is out of range, and when a cached reference would never be read.
@@ -118,9 +118,9 @@ class DiffusionDPOLoss:
         self.beta = beta
         self.label_smoothing = label_smoothing
         self.min_snr_gamma = _checked_gamma(min_snr_gamma)
-        if draws_per_pair is not None and draws_per_pair < 1:
+        if draws_per_pair is not None and not 1 <= draws_per_pair <= 1000:
             raise UserError(
-                f"draws_per_pair must be at least 1, or null for a new one at each visit, got {draws_per_pair}"
+                f"draws_per_pair must be between 1 and 1000, or null for a new one at each visit, got {draws_per_pair}"
             )
         if reference == "cached" and draws_per_pair is None:
             raise UserError("reference=cached needs draws that come again: add loss.draws_per_pair=4, for example")

@@ -341,12 +341,15 @@ class Training:
         return [phase for name in self._work for phase in self._tried(name)]
 
     @property
-    def _work(self) -> dict[str, Callable[[], Iterable[Phase]]]:
-        """What is to be tried, by names of its own."""
+    def _work(self) -> list[str]:
+        """What a run does, by the names of `_tried`."""
         before = {"all": ["pictures", "prompts"], "latents": ["pictures"], "off": []}[self.cache]
         step = ["step pictures"] if self.cache == "off" else []
         drawing = ["captions", "denoising", "decoding"] if self.draws else []  # the captions of what is drawn
-        tries = {
+        return [*before, *step, "update", "validation", *drawing]
+
+    def _tried(self, name: str) -> list[Phase]:
+        tries: dict[str, Callable[[], Iterable[Phase]]] = {
             "pictures": self._pictures,
             "prompts": self._prompts,
             "step pictures": self._step_pictures,
@@ -356,11 +359,8 @@ class Training:
             "denoising": self._denoising,
             "decoding": self._decoding,
         }
-        return {name: tries[name] for name in [*before, *step, "update", "validation", *drawing]}
-
-    def _tried(self, name: str) -> list[Phase]:
         if name not in self.known:
-            self.known[name] = list(self._work[name]())
+            self.known[name] = list(tries[name]())
         return self.known[name]
 
     @property
@@ -369,12 +369,15 @@ class Training:
         validation = self._tried("validation")
         both = validation[-1].flops / grid_batch(self.hardware.micro_batch)
         reference = both / 2 if self.loss.needs_pairs else 0.0
-        before = ("pictures", encoded_together(self.resolution**2))
-        name, n = ("step pictures", self.hardware.micro_batch) if self.cache == "off" else before
-        picture = self._tried(name)[0].flops / n
+        picture = self._tried("pictures")[0].flops / encoded_together(self.resolution**2)
         encoding = picture * (2 if self.loss.needs_pairs else 1)
-        text = next(iter(self._prompts())).flops / PROMPTS
+        text = self._tried("prompts")[0].flops / PROMPTS
         return Operations(update - reference, reference, both - reference, encoding, text)
+
+    @property
+    def drawing(self) -> float:
+        """Floating-point operations of a picture that is drawn, without its decoding."""
+        return self._tried("denoising")[0].flops / self.sampler.batch_size * self.sampler.steps
 
     @property
     def peak_of_update(self) -> int:
@@ -403,7 +406,7 @@ class Training:
         yield self._alone("encoding prompts", self.model.text_encoders, lambda: self.model.embed([""] * PROMPTS))
 
     def _step_pictures(self) -> Iterator[Phase]:
-        pictures = self._images(self.hardware.micro_batch)
+        pictures = self._images(min(self.hardware.micro_batch, encoded_together(self.resolution**2)))
         yield self._counted("update: pictures", self._stays, lambda: self.model.encode_pixels(pictures))
 
     def _images(self, n: int) -> Tensor:
@@ -424,7 +427,7 @@ class Training:
         module, size = self.module(self.model), grid_batch(self.hardware.micro_batch)
         batch = self.batch(self.model, size)
         if self.cache == "off":
-            pictures = self._images(size)
+            pictures = self._images(min(size, encoded_together(self.resolution**2)))
             yield self._counted("validation: pictures", self._stays, lambda: self.model.encode_pixels(pictures))
         yield self._counted("validation", self._stays, lambda: module.losses(batch), self.hardware.half)
 
@@ -466,6 +469,12 @@ class Training:
         """The phase that needs the most."""
         return max(self.phases, key=lambda phase: phase.needs)
 
+    @property
+    def overweight(self) -> bool:
+        """Whether the card cannot even hold what stays on it."""
+        stays = sum(tensor.untyped_storage().nbytes() for tensor in self._stays)
+        return self.limit is not None and stays + CONTEXT > self.limit
+
     def fits(self, limit: int | None = None, of: str = "") -> bool:
         """Whether every phase fits the card, and those whose names begin with `of` the limit as well.
 
@@ -482,7 +491,8 @@ class Training:
 
     def nearest(self, limit: int | None = None, of: str = "") -> Iterator[Training]:
         """The nearest settings that fit, the cheapest first: one that learns the same, whose base is stored smaller
-        only where nothing else does; one whose text encoders are left alone; and one with smaller pictures.
+        only where nothing else does; one whose text encoders are left alone; and without these one with smaller
+        pictures.
 
         Args:
             limit, of: as in `fits`.
@@ -491,9 +501,14 @@ class Training:
         kept = [base | {"cache": "all", "text_encoder": False} for base in bases if self.cache != "all"]
         smaller_pictures = [{"resolution": side} for side in (768, 512) if side < self.resolution]
         learns_the_same = [bases, kept] if self.lora.text_encoder else [kept + bases]
+        found = False
         for settings in (*learns_the_same, smaller_pictures):
-            fitting = (found for each in settings if (found := self._first_that_fits(limit, of, **each)) is not None)
-            yield from itertools.islice(fitting, 1)
+            if settings is smaller_pictures and found:
+                return
+            fitting = (other for each in settings if (other := self._first_that_fits(limit, of, **each)) is not None)
+            for nearest in itertools.islice(fitting, 1):
+                found = True
+                yield nearest
 
     def _smaller_weights(self) -> list[str]:
         order = ["float32", "bfloat16", "int8", "nf4"]
@@ -508,9 +523,11 @@ class Training:
         micro_batches = [n for n in range(self.hardware.micro_batch, 0, -1) if self.pairs % n == 0]
         for checkpointing in sorted({self.hardware.gradient_checkpointing, True}):
             least = self.using(gradient_checkpointing=checkpointing, micro_batch=1, **settings)
-            if not least.fits(limit, of):
-                least = least.using(batch_size=1)
-            if least.fits(limit, of):
+            if least.overweight:
+                return None
+            sizes = [self.sampler.batch_size >> k for k in range(self.sampler.batch_size.bit_length())]
+            drawing = (other for n in sizes if (other := least.using(batch_size=n)).fits(limit, of))
+            if (least := next(drawing, None)) is not None:
                 return next(found for n in micro_batches if (found := least.using(micro_batch=n)).fits(limit, of))
         return None
 

@@ -69,8 +69,19 @@ class AdamW:
         Raises:
             UserError: when there is such a thing.
         """
+        self.check_schedule(max_steps)
+
+    def check_schedule(self, max_steps: int) -> None:
+        """Refuse a warm-up that takes all updates.
+
+        Raises:
+            UserError: when it does.
+        """
         if self.warmup_steps >= max_steps:
-            raise UserError(f"warmup_steps must be below max_steps={max_steps}, got {self.warmup_steps}")
+            raise UserError(
+                f"optimizer.warmup_steps must be below trainer.max_steps={max_steps}, got {self.warmup_steps}: "
+                f"a tenth, {max_steps // 10}, is usual"
+            )
 
     def state_bytes(self, n: int) -> int:
         """Bytes of the state that belongs to a parameter of n numbers."""

@@ -38,6 +38,7 @@ class Amount(NamedTuple):
 
     Args:
         train, validation: samples; the most there can be where they are not fetched yet, None where nobody knows.
+        both: samples of the two together, which may be the same.
         texts: different prompts, the most there can be where they are not known.
         report: what there is to say, one line each.
         drawn: pictures that the model draws for the run; None where they are read.
@@ -46,6 +47,7 @@ class Amount(NamedTuple):
 
     train: int | None
     validation: int
+    both: int
     texts: int
     report: list[str]
     drawn: int | None = None
@@ -68,7 +70,7 @@ def main(cfg: DictConfig) -> None:
     try:
         mistake, amount = None, foreseen(cfg, training)
     except Exception as error:  # raised again below
-        mistake, amount = error, Amount(None, 0, 0, [])
+        mistake, amount = error, Amount(None, 0, 0, 0, [])
     for line in amount.report:
         print(f"data     {line}")
     if amount.train is not None:
@@ -90,7 +92,8 @@ def memory_lines(cfg: DictConfig, training: Training) -> Iterator[str]:
     hardware, kind = training.hardware, _kind(training)
     checkpointing = ", gradient checkpointing" if hardware.gradient_checkpointing else ""
     yield f"model    {training.family} at {training.resolution} pixels, {hardware.weights}, {hardware.precision}"
-    yield f"update   {_counted(cfg.pairs_per_update, kind)}, {hardware.micro_batch} at a time{checkpointing}"
+    compiled = ", planned as if it were not compiled" if hardware.compile else ""
+    yield f"update   {_counted(cfg.pairs_per_update, kind)}, {hardware.micro_batch} at a time{checkpointing}{compiled}"
     parts = {name: sum(tensor.untyped_storage().nbytes() for tensor in part) for name, part in training.state.items()}
     yield "stays    " + ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
     yield ""
@@ -124,10 +127,11 @@ def composed(cfg: DictConfig) -> Training:
     from dpo_sd.memory import Training
 
     parts = {group: instantiate(cfg[group]) for group in ("lora", "loss", "optimizer", "hardware", "sampler")}
+    parts["optimizer"].check_schedule(cfg.trainer.max_steps)
     return Training(
         family=cfg.model.name,
         **parts,
-        resolution=cfg.framing.resolution or on_meta(cfg.model.name).resolution,
+        resolution=instantiate(cfg.framing).resolution or on_meta(cfg.model.name).resolution,
         cache=cfg.cache,
         pairs=cfg.pairs_per_update // (cfg.trainer.devices * cfg.trainer.num_nodes),
         draws=not cfg.callbacks.keys().isdisjoint(("samples", "verdict")),
@@ -188,18 +192,20 @@ def foreseen(cfg: DictConfig, training: Training) -> Amount:
     if found is not None:
         prompts = sorted({*found.train.prompts, *found.validation.prompts})
         report = [*found.report, truncated(cfg, prompts)]
-        return Amount(len(found.train), len(found.validation), len(prompts), report, fetched=hasattr(source, "fetch"))
+        both = len(found.train) + (len(found.validation) if getattr(source, "validation", 1) else 0)
+        return Amount(len(found.train), len(found.validation), both, len(prompts), report)
     kind, unknown = _kind(training), ", so ties are not known yet" if source.has_pairs else ""
     if (drawn := getattr(source, "n_pairs", None) or getattr(source, "n_pictures", None)) is not None:
         report = [f"{_counted(drawn, kind)}: to be drawn{unknown}"]
         samples = drawn + source.n_validation
-        return Amount(drawn, source.n_validation, samples, report, drawn=2 * samples if source.has_pairs else 0)
+        pictures = 2 * samples if source.has_pairs else 0
+        return Amount(drawn, source.n_validation, samples, samples, report, drawn=pictures)
     limit = getattr(source, "max_pairs", None) or getattr(source, "max_images", None)
     if limit is None:
-        return Amount(None, 0, 0, [f"all there are: to be fetched{unknown}"])
+        return Amount(None, 0, 0, 0, [f"all there are: to be fetched{unknown}"])
     apart = held_back(source.validation, limit) if source.validation else 0
     report = [f"at most {_counted(limit, kind)}, {apart or 'none'} of them held back: to be fetched{unknown}"]
-    return Amount(limit - apart, apart, limit, report, fetched=True)
+    return Amount(limit - apart, apart, limit, limit, report, fetched=True)
 
 
 def truncated(cfg: DictConfig, texts: list[str]) -> str:
@@ -233,8 +239,8 @@ def kept(cfg: DictConfig, training: Training, amount: Amount) -> str:
     from dpo_sd.memory import POOLED, hidden_shape
 
     assert amount.train is not None
-    samples, model, half = amount.train + amount.validation, training.model, training.hardware.weights != "float32"
-    pictures = samples * (2 if training.loss.needs_pairs else 1)
+    model, half = training.model, training.hardware.weights != "float32"
+    pictures = amount.both * (2 if training.loss.needs_pairs else 1)
     area, parts = training.resolution**2, {}
     if amount.drawn is None:
         latents = pictures * (2 if cfg.framing.flip else 1) * 4 * area // model.factor**2
@@ -268,19 +274,25 @@ def time_lines(cfg: DictConfig, training: Training, amount: Amount) -> Iterator[
     grid, validations = amount.validation * GRID, 1 + math.ceil(steps / cfg.trainer.validate_every)
     devices = cfg.trainer.devices * cfg.trainer.num_nodes
     parts = {
-        "encoding": once * ((train or 0) + amount.validation),
+        "drawing": (amount.drawn or 0) * training.drawing,
+        "encoding": once * amount.both * (2 if cfg.framing.flip else 1),
         "updates": (visits * (operations.policy + each) + first * operations.reference) / devices,
         "validation": grid * (validations * (operations.forward + each) + operations.reference),
     }
     named = ", ".join(f"{name} {_flop(count)}" for name, count in parts.items() if count)
     on_each = " on each device" if devices > 1 else ""
     if training.hardware.accelerator == "cpu":
-        yield f"time     {named}{on_each}; rate=<pairs a second> of a run turns it into hours"
+        yield f"time     {named}{on_each}; samples and verdict not counted; rate=<pairs a second> turns it into hours"
         return
-    yield f"time     {named}{on_each}; at {REACHED:.0%} of a card's figure, not measured:"
-    for name, (memory, speed) in CARDS.items():
-        if memory * OWNED * GIB >= training.worst.needs:
-            yield f"           {name:<10} {_duration(sum(parts.values()) / (speed * 1e12 * REACHED))}"
+    yield f"time     {named}{on_each}; samples and verdict not counted"
+    cards = {name: speed for name, (memory, speed) in CARDS.items() if memory * OWNED * GIB >= training.worst.needs}
+    yield (
+        f"           at {REACHED:.0%} of a card's figure, not measured:"
+        if cards
+        else "           on no card that is listed"
+    )
+    for name, speed in cards.items():
+        yield f"           {name:<10} {_duration(sum(parts.values()) / (speed * 1e12 * REACHED))}"
 
 
 def _kind(training: Training) -> str:

@@ -149,7 +149,9 @@ def main(cfg: DictConfig) -> float | None:
     with continuable(run), explained(takes, partial(going_on, run)):
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     if kept is not None:
-        say(f"loss    {kept.hits} of {kept.asked} errors of the reference were read and not computed")
+        counts = torch.tensor([kept.hits, kept.asked], device=trainer.strategy.root_device)
+        hits, asked = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        say(f"loss    {hits} of {asked} errors of the reference were read and not computed")
     if hardware.compile:
         say(f"compile {compilation.graphs()} graphs for {compilation.blocks(model.unet)} blocks of the UNet")
     return conclude(trainer, record, run)

@@ -240,7 +240,7 @@ def test_a_mistake_is_one_message_before_anything_is_written(run, tmp_path, argu
         ),
         (
             ["loss.draws_per_pair=0"],
-            "loss: draws_per_pair must be at least 1, or null for a new one at each visit, got 0",
+            "loss: draws_per_pair must be between 1 and 1000, or null for a new one at each visit, got 0",
         ),
         (["cache_dir='${nowhere}'"], "cache_dir: Interpolation key 'nowhere' not found"),
     ],

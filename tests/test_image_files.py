@@ -520,7 +520,12 @@ def test_many_pairs_need_little_memory_and_no_time_at_the_second_start(model, tm
 
 @pytest.mark.parametrize(
     ("validation", "n", "apart"),
-    [(0.1, 50, 5), (0.1, 3, 1), (0.5, 2, 1), (0.1, 10_000, 128), (1, 50, 1), (500, 10_000, 500), (500, 20, 10)],
+    [(0.1, 50, 5), (0.1, 3, 1), (0.5, 2, 1), (0.1, 10_000, 128), (1, 50, 1), (500, 10_000, 500), (10, 20, 10)],
 )
-def test_a_share_is_held_back_as_far_as_it_is_of_use_and_a_number_up_to_half(validation, n, apart):
+def test_a_share_is_held_back_as_far_as_it_is_of_use_and_a_number_to_the_letter(validation, n, apart):
     assert held_back(validation, n) == apart
+
+
+def test_more_than_half_is_not_held_back():
+    with pytest.raises(UserError, match="validation=11 holds back more than half of 20: use at most 10, or a share"):
+        held_back(11, 20)

@@ -252,10 +252,10 @@ def test_min_snr_gamma_out_of_range_is_refused(loss: type[SFTLoss] | type[Diffus
         loss(min_snr_gamma=gamma)
 
 
-@pytest.mark.parametrize("draws", [0, -1])
+@pytest.mark.parametrize("draws", [0, -1, 1001])
 @pytest.mark.parametrize("reference", ["live", "cached"])
 def test_draws_per_pair_out_of_range_are_refused(draws: int, reference: Literal["live", "cached"]):
-    with pytest.raises(UserError, match=f"draws_per_pair must be at least 1, or null .*, got {draws}"):
+    with pytest.raises(UserError, match=f"draws_per_pair must be between 1 and 1000, or null .*, got {draws}"):
         DiffusionDPOLoss(reference=reference, draws_per_pair=draws)
 
 

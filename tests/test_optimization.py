@@ -89,7 +89,7 @@ def test_values_out_of_range_are_refused_by_name(values, message):
 
 
 def test_a_warm_up_longer_than_the_run_is_refused():
-    with pytest.raises(UserError, match="warmup_steps must be below max_steps=10, got 10"):
+    with pytest.raises(UserError, match=r"warmup_steps must be below trainer\.max_steps=10, got 10"):
         AdamW(warmup_steps=10).build(parameters("unet"), max_steps=10)
 
 
@@ -102,5 +102,5 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it_and_needed
     assert optimizer.state_bytes(10_000) > 0
     with pytest.raises(UserError, match=rf"needs {package}.*pip install -e '.\[gpu\]'"):
         optimizer.check(1)
-    with pytest.raises(UserError, match="warmup_steps must be below max_steps=10, got 10"):
+    with pytest.raises(UserError, match=r"warmup_steps must be below trainer\.max_steps=10, got 10"):
         kind(warmup_steps=10).check(10)

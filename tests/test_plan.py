@@ -12,6 +12,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from PIL import Image
 
 from dpo_sd.config import check_composition
 from dpo_sd.hardware import PRESETS, accumulation
@@ -151,6 +152,31 @@ def test_data_that_cannot_be_used_ends_a_plan_that_has_said_all_else_as_a_mistak
     ended = plan("experiment=style_dpo", "data.pairs=nowhere", "rate=16")
     assert ended.code == 1 and re.fullmatch(r"error: data: no folder nowhere.*\n", ended.err)
     assert "update: backward" in ended.out and "pairs at 16 a second" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["framing.resolution=8"], "resolution must be at least 64 pixels, got 8"),
+        (["optimizer.warmup_steps=9999"], "optimizer.warmup_steps must be below trainer.max_steps=300, got 9999"),
+        (["data.max_pairs=20", "data.validation=11"], "validation=11 holds back more than half of 20: use at most 10"),
+    ],
+)
+def test_what_a_training_would_refuse_is_not_planned(plan, settings, says):
+    ended = plan("model=sd15", "data=pickapic", *settings)
+    assert ended.code == 1 and says in ended.err and "Traceback" not in ended.err
+
+
+def test_both_mirror_images_are_encoded_and_pictures_that_serve_twice_once(plan, tmp_path):
+    def encoding(*settings: str) -> float:
+        out = plan("data=captions", "loss=sft", f"data.path={tmp_path}", *settings).out
+        return float(re.findall(r"encoding ([\d.]+) GFLOP", out)[0])
+
+    for n in range(6):
+        Image.new("RGB", (64, 64), (n, 0, 0)).save(tmp_path / f"{n}.png")
+        (tmp_path / f"{n}.txt").write_text("a caption")
+    assert encoding("data.validation=0") == encoding("data.validation=1")
+    assert encoding("framing.flip=true") == pytest.approx(2 * encoding(), rel=0.01)
 
 
 def test_one_is_no_plural(plan):

@@ -107,7 +107,7 @@ def test_putting_and_asking_for_what_is_unknown_does_not_wait_for_the_device(tmp
     assert fetched
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage" * 50, None, "other columns"])
+@pytest.mark.parametrize("content", [b"", b"garbage" * 50, None, "other columns", "text", "another zip", "no zip"])
 def test_a_damaged_file_is_said_and_its_errors_are_computed_anew(tmp_path, caplog, content):
     kept = ReferenceErrors(tmp_path, IDS, 1)
     kept.put([0], [0], errors(1.0))
@@ -116,6 +116,15 @@ def test_a_damaged_file_is_said_and_its_errors_are_computed_anew(tmp_path, caplo
     whole = kept.file.read_bytes()
     if content == "other columns":
         np.savez(kept.file, content_ids=IDS, errors=np.zeros((2, 1, 2), np.float32))
+    elif content == "text":
+        np.savez(kept.file, content_ids=IDS, errors=np.full((3, 1, 2), "1"))
+    elif content == "another zip":  # which asks for a version of the format that nobody has
+        kept.file.write_bytes(
+            whole[: whole.rfind(b"PK\x01\x02") + 6] + b"\xd2" + whole[whole.rfind(b"PK\x01\x02") + 7 :]
+        )
+    elif content == "no zip":
+        with kept.file.open("wb") as file:
+            np.save(file, IDS)
     else:
         kept.file.write_bytes(whole[: len(whole) // 2] if content is None else content)  # type: ignore[arg-type]
     with caplog.at_level(logging.WARNING):

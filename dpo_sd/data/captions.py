@@ -73,7 +73,7 @@ class Captions:
         revision: str | None = None,
         seed: int = 0,
     ):
-        if validation != 0:
+        if validation != 0:  # which holds back none
             check_validation(validation)
         if max_images is not None and max_images < 1:
             raise UserError(f"max_images must be at least 1, or null for all, got {max_images}")

@@ -220,7 +220,7 @@ def split(samples: Samples, validation: float, seed: int, report: list[str], wha
         validation: as in `held_back`, of the prompts.
 
     Raises:
-        UserError: when there are not two prompts.
+        UserError: when there are not two prompts, and as `held_back`.
     """
     prompts = sorted(set(samples.prompts))
     if len(prompts) < 2:
@@ -253,12 +253,19 @@ def check_validation(validation: float) -> None:
 
 
 def held_back(validation: float, n: int) -> int:
-    """How many of n prompts or pictures are for validation: at least one, and at most half of them where n > 1.
+    """How many of n prompts or pictures are for validation, at least one.
 
     Args:
-        validation: a share, in (0, 0.5], that is taken as far as `ENOUGH`; or how many, from 1 on.
+        validation: a share, in (0, 0.5], that is taken as far as `ENOUGH`; or how many, from 1 to half of them.
+
+    Raises:
+        UserError: when it is more than half of them.
     """
-    return max(1, min(ENOUGH, int(validation * n)) if validation < 1 else min(int(validation), n // 2))
+    if validation < 1:
+        return max(1, min(ENOUGH, int(validation * n)))
+    if validation > n // 2:
+        raise UserError(f"validation={validation:g} holds back more than half of {n}: use at most {n // 2}, or a share")
+    return int(validation)
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding

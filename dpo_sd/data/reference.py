@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -59,10 +58,11 @@ class ReferenceErrors:
             try:
                 with np.load(file, allow_pickle=False) as kept:
                     ids, errors = kept["content_ids"], kept["errors"]
-                if ids.shape != errors.shape[:1] or errors.shape[2:] != (2,):
+                if ids.shape != errors.shape[:1] or errors.shape[2:] != (2,) or errors.dtype != np.float32:
                     raise ValueError("its columns do not belong together")
-            except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-                log.warning("%s cannot be read (%s): its errors are computed anew", file, error)
+            except Exception as error:  # zipfile, zlib and numpy say of damage whatever they like
+                why = error.strerror if isinstance(error, OSError) and error.strerror else "it is damaged"
+                log.warning("%s cannot be read (%s): its errors are computed anew", file, why)
                 continue
             by_id = np.argsort(ids, kind="stable")
             places = np.searchsorted(ids[by_id], sorted_ids).clip(max=max(len(ids) - 1, 0))
