@@ -216,7 +216,7 @@ def test_without_checkpoints_the_lora_is_written_all_the_same(train, tmp_path):
 
 def test_a_warm_up_that_takes_all_updates_is_refused_before_anything_is_drawn(train, tmp_path):
     ended = train(tmp_path / "run", "optimizer.warmup_steps=6")
-    assert ended.code == 1 and "warmup_steps must be below max_steps=6, got 6" in ended.err
+    assert ended.code == 1 and "warmup_steps must be below trainer.max_steps=6, got 6" in ended.err
     assert not (tmp_path / "run").exists()
 
 
