@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -52,8 +52,6 @@ CASES = {
     "cpu": [Case("tiny", 64, 16, 8, 6), Case("sd15", 256, 4, 1, 3)],
     "cuda": [Case("sd15", 512, 4, 5, 5), Case("sdxl", 1024, 1, 5, 5)],
 }
-
-
 CLAIMS = ("step_over_bare_loop", "speedup_over_public", "speedup_cached_reference")
 
 
@@ -199,7 +197,7 @@ class Bench:
         from dpo_sd.data.reference import ReferenceErrors
         from dpo_sd.losses import PairErrors
 
-        kept = ReferenceErrors(Path(self._folder.name), self.samples.contents, draws=1)
+        kept = ReferenceErrors(None, self.samples.contents, draws=1)
         n = len(self.samples)
         kept.put(list(range(n)), [0] * n, PairErrors(torch.ones(n), torch.ones(n)))
         return kept
@@ -224,7 +222,6 @@ class Bench:
                 self.ends.append(time.perf_counter())
 
         clock, run, seed = Clock(), Path(self._folder.name), self.cfg.seed
-        (run / "metrics.csv").unlink(missing_ok=True)
         trainer = make_trainer(self.cfg, self.hardware, run, 1, [Metrics(log_every=1, validate_every=0), clock])
         module = DiffusionModule(
             self.model, self.loss, self.optimizer, self.case.updates, seed, reference_cache=reference
@@ -319,7 +316,8 @@ class _PublicWay:
     """The same algorithm as public scripts run it: VAE and text encoders in every step, a second UNet as reference."""
 
     def __init__(self, bench: Bench):
-        self.bench, self.second = bench, cast("Any", copy.deepcopy(bench.model.unet))
+        self.bench = bench
+        self.second: Any = copy.deepcopy(bench.model.unet)
         self.second.requires_grad_(False)
         self.second.disable_adapters()
         if bench.hardware.half is not None:
@@ -372,17 +370,16 @@ def random_samples(model: StableDiffusion, case: Case) -> tuple[list[torch.Tenso
     import torch
 
     from dpo_sd.data.batches import Latents, PreparedSamples, Prompts
+    from dpo_sd.memory import POOLED, hidden_shape
 
     n, side, latent = max(case.pairs, 4), case.resolution, case.resolution // model.factor
     pixels = [torch.rand(case.pairs, 3, side, side) * 2 - 1 for _ in range(2)]
-    width, tokens = model.unet.config["cross_attention_dim"], model.text_encoders[0].config.max_position_embeddings
-    projected: Any = model.text_encoders[-1].config.projection_dim
-    pooled = torch.randn(2, projected) if model.is_xl else None
+    pooled = torch.randn(2, POOLED) if model.is_xl else None
     time_ids = np.tile(np.array([side, side, 0, 0, side, side], np.int32), (n, 1))
     return pixels, PreparedSamples(
         chosen=Latents(torch.randn(n, 4, latent, latent), time_ids),
         rejected=Latents(torch.randn(n, 4, latent, latent), time_ids),
-        prompts=Prompts(["a prompt"], np.zeros(n, int), torch.randn(2, tokens, width), pooled),
+        prompts=Prompts(["a prompt"], np.zeros(n, int), torch.randn(2, *hidden_shape(model)), pooled),
         label=np.ones(n, np.float32),
         weight=np.ones(n, np.float32),
         sample_ids=np.arange(n),

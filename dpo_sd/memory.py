@@ -24,12 +24,20 @@ from torch.utils.flop_counter import flop_registry
 from dpo_sd import quantization
 from dpo_sd.data.batches import PairBatch
 from dpo_sd.data.datamodule import grid_batch
-from dpo_sd.data.image_files import encoded_together
 from dpo_sd.errors import UserError
 from dpo_sd.hardware import Hardware
 from dpo_sd.lora import LoRA, policy_parameters
 from dpo_sd.losses import DiffusionDPOLoss, SFTLoss
-from dpo_sd.models import DECODED_PIXELS, PROMPTS, Family, Fingerprints, StableDiffusion, TextEmbeds, skeleton
+from dpo_sd.models import (
+    DECODED_PIXELS,
+    PROMPTS,
+    Family,
+    Fingerprints,
+    StableDiffusion,
+    TextEmbeds,
+    encoded_together,
+    skeleton,
+)
 from dpo_sd.module import DiffusionModule, needed_networks
 from dpo_sd.optimization import AdamW
 from dpo_sd.sampling import Sampler
@@ -365,9 +373,9 @@ class Training:
 
     @property
     def operations(self) -> Operations:
+        """What the passes of the phases do, for each pair."""
         update = sum(phase.flops for phase in self._tried("update")) / self.hardware.micro_batch
-        validation = self._tried("validation")
-        both = validation[-1].flops / grid_batch(self.hardware.micro_batch)
+        both = self._tried("validation")[-1].flops / grid_batch(self.hardware.micro_batch)
         reference = both / 2 if self.loss.needs_pairs else 0.0
         picture = self._tried("pictures")[0].flops / encoded_together(self.resolution**2)
         encoding = picture * (2 if self.loss.needs_pairs else 1)
@@ -406,7 +414,7 @@ class Training:
         yield self._alone("encoding prompts", self.model.text_encoders, lambda: self.model.embed([""] * PROMPTS))
 
     def _step_pictures(self) -> Iterator[Phase]:
-        pictures = self._images(min(self.hardware.micro_batch, encoded_together(self.resolution**2)))
+        pictures = self._images(self.hardware.micro_batch)
         yield self._counted("update: pictures", self._stays, lambda: self.model.encode_pixels(pictures))
 
     def _images(self, n: int) -> Tensor:
@@ -427,7 +435,7 @@ class Training:
         module, size = self.module(self.model), grid_batch(self.hardware.micro_batch)
         batch = self.batch(self.model, size)
         if self.cache == "off":
-            pictures = self._images(min(size, encoded_together(self.resolution**2)))
+            pictures = self._images(size)
             yield self._counted("validation: pictures", self._stays, lambda: self.model.encode_pixels(pictures))
         yield self._counted("validation", self._stays, lambda: module.losses(batch), self.hardware.half)
 
@@ -501,14 +509,18 @@ class Training:
         kept = [base | {"cache": "all", "text_encoder": False} for base in bases if self.cache != "all"]
         smaller_pictures = [{"resolution": side} for side in (768, 512) if side < self.resolution]
         learns_the_same = [bases, kept] if self.lora.text_encoder else [kept + bases]
+
+        def first(settings: list[dict[str, Any]]) -> Training | None:
+            tried = (self._first_that_fits(limit, of, **each) for each in settings)
+            return next((other for other in tried if other is not None), None)
+
         found = False
-        for settings in (*learns_the_same, smaller_pictures):
-            if settings is smaller_pictures and found:
-                return
-            fitting = (other for each in settings if (other := self._first_that_fits(limit, of, **each)) is not None)
-            for nearest in itertools.islice(fitting, 1):
+        for settings in learns_the_same:
+            if (other := first(settings)) is not None:
                 found = True
-                yield nearest
+                yield other
+        if not found and (other := first(smaller_pictures)) is not None:
+            yield other
 
     def _smaller_weights(self) -> list[str]:
         order = ["float32", "bfloat16", "int8", "nf4"]

@@ -30,6 +30,7 @@ Weights = Literal["float32", "bfloat16", "float16", "int8", "nf4"]
 TINY = Path(__file__).parent / "assets" / "tiny-sd"
 SHAPES = Path(__file__).parent / "assets" / "families"  # settings of the networks, without weights or vocabulary
 DECODED_PIXELS = 512 * 512  # that the VAE decodes together: its fp32 activations are the largest of all
+ENCODED_PIXELS = 8 * 512 * 512  # that it encodes together
 PROMPTS = 16  # that the text encoders read together
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 REPOSITORIES: dict[Family, str] = {
@@ -46,6 +47,11 @@ _CROSS_ATTENTION = re.compile(
 _WEIGHTS = re.compile(  # their files in a diffusers folder, and the variant
     r"(?:diffusion_pytorch_|pytorch_)?model(?:-\d+-of-\d+)?(?:\.(\w+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
 )
+
+
+def encoded_together(area: int) -> int:
+    """Pictures of so many pixels that the VAE encodes at a time."""
+    return max(1, min(64, ENCODED_PIXELS // area))
 
 
 class Fingerprints(NamedTuple):
@@ -145,10 +151,16 @@ class StableDiffusion:
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Latents (n, 4, h/8, w/8) of pixels (n, 3, h, w) in [-1, 1], in the VAE's precision, scaled.
 
-        The mean of the posterior, not a sample of it, so that a picture has one latent that can be kept.
+        The mean of the posterior, not a sample of it, so that a picture has one latent that can be kept. As many at a
+        time as `encoded_together` says.
         """
-        posterior: Any = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype))
-        return posterior.latent_dist.mean * self.vae.config["scaling_factor"]
+        import torch
+
+        latents = []
+        for batch in pixels.split(encoded_together(pixels.shape[-2] * pixels.shape[-1])):
+            posterior: Any = self.vae.encode(batch.to(self.vae.device, self.vae.dtype))
+            latents.append(posterior.latent_dist.mean * self.vae.config["scaling_factor"])
+        return torch.cat(latents)
 
     def decode_latents(self, latents: Tensor) -> list[Image.Image]:
         """Pictures of scaled latents (n, 4, h, w), as many at a time as `DECODED_PIXELS` allow, one at least."""

@@ -10,7 +10,6 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
 from dpo_sd.data.batches import PairBatch
-from dpo_sd.data.image_files import encoded_together
 from dpo_sd.data.reference import ReferenceErrors
 from dpo_sd.data.source import encode_bytes
 from dpo_sd.lora import adapter_names, adapter_state, load_adapter_state, policy_parameters, reference, trains_text
@@ -112,12 +111,11 @@ class DiffusionModule(L.LightningModule):
         return self.model.embed(batch.prompts) if batch.embeds is None else batch.embeds
 
     def latents(self, pictures: Tensor) -> Tensor:
-        """The pictures as latents; pixels are encoded, as many at a time as before a training."""
+        """The pictures as latents; pixels are encoded."""
         if pictures.is_floating_point():
             return pictures
-        parts = pictures.split(encoded_together(pictures.shape[-2] * pictures.shape[-1]))
         with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):
-            return torch.cat([encode_bytes(self.model, part) for part in parts]).float()
+            return encode_bytes(self.model, pictures).float()
 
     def losses(self, batch: PairBatch, kept: ReferenceErrors | None = None) -> dict[str, Tensor]:
         """Loss and what is watched beside it, each (pairs,); only `loss` carries gradients.

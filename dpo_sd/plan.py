@@ -239,19 +239,19 @@ def kept(cfg: DictConfig, training: Training, amount: Amount) -> str:
     from dpo_sd.memory import POOLED, hidden_shape
 
     assert amount.train is not None
-    model, half = training.model, training.hardware.weights != "float32"
+    model, size = training.model, 4 if training.hardware.weights == "float32" else 2
     pictures = amount.both * (2 if training.loss.needs_pairs else 1)
     area, parts = training.resolution**2, {}
     if amount.drawn is None:
         latents = pictures * (2 if cfg.framing.flip else 1) * 4 * area // model.factor**2
         numbers = math.prod(hidden_shape(model)) + (POOLED if model.is_xl else 0)
-        parts["latents"] = latents * (2 if half else 4) if cfg.cache != "off" else 0
-        parts["prompts"] = (amount.texts + 1) * numbers * (2 if half else 4) if cfg.cache == "all" else 0
+        parts["latents"] = latents * size if cfg.cache != "off" else 0
+        parts["prompts"] = (amount.texts + 1) * numbers * size if cfg.cache == "all" else 0
     else:
         parts["drawn pictures"] = amount.drawn * 3 * area
     if cfg.loss.get("reference") == "cached":
         parts["the reference's errors"] = amount.train * 8 * cfg.loss.draws_per_pair
-    named = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
+    named = ", ".join(f"{name} {_size(part)}" for name, part in parts.items() if part)
     fetched = "; the pictures that are fetched not counted" if amount.fetched else ""
     return f"{named or 'nothing'} under {cfg.cache_dir}{fetched}"
 
@@ -280,11 +280,11 @@ def time_lines(cfg: DictConfig, training: Training, amount: Amount) -> Iterator[
         "validation": grid * (validations * (operations.forward + each) + operations.reference),
     }
     named = ", ".join(f"{name} {_flop(count)}" for name, count in parts.items() if count)
-    on_each = " on each device" if devices > 1 else ""
+    counted = f"time     {named}{' on each device' if devices > 1 else ''}; samples and verdict not counted"
     if training.hardware.accelerator == "cpu":
-        yield f"time     {named}{on_each}; samples and verdict not counted; rate=<pairs a second> turns it into hours"
+        yield f"{counted}; rate=<pairs a second> turns it into hours"
         return
-    yield f"time     {named}{on_each}; samples and verdict not counted"
+    yield counted
     cards = {name: speed for name, (memory, speed) in CARDS.items() if memory * OWNED * GIB >= training.worst.needs}
     yield (
         f"           at {REACHED:.0%} of a card's figure, not measured:"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import lightning as L
 
     from dpo_sd.data.reference import ReferenceErrors
+    from dpo_sd.models import StableDiffusion
 
 log = logging.getLogger(__name__)
 
@@ -75,17 +76,7 @@ def main(cfg: DictConfig) -> float | None:
     trainer = make_trainer(cfg, hardware, run, accumulation, [metrics, *watchers, record])
 
     say(f"run     {run}")
-    if hardware.accelerator == "cuda":
-        torch.cuda.set_device(hardware.device)  # which nf4 is quantised on
-    model = base.load(hardware.weights)
-    model.device = hardware.device
-    if hardware.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
-    if hardware.compile:
-        compilation.compile_blocks(model.unet)
-    for note in base.notes:
-        say(f"model   {note}")
-    say(f"lora    {lora.attach(model, cfg.seed)}")
+    model = loaded(base, hardware, lora, cfg.seed)
     if checkpoint is not None:
         check_same(checkpoint, "model", model.fingerprint)
     elif trainer.is_global_zero:
@@ -170,6 +161,26 @@ def resumed(cfg: DictConfig, run: Path) -> str | None:
     if cluster.first_process():
         raise UserError(f"{run} holds a run already: continue it with resume={run}, or choose another hydra.run.dir")
     return None
+
+
+def loaded(base: Any, hardware: Any, lora: Any, seed: int) -> StableDiffusion:
+    """The model as the hardware is to have it, with its adapters."""
+    import torch
+
+    from dpo_sd import compilation
+
+    if hardware.accelerator == "cuda":
+        torch.cuda.set_device(hardware.device)  # which nf4 is quantised on
+    model = base.load(hardware.weights)
+    model.device = hardware.device
+    if hardware.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    if hardware.compile:
+        compilation.compile_blocks(model.unet)
+    for note in base.notes:
+        say(f"model   {note}")
+    say(f"lora    {lora.attach(model, seed)}")
+    return model
 
 
 def reference_cache(

@@ -19,6 +19,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from dpo_sd import images
+from dpo_sd import models as models_module
 from dpo_sd.data import image_files
 from dpo_sd.data import store as store_module
 from dpo_sd.data.batches import Visits
@@ -307,7 +308,7 @@ def test_random_crops_and_flips_are_the_same_in_both_pictures_of_a_pair(model, t
 @pytest.fixture
 def shards_of_two(monkeypatch) -> None:
     monkeypatch.setattr(store_module, "SHARD", 2)
-    monkeypatch.setattr(image_files, "BATCH_PIXELS", 64 * 64)
+    monkeypatch.setattr(models_module, "ENCODED_PIXELS", 64 * 64)
 
 
 def test_a_killed_encoding_goes_on_where_it_was(model, tmp_path, encoded, shards_of_two, monkeypatch):

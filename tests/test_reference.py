@@ -119,9 +119,8 @@ def test_a_damaged_file_is_said_and_its_errors_are_computed_anew(tmp_path, caplo
     elif content == "text":
         np.savez(kept.file, content_ids=IDS, errors=np.full((3, 1, 2), "1"))
     elif content == "another zip":  # which asks for a version of the format that nobody has
-        kept.file.write_bytes(
-            whole[: whole.rfind(b"PK\x01\x02") + 6] + b"\xd2" + whole[whole.rfind(b"PK\x01\x02") + 7 :]
-        )
+        place = whole.rfind(b"PK\x01\x02") + 6
+        kept.file.write_bytes(whole[:place] + b"\xd2" + whole[place + 1 :])
     elif content == "no zip":
         with kept.file.open("wb") as file:
             np.save(file, IDS)

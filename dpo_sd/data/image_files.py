@@ -22,6 +22,7 @@ from dpo_sd.data.source import Cache, PreparedData, encode_bytes, encode_texts, 
 from dpo_sd.data.store import KEY
 from dpo_sd.errors import UserError
 from dpo_sd.images import facts, load_image
+from dpo_sd.models import encoded_together
 from dpo_sd.noise import order, sample_id
 from dpo_sd.remembered import remembered
 
@@ -33,14 +34,8 @@ if TYPE_CHECKING:
     from dpo_sd.models import StableDiffusion
 
 THINNEST = 16  # longer side over shorter side; beyond, a scaled picture would fill the memory
-BATCH_PIXELS = 8 * 512 * 512  # that the VAE encodes together
 ENOUGH = 128  # prompts for a validation grid; more would cost more than the training where pairs are many
 READERS = 8  # threads that decode pictures while the VAE works, at most one for each core
-
-
-def encoded_together(area: int) -> int:
-    """Pictures of so many pixels that the VAE encodes at a time, before the training."""
-    return max(1, min(64, BATCH_PIXELS // area))
 
 
 @dataclass(frozen=True)
@@ -245,11 +240,14 @@ def by_prompt(prompts: Sequence[str]) -> np.ndarray:
     return np.array([1 / counts[prompt] for prompt in prompts], np.float32)
 
 
-def check_validation(validation: float) -> None:
+def check_validation(validation: float, most: int | None = None) -> None:
+    """Refuse what is neither a share nor a number, and more than half of what there is at most, if that is known."""
     if not (0 < validation <= 0.5 or (validation >= 1 and validation == int(validation))):
         raise UserError(
             f"validation must be a share above 0 and at most 0.5, or how many, from 1 on, got {validation:g}"
         )
+    if most is not None:
+        held_back(validation, most)
 
 
 def held_back(validation: float, n: int) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dpo_sd.data.extract import Dataset, Extract, Tally, picture_bytes
-from dpo_sd.data.image_files import Found, by_prompt, check_validation, find, held_back, prepare, split
+from dpo_sd.data.image_files import Found, by_prompt, check_validation, find, prepare, split
 from dpo_sd.data.source import Cache, Judge, PreparedData, checked_dropout
 from dpo_sd.errors import UserError
 
@@ -71,11 +71,9 @@ class PickAPic:
         caption_dropout: float = 0.0,
         seed: int = 0,
     ):
-        check_validation(validation)
         if max_pairs is not None and max_pairs < 2:
             raise UserError(f"max_pairs must be at least 2, or null for all, got {max_pairs}")
-        if max_pairs is not None:
-            held_back(validation, max_pairs)
+        check_validation(validation, max_pairs)
         self.max_pairs, self.ties, self.weight_by_prompt = max_pairs, ties, weight_by_prompt
         self.validation, self.seed = validation, seed
         self.caption_dropout = checked_dropout(caption_dropout)
