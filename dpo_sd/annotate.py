@@ -7,7 +7,7 @@ from pathlib import Path
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from dpo_sd.config import entry_point
+from dpo_sd.composition.application import entry_point
 
 
 @entry_point("annotate")
@@ -15,8 +15,8 @@ def main(cfg: DictConfig) -> None:
     """Annotates the folder `pairs`, or merges other logs into its own, or exports what is decided."""
     folder = Path(cfg.pairs).expanduser()
     if cfg.merge or cfg.export is not None:
-        from dpo_sd.pickapic import export_pickapic
-        from dpo_sd.preferences import merge
+        from dpo_sd.preferences.log import merge
+        from dpo_sd.preferences.parquet import export_pickapic
 
         if cfg.merge:
             print(f"{folder}: {merge(folder, [Path(log).expanduser() for log in cfg.merge])} new events")

@@ -17,14 +17,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from dpo_sd.config import entry_point
+from dpo_sd.composition.application import entry_point
 from dpo_sd.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
     from dpo_sd.data.batches import PreparedSamples
-    from dpo_sd.models import Family, StableDiffusion
+    from dpo_sd.models.families import Family
+    from dpo_sd.models.stable_diffusion import StableDiffusion
 
 
 class Case(NamedTuple):
@@ -62,8 +63,8 @@ def main(cfg: DictConfig) -> None:
     A card that the hardware names is a hard cap on what the process may take of a larger one.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler of `measured` talks otherwise
-    from dpo_sd.callbacks.run_record import device_name, versions
-    from dpo_sd.files import write_json
+    from dpo_sd.files.atomic import write_json
+    from dpo_sd.training.provenance import device_name, versions
 
     hardware = instantiate(cfg.hardware)
     hardware.check(preset=HydraConfig.get().runtime.choices.get("hardware"))
@@ -110,16 +111,16 @@ class Bench:
     def __init__(self, case: Case, cfg: DictConfig):
         import torch
 
-        from dpo_sd.compilation import compile_blocks
-        from dpo_sd.memory import Training
-        from dpo_sd.sampling import Sampler
+        from dpo_sd.forecast.workload import Workload
+        from dpo_sd.models.compilation import compile_blocks
+        from dpo_sd.models.sampling import Sampler
 
         self.case = case
         self.cfg = adapted(cfg, case)
         parts = (instantiate(self.cfg[group]) for group in ("hardware", "lora", "loss", "optimizer"))
         self.hardware, lora, self.loss, self.optimizer = parts
         self.hardware.micro_batch = case.pairs
-        self.training = Training(
+        self.training = Workload(
             case.family,
             lora,
             self.loss,
@@ -145,7 +146,7 @@ class Bench:
         """
         import torch
 
-        from dpo_sd.compilation import eager
+        from dpo_sd.models.compilation import eager
 
         public = _PublicWay(self)
 
@@ -185,7 +186,8 @@ class Bench:
 
     def memory(self) -> dict[str, float]:
         """GiB at the peak of an update: as the plan foretells and as the allocator says."""
-        from dpo_sd.memory import GIB, measured
+        from dpo_sd.forecast.counting import GIB
+        from dpo_sd.forecast.measuring import measured
 
         really = measured(self.training, self.hardware.device)
         return {"planned": self.training.peak_of_update / GIB, "measured": really / GIB}
@@ -194,8 +196,8 @@ class Bench:
         """A cache that knows the reference's errors of the one draw that each pair has."""
         import torch
 
-        from dpo_sd.data.reference import ReferenceErrors
         from dpo_sd.losses import PairErrors
+        from dpo_sd.training.reference_cache import ReferenceErrors
 
         kept = ReferenceErrors(None, self.samples.contents, draws=1)
         n = len(self.samples)
@@ -207,11 +209,11 @@ class Bench:
         import lightning as L
 
         from dpo_sd.callbacks.metrics import Metrics
-        from dpo_sd.data.datamodule import PairData
+        from dpo_sd.data.datamodule import DataModule
         from dpo_sd.data.source import PreparedData
-        from dpo_sd.module import DiffusionModule
-        from dpo_sd.sampling import Sampler
-        from dpo_sd.trainer import make_trainer
+        from dpo_sd.models.sampling import Sampler
+        from dpo_sd.training.step import DiffusionModule
+        from dpo_sd.training.trainer import make_trainer
 
         class Clock(L.Callback):
             def on_train_start(self, *_: Any) -> None:
@@ -228,7 +230,7 @@ class Bench:
         )
         module.set_training(True)
         source: Any = type("NoDropout", (), {"caption_dropout": 0.0})
-        data = PairData(
+        data = DataModule(
             PreparedData(self.samples, self.samples, [], []),
             source,
             Sampler(),
@@ -247,7 +249,7 @@ class Bench:
         """Seconds per update of the same operations and nothing else: batches lie ready, nothing is logged."""
         import torch
 
-        from dpo_sd.lora import policy_parameters, reference
+        from dpo_sd.lora.adapters import policy_parameters, reference
 
         model, device = self.model, torch.device(self.hardware.device)
         batches = self.batches()
@@ -332,7 +334,7 @@ class _PublicWay:
     def _updates(self) -> list[float]:
         import torch
 
-        from dpo_sd.lora import policy_parameters
+        from dpo_sd.lora.adapters import policy_parameters
 
         bench, model = self.bench, self.bench.model
         device = torch.device(bench.hardware.device)
@@ -370,7 +372,7 @@ def random_samples(model: StableDiffusion, case: Case) -> tuple[list[torch.Tenso
     import torch
 
     from dpo_sd.data.batches import Latents, PreparedSamples, Prompts
-    from dpo_sd.memory import POOLED, hidden_shape
+    from dpo_sd.forecast.workload import POOLED, hidden_shape
 
     n, side, latent = max(case.pairs, 4), case.resolution, case.resolution // model.factor
     pixels = [torch.rand(case.pairs, 3, side, side) * 2 - 1 for _ in range(2)]
@@ -392,7 +394,7 @@ def loading_rate(folder: Path, n: int = 2000) -> float:
     import torch
 
     from dpo_sd.data.batches import Latents, PreparedSamples, Prompts, Visits, stack
-    from dpo_sd.data.store import TensorStore
+    from dpo_sd.files.tensors import TensorStore
 
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as place:

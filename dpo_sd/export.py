@@ -13,16 +13,20 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from dpo_sd.config import entry_point
+from dpo_sd.composition.application import entry_point
 from dpo_sd.errors import UserError
-from dpo_sd.loaders import blank, diffusers_scales, loader_report, on_meta, unmatched
-from dpo_sd.lora import check_base, load_for_drawing
-from dpo_sd.lora_files import LoRAFile, read_lora, save_diffusers, save_kohya, save_peft
+from dpo_sd.lora.attaching import check_base, load_for_drawing
+from dpo_sd.lora.programs import diffusers_scales, loader_report, unmatched
+from dpo_sd.lora.reading import read_lora
+from dpo_sd.lora.weights import LoRAFile
+from dpo_sd.lora.writing import save_diffusers, save_kohya, save_peft
+from dpo_sd.models.skeletons import blank, on_meta
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dpo_sd.models import Model, StableDiffusion
+    from dpo_sd.models.base import Base
+    from dpo_sd.models.stable_diffusion import StableDiffusion
 
 PROMPTS = ["a photo of a cat", "a small red circle on a blue background"]  # for which outputs are compared
 TOLERANCE = 1e-3  # of the largest output: above the rounding of merged weights, far below what can be seen
@@ -78,7 +82,7 @@ def check_place(out: Path, form: str) -> None:
         raise UserError(f"out={out} exists: choose another name, or move it away")
 
 
-def write(lora: LoRAFile, form: str, out: Path, shape: StableDiffusion, base: Model) -> None:
+def write(lora: LoRAFile, form: str, out: Path, shape: StableDiffusion, base: Base) -> None:
     """Writes a LoRA in Kohya's, diffusers' or PEFT's form."""
     if form == "kohya":
         kept = {key: value for key, value in lora.metadata.items() if key.startswith(("ss_", "modelspec."))}
@@ -139,12 +143,12 @@ def check(lora: LoRAFile, form: str, out: Path, shape: StableDiffusion) -> None:
         raise UserError(f"{out} is written, but diffusers takes {len(wrong)} modules at another strength: {wrong[0]}")
 
 
-def loaded_by_its_library(base: Model, form: str, out: Path) -> StableDiffusion:
+def loaded_by_its_library(base: Base, form: str, out: Path) -> StableDiffusion:
     """The base with what was written, loaded as the users of that form load it."""
-    from dpo_sd.models import Model
+    from dpo_sd.models.base import Base
 
     if form == "merged":
-        return Model(base.name, path=str(out)).load()
+        return Base(base.name, path=str(out)).load()
     model = base.load()
     if form == "peft":
         from peft import PeftModel

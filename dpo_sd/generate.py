@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,20 +13,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from dpo_sd.config import entry_point
+from dpo_sd.composition.application import entry_point
+from dpo_sd.data.prompts import read_prompts
 from dpo_sd.errors import UserError
-from dpo_sd.files import write_json
-from dpo_sd.lora import load_for_drawing
-from dpo_sd.lora_files import WEIGHTS_NAME, lora_digest
+from dpo_sd.files.atomic import write_json
+from dpo_sd.files.hashes import sha256
+from dpo_sd.files.images import save_png
+from dpo_sd.lora.attaching import load_for_drawing
+from dpo_sd.lora.weighted import lora_name, parse_lora
 from dpo_sd.noise import image_seed
-from dpo_sd.pairs import PAIRS, Pair, current, pair_id, read_pairs, write_pairs
-from dpo_sd.pictures import save_png
-from dpo_sd.remembered import sha256
-from dpo_sd.shapes.captions import split_prompts
+from dpo_sd.preferences.pair_folder import PAIRS, Pair, current, pair_id, read_pairs, write_pairs
 
 if TYPE_CHECKING:
-    from dpo_sd.models import StableDiffusion
-    from dpo_sd.sampling import Sampler
+    from dpo_sd.lora.weighted import WeightedLoRA
+    from dpo_sd.models.sampling import Sampler
+    from dpo_sd.models.stable_diffusion import StableDiffusion
 
 RECORD = "generate.json"  # how the pictures of a folder are drawn
 
@@ -89,65 +89,6 @@ class Picture(NamedTuple):
     def file(self) -> str:
         """Where it lies in the pair folder."""
         return f"images/{self.set_id}-{self.k}.png"
-
-
-class WeightedLoRA(NamedTuple):
-    """A LoRA to draw with."""
-
-    path: str
-    weight: float
-    sha256: str
-
-
-def read_prompts(prompts: str | Sequence[str], seed: int = 0) -> list[str]:
-    """Prompts of a text file (one a line; blank lines and those that begin with # are none), a list, or "shapes".
-
-    The latter are the training prompts of the shapes world under a seed, as `data=shapes` and `data=renders` have them.
-
-    Each comes once, in the order of its first appearance.
-
-    Raises:
-        UserError: when there is no such file, it is no text, or there are no prompts.
-    """
-    if prompts == "shapes":
-        return split_prompts(seed).train
-    if isinstance(prompts, str):
-        file = Path(prompts).expanduser()
-        if not file.is_file():
-            raise UserError(
-                f"prompts={prompts}: no such file: name a text file with a prompt a line, a list such as "
-                "prompts='[a red fox,a blue bird]', or shapes"
-            )
-        try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
-        except (UnicodeDecodeError, OSError) as error:
-            raise UserError(f"prompts={prompts} is no text in UTF-8 ({error}): save it as such") from error
-        found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    else:
-        if others := [prompt for prompt in prompts if type(prompt) not in (str, int, float)]:
-            raise UserError(f"prompts: {others[0]!r:.100} is no prompt: give texts, in quotes where they hold a comma")
-        found = [str(prompt).strip() for prompt in prompts]
-    if not found or not all(found):
-        raise UserError(f"prompts={prompts}: {'an empty prompt is among them' if found else 'there are none'}")
-    return list(dict.fromkeys(found))
-
-
-def parse_lora(text: str) -> WeightedLoRA:
-    """Reads `file`, `run folder`, or either with its weight as in `style.safetensors:0.8`.
-
-    Raises:
-        UserError: when the weight is not finite or the file cannot be used.
-    """
-    path, colon, weight = text.rpartition(":")
-    try:
-        strength = float(weight) if colon else 1.0
-    except ValueError:  # a colon of the path itself
-        colon, strength = "", 1.0
-    if not colon:
-        path = text
-    if not math.isfinite(strength):
-        raise UserError(f"loras={text}: the weight must be a finite number, got {weight}")
-    return WeightedLoRA(path, strength, lora_digest(path))
 
 
 def check_same_folder(folder: Path, made_by: dict[str, Any]) -> None:
@@ -221,14 +162,6 @@ def list_pairs(folder: Path, pictures: Sequence[Picture], made_by: dict[str, Any
     if pairs:  # an empty list would be refused
         write_pairs(folder, pairs)
     return pairs
-
-
-def lora_name(path: Path) -> str:
-    """What people call a LoRA: the name of its run, or that of its file."""
-    if not path.expanduser().is_dir():
-        return path.stem
-    exported = [file for file in (path.expanduser() / "lora").glob("*.safetensors") if file.name != WEIGHTS_NAME]
-    return exported[0].stem if exported else path.name
 
 
 def listed(folder: Path, pictures: Sequence[Picture], made_by: dict[str, Any]) -> list[Pair]:

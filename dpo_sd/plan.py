@@ -12,12 +12,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from dpo_sd.config import check_composition, entry_point
-from dpo_sd.data.source import Cache
+from dpo_sd.composition.application import entry_point
+from dpo_sd.composition.checks import check_composition
+from dpo_sd.data.cache import Cache
 from dpo_sd.errors import UserError
 
 if TYPE_CHECKING:
-    from dpo_sd.memory import Training
+    from dpo_sd.forecast.workload import Workload
 
 # GiB, and TFLOP/s in dense 16-bit tensor arithmetic with 32-bit sums: NVIDIA's data sheets and architecture papers
 CARDS = {
@@ -85,9 +86,9 @@ def main(cfg: DictConfig) -> None:
         print(f"disk     {kept(cfg, training, amount)}")
 
 
-def memory_lines(cfg: DictConfig, training: Training) -> Iterator[str]:
+def memory_lines(cfg: DictConfig, training: Workload) -> Iterator[str]:
     """What is on the card, phase by phase, and whether the card has room for it."""
-    from dpo_sd.memory import CONTEXT, OWNED, SPARE
+    from dpo_sd.forecast.counting import CONTEXT, OWNED, SPARE
 
     hardware, kind = training.hardware, _kind(training)
     checkpointing = ", gradient checkpointing" if hardware.gradient_checkpointing else ""
@@ -121,14 +122,14 @@ def memory_lines(cfg: DictConfig, training: Training) -> Iterator[str]:
         yield advice(cfg, training)
 
 
-def composed(cfg: DictConfig) -> Training:
+def composed(cfg: DictConfig) -> Workload:
     """What decides the memory of a composition."""
-    from dpo_sd.loaders import on_meta
-    from dpo_sd.memory import Training
+    from dpo_sd.forecast.workload import Workload
+    from dpo_sd.models.skeletons import on_meta
 
     parts = {group: instantiate(cfg[group]) for group in ("lora", "loss", "optimizer", "hardware", "sampler")}
     parts["optimizer"].check_schedule(cfg.trainer.max_steps)
-    return Training(
+    return Workload(
         family=cfg.model.name,
         **parts,
         resolution=instantiate(cfg.framing).resolution or on_meta(cfg.model.name).resolution,
@@ -138,9 +139,9 @@ def composed(cfg: DictConfig) -> Training:
     )
 
 
-def advice(cfg: DictConfig, training: Training) -> str:
+def advice(cfg: DictConfig, training: Workload) -> str:
     """The nearest settings that fit, one a line; the smallest card that does where none do."""
-    from dpo_sd.memory import GIB, OWNED
+    from dpo_sd.forecast.counting import GIB, OWNED
 
     found = [f"\n  {overrides}" for other in training.nearest() if composes(cfg, overrides := other.overrides)]
     if found:
@@ -161,9 +162,9 @@ def composes(cfg: DictConfig, overrides: str) -> bool:
     return True
 
 
-def compare(training: Training) -> None:
+def compare(training: Workload) -> None:
     """Runs the update and prints planned over measured."""
-    from dpo_sd.memory import measured
+    from dpo_sd.forecast.measuring import measured
 
     planned = training.peak_of_update
     really = measured(training, training.hardware.device)
@@ -174,13 +175,13 @@ def compare(training: Training) -> None:
 # ------------------------------------------------------------------------------------------------------- data and time
 
 
-def foreseen(cfg: DictConfig, training: Training) -> Amount:
+def foreseen(cfg: DictConfig, training: Workload) -> Amount:
     """The samples of the data, what is left out, and truncated prompts.
 
     Raises:
         UserError: when a training could not use the data.
     """
-    from dpo_sd.data.image_files import held_back
+    from dpo_sd.data.splitting import held_back
 
     source = instantiate(cfg.data)
     if hasattr(source, "check"):
@@ -234,9 +235,9 @@ def vocabulary(model: Any) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
-def kept(cfg: DictConfig, training: Training, amount: Amount) -> str:
+def kept(cfg: DictConfig, training: Workload, amount: Amount) -> str:
     """What pictures, latents, prompts and errors of the reference take in the cache folder."""
-    from dpo_sd.memory import POOLED, hidden_shape
+    from dpo_sd.forecast.workload import POOLED, hidden_shape
 
     assert amount.train is not None
     model, size = training.model, 4 if training.hardware.weights == "float32" else 2
@@ -256,10 +257,10 @@ def kept(cfg: DictConfig, training: Training, amount: Amount) -> str:
     return f"{named or 'nothing'} under {cfg.cache_dir}{fetched}"
 
 
-def time_lines(cfg: DictConfig, training: Training, amount: Amount) -> Iterator[str]:
+def time_lines(cfg: DictConfig, training: Workload, amount: Amount) -> Iterator[str]:
     """How long it takes: from a rate, or on cards that are large enough."""
     from dpo_sd.data.datamodule import GRID
-    from dpo_sd.memory import GIB, OWNED
+    from dpo_sd.forecast.counting import GIB, OWNED
 
     visits, steps = cfg.pairs_per_update * cfg.trainer.max_steps, cfg.trainer.max_steps
     if cfg.rate is not None:
@@ -295,7 +296,7 @@ def time_lines(cfg: DictConfig, training: Training, amount: Amount) -> Iterator[
         yield f"           {name:<10} {_duration(sum(parts.values()) / (speed * 1e12 * REACHED))}"
 
 
-def _kind(training: Training) -> str:
+def _kind(training: Workload) -> str:
     return "pair" if training.loss.needs_pairs else "picture"
 
 

@@ -15,17 +15,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from dpo_sd import cluster
-from dpo_sd.config import entry_point
-from dpo_sd.data.source import Cache
+from dpo_sd.composition.application import entry_point
+from dpo_sd.data.cache import Cache
 from dpo_sd.errors import UserError
-from dpo_sd.resume import check_same, check_same_run, newest_checkpoint
+from dpo_sd.training import cluster
+from dpo_sd.training.resume import check_same, check_same_run, newest_checkpoint
 
 if TYPE_CHECKING:
     import lightning as L
 
-    from dpo_sd.data.reference import ReferenceErrors
-    from dpo_sd.models import StableDiffusion
+    from dpo_sd.models.stable_diffusion import StableDiffusion
+    from dpo_sd.training.reference_cache import ReferenceErrors
 
 log = logging.getLogger(__name__)
 
@@ -59,15 +59,17 @@ def main(cfg: DictConfig) -> float | None:
 
     import torch
 
-    from dpo_sd import compilation
     from dpo_sd.callbacks.checkpoint import Checkpoint
     from dpo_sd.callbacks.metrics import Metrics
-    from dpo_sd.callbacks.run_record import RunRecord, device_name
+    from dpo_sd.callbacks.run_record import RunRecord
     from dpo_sd.callbacks.verdict import Verdict
-    from dpo_sd.data.datamodule import PairData
-    from dpo_sd.memory import Training, explained
-    from dpo_sd.module import DiffusionModule, needed_networks
-    from dpo_sd.trainer import make_trainer
+    from dpo_sd.data.datamodule import DataModule
+    from dpo_sd.forecast.explaining import explained
+    from dpo_sd.forecast.workload import Workload
+    from dpo_sd.models import compilation
+    from dpo_sd.training.provenance import device_name
+    from dpo_sd.training.step import DiffusionModule, needed_networks
+    from dpo_sd.training.trainer import make_trainer
 
     record = RunRecord(run, settings, list(HydraConfig.get().overrides.task))
     watchers = [instantiate(callback) for callback in cfg.callbacks.values()]
@@ -81,7 +83,7 @@ def main(cfg: DictConfig) -> float | None:
         check_same(checkpoint, "model", model.fingerprint)
     elif trainer.is_global_zero:
         record.begin()
-    takes = Training(
+    takes = Workload(
         model.name,
         lora,
         loss,
@@ -124,7 +126,7 @@ def main(cfg: DictConfig) -> float | None:
     kept = reference_cache(cfg, hardware, model, loss, data, cache, trainer.global_rank, checkpoint is not None)
     module = DiffusionModule(model, loss, optimizer, cfg.trainer.max_steps, cfg.seed, encodes, kept)
     module.identity = {"settings": settings, "data": data.fingerprint, "model": model.fingerprint}
-    datamodule = PairData(
+    datamodule = DataModule(
         data,
         source,
         sampler,
@@ -167,7 +169,7 @@ def loaded(base: Any, hardware: Any, lora: Any, seed: int) -> StableDiffusion:
     """The model as the hardware is to have it, with its adapters."""
     import torch
 
-    from dpo_sd import compilation
+    from dpo_sd.models import compilation
 
     if hardware.accelerator == "cuda":
         torch.cuda.set_device(hardware.device)  # which nf4 is quantised on
@@ -189,9 +191,9 @@ def reference_cache(
     """Where the errors of the reference are kept, under all that they depend on but the pair and the draw."""
     if getattr(loss, "reference", "live") == "live":
         return None
-    from dpo_sd.data.reference import ReferenceErrors
-    from dpo_sd.data.source import adapter_key
-    from dpo_sd.data.store import content_key
+    from dpo_sd.files.tensors import content_key
+    from dpo_sd.lora.adapters import adapter_key
+    from dpo_sd.training.reference_cache import ReferenceErrors
 
     key = content_key(
         kind="reference errors 1",
@@ -214,7 +216,7 @@ def reference_cache(
 
 def reference_notes(source: Any, init_from: str | None) -> Iterator[str]:
     """What is to be said where pairs were drawn with another LoRA than the training starts from."""
-    from dpo_sd.lora_files import lora_digest
+    from dpo_sd.lora.reading import lora_digest
 
     drawn_with = source.drawn_with() if hasattr(source, "drawn_with") else None
     if drawn_with is None:

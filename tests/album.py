@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dpo_sd.data.batches import PreparedSamples
-from dpo_sd.models import Fingerprints, TextEmbeds
+from dpo_sd.models.stable_diffusion import Fingerprints, TextEmbeds
 
 
 class Album:

@@ -9,10 +9,13 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from dpo_sd.loaders import modules_of, on_meta
-from dpo_sd.lora import LoRA, adapter_state, load_adapter_state
-from dpo_sd.lora_files import ATTENTION, LoRAWeights
-from dpo_sd.models import Family, Fingerprints, StableDiffusion
+from dpo_sd.lora.adapters import adapter_state, load_adapter_state
+from dpo_sd.lora.attaching import LoRA
+from dpo_sd.lora.names import modules_of
+from dpo_sd.lora.weights import ATTENTION, LoRAWeights
+from dpo_sd.models.families import Family
+from dpo_sd.models.skeletons import on_meta
+from dpo_sd.models.stable_diffusion import Fingerprints, StableDiffusion
 
 TRANSFORMER = [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]

@@ -14,10 +14,12 @@ from pathlib import Path
 import pyarrow.parquet as parquet
 import pytest
 
-from dpo_sd.annotation.simulation import OracleAnnotator
+from dpo_sd.annotation.oracle import OracleAnnotator
 from dpo_sd.errors import UserError
-from dpo_sd.pairs import Pair, pair_id, read_pairs, write_pairs
-from dpo_sd.preferences import Event, read_events, read_preferences
+from dpo_sd.preferences.events import Event
+from dpo_sd.preferences.log import read_events
+from dpo_sd.preferences.pair_folder import Pair, pair_id, read_pairs, write_pairs
+from dpo_sd.preferences.reading import read_preferences
 from dpo_sd.shapes.render import render
 from dpo_sd.shapes.scenes import Scene
 

@@ -24,17 +24,13 @@ from dpo_sd.annotation import views
 from dpo_sd.annotation.app import Person
 from dpo_sd.annotation.desk import WINDOW, Desk, token
 from dpo_sd.annotation.items import REPEAT_AFTER, implied, judgements, make_items, unjudged, upcoming
-from dpo_sd.annotation.summary import (
-    position_words,
-    smoothing_override,
-    smoothing_words,
-    summarise,
-    train_command,
-)
+from dpo_sd.annotation.summary import position_words, smoothing_override, smoothing_words, summarise, train_command
 from dpo_sd.errors import UserError
-from dpo_sd.pairs import Pair, pair_id, write_pairs
-from dpo_sd.preferences import REFUSED, Event, flag, standing, vote
-from dpo_sd.remembered import read_sha256
+from dpo_sd.files.hashes import read_sha256
+from dpo_sd.preferences.events import Event, flag, vote
+from dpo_sd.preferences.log import REFUSED
+from dpo_sd.preferences.outcome import standing
+from dpo_sd.preferences.pair_folder import Pair, pair_id, write_pairs
 
 NOON = "2031-05-17T12:00:00.000Z"
 

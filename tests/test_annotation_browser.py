@@ -26,8 +26,9 @@ import pytest
 from PIL import Image
 
 from dpo_sd.annotation.desk import token
-from dpo_sd.pairs import Pair, pair_id, read_pairs, write_pairs
-from dpo_sd.preferences import EventLog, read_events, standing
+from dpo_sd.preferences.log import EventLog, read_events
+from dpo_sd.preferences.outcome import standing
+from dpo_sd.preferences.pair_folder import Pair, pair_id, read_pairs, write_pairs
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="pip install playwright (it is in the dev extra) for the browser tests"

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from dpo_sd.annotator import SimulatedAnnotator
 from dpo_sd.errors import UserError
+from dpo_sd.shapes.annotator import SimulatedAnnotator
 
 PAIRS = [f"pair {i}" for i in range(2000)]
 FIVE_SIGMA = 5 * 0.5 / math.sqrt(len(PAIRS))  # bound on five standard errors of any share of PAIRS

@@ -11,8 +11,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from dpo_sd.benchmark import Bench, Case, adapted
-from dpo_sd.lora import adapter_state
-from dpo_sd.schema import CONF_DIR
+from dpo_sd.composition.schema import CONF_DIR
+from dpo_sd.lora.adapters import adapter_state
 
 SMALL = Case("tiny", 64, 2, 2, 1)
 

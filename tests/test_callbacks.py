@@ -21,31 +21,35 @@ from PIL import Image
 from safetensors import safe_open
 
 from dpo_sd.callbacks import checkpoint as checkpoint_module
-from dpo_sd.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
+from dpo_sd.callbacks.checkpoint import Checkpoint
 from dpo_sd.callbacks.export import Export
 from dpo_sd.callbacks.health import Health
-from dpo_sd.callbacks.metrics import Metrics, MetricsFile
+from dpo_sd.callbacks.metrics import Metrics
 from dpo_sd.callbacks.progress import Progress
 from dpo_sd.callbacks.run_record import RunRecord
 from dpo_sd.callbacks.samples import Samples
 from dpo_sd.callbacks.verdict import Verdict
-from dpo_sd.data.batches import PairBatch, PreparedSamples, Prompts
-from dpo_sd.data.datamodule import PairData
+from dpo_sd.data.batches import Batch, PreparedSamples, Prompts
+from dpo_sd.data.datamodule import DataModule
 from dpo_sd.data.source import PreparedData
 from dpo_sd.errors import UserError
-from dpo_sd.lora import LoRA, weights_of
-from dpo_sd.lora_files import WEIGHTS_NAME, save_diffusers
+from dpo_sd.lora.adapters import weights_of
+from dpo_sd.lora.attaching import LoRA
+from dpo_sd.lora.weights import WEIGHTS_NAME
+from dpo_sd.lora.writing import save_diffusers
 from dpo_sd.losses import DiffusionDPOLoss, PairErrors
-from dpo_sd.models import Model
-from dpo_sd.module import DiffusionModule
-from dpo_sd.optimization import AdamW
-from dpo_sd.sampling import Sampler
+from dpo_sd.models.base import Base
+from dpo_sd.models.sampling import Sampler
+from dpo_sd.training.checkpoints import AtomicCheckpointIO
+from dpo_sd.training.metrics_file import MetricsFile
+from dpo_sd.training.optimizers import AdamW
+from dpo_sd.training.step import DiffusionModule
 
 HELD_OUT = [f"prompt {i}" for i in range(9)]
 
 
 def build(init_from: str | None = None) -> DiffusionModule:
-    model = Model().load()
+    model = Base().load()
     LoRA(rank=2, init_from=init_from).attach(model)
     return DiffusionModule(model, DiffusionDPOLoss(), AdamW(lr=2e-3), max_steps=10)
 
@@ -188,7 +192,7 @@ def trainer_of_five_pairs() -> Any:
     prompts = Prompts(["prompt"], np.zeros(5, int), None)
     samples = PreparedSamples(pictures, pictures, prompts, ones, ones, np.arange(5), np.arange(5) % 2)
     source: Any = SimpleNamespace(caption_dropout=0.0)
-    data = PairData(PreparedData(samples, samples, [], []), source, Sampler(), 8, 8, seed=0, num_train_timesteps=1000)
+    data = DataModule(PreparedData(samples, samples, [], []), source, Sampler(), 8, 8, seed=0, num_train_timesteps=1000)
     return SimpleNamespace(
         datamodule=data,
         strategy=SimpleNamespace(batch_to_device=lambda batch: batch),
@@ -199,7 +203,7 @@ def trainer_of_five_pairs() -> Any:
 def test_the_reference_is_asked_once_about_the_grid_and_the_policy_every_time(module, monkeypatch):
     asked = []
 
-    def pair_errors(part: PairBatch) -> PairErrors:
+    def pair_errors(part: Batch) -> PairErrors:
         asked.append(len(part.index))
         n = 0.5 * torch.tensor(part.index) + part.timesteps / 1000 + len(asked)
         return PairErrors(n, 2 * n)
@@ -218,7 +222,7 @@ def test_the_reference_is_asked_once_about_the_grid_and_the_policy_every_time(mo
 def test_validation_averages_the_four_noises_of_each_pair_though_sizes_differ(module, monkeypatch):
     """Margins of pair i are 1, 1, 1 and i - 4: pair 0 loses, pair 1 is a tie, and the three others win."""
 
-    def losses(part: PairBatch, _: Any) -> dict[str, torch.Tensor]:
+    def losses(part: Batch, _: Any) -> dict[str, torch.Tensor]:
         late = zip(part.index, (part.timesteps == 875).tolist(), strict=True)
         margins = torch.tensor([i - 4.0 if is_late else 1.0 for i, is_late in late])
         return {"loss": torch.ones(len(margins)), "reward_margin": margins}

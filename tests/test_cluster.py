@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_sd import cluster
+from dpo_sd.training import cluster
 
 NUMBERS = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "TORCHELASTIC_RUN_ID", "MASTER_ADDR")
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 from small_model import output, predict, trained
 
-from dpo_sd import compilation, hardware
 from dpo_sd.errors import UserError
-from dpo_sd.lora import LoRA, policy_parameters, reference
+from dpo_sd.lora.adapters import policy_parameters, reference
+from dpo_sd.lora.attaching import LoRA
+from dpo_sd.models import compilation
+from dpo_sd.training import hardware
 
 
 @pytest.fixture(autouse=True)

@@ -17,10 +17,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dpo_sd.config import Train, check_composition, check_plan, entry_point
+from dpo_sd.composition.application import entry_point
+from dpo_sd.composition.checks import check_composition, check_plan
+from dpo_sd.composition.roots import Train
+from dpo_sd.composition.schema import CONF_DIR, PACKAGE, SCHEMAS
 from dpo_sd.errors import UserError
-from dpo_sd.hardware import accumulation
-from dpo_sd.schema import CONF_DIR, PACKAGE, SCHEMAS
+from dpo_sd.training.hardware import accumulation
 
 
 def options(group: str) -> list[str]:
@@ -315,7 +317,9 @@ def test_ctrl_c_ends_with_130_and_no_traceback(run):
 def test_a_loss_on_pairs_is_refused_on_single_images(monkeypatch):
     monkeypatch.setitem(SCHEMAS, "data/captions", "dpo_sd.losses.SFTLoss")  # any class without has_pairs
     cfg = composed()
-    monkeypatch.setattr("dpo_sd.config.class_attribute", lambda target, name: "DPO" in target or "Shapes" in target)
+    monkeypatch.setattr(
+        "dpo_sd.composition.checks.class_attribute", lambda target, name: "DPO" in target or "Shapes" in target
+    )
     OmegaConf.update(cfg, "data._target_", "dpo_sd.losses.SFTLoss")
     with pytest.raises(UserError, match=r"loss=dpo needs pairs, but data=captions .* use data=.* or loss=sft"):
         check_composition(cfg)
@@ -336,7 +340,7 @@ def program(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     path = tmp_path / "app.py"
     path.write_text(
         "import sys\n"
-        "from dpo_sd.config import entry_point\n"
+        "from dpo_sd.composition.application import entry_point\n"
         "@entry_point('train')\n"
         "def main(cfg): print('heavy:', {'torch', 'lightning', 'diffusers'} & set(sys.modules))\n"
         "main()\n"

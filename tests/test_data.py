@@ -18,13 +18,15 @@ from small_model import make_model
 
 from dpo_sd.data import datamodule, shapes
 from dpo_sd.data.batches import PreparedSamples, Prompts, UpdateOrder, Visit, Visits, stack
-from dpo_sd.data.framing import Framing
+from dpo_sd.data.cache import Cache
+from dpo_sd.data.frames import Framing
 from dpo_sd.data.shapes import Renders, Shapes
-from dpo_sd.data.source import Cache, PreparedData
+from dpo_sd.data.source import PreparedData
 from dpo_sd.errors import UserError
-from dpo_sd.lora import LoRA, policy_parameters, weights_of
-from dpo_sd.lora_files import save_diffusers
-from dpo_sd.sampling import Sampler
+from dpo_sd.lora.adapters import policy_parameters, weights_of
+from dpo_sd.lora.attaching import LoRA
+from dpo_sd.lora.writing import save_diffusers
+from dpo_sd.models.sampling import Sampler
 from dpo_sd.shapes.captions import parse
 from dpo_sd.shapes.oracle import UTILITIES, score
 from dpo_sd.shapes.render import render
@@ -275,7 +277,7 @@ def test_a_fingerprint_depends_on_what_is_trained_on_and_in_which_order_of_prefe
 def test_validation_asks_for_every_pair_at_every_point_of_the_grid_pair_by_pair(micro_batch):
     prepared = PreparedData(make_pairs(), make_pairs(5, sizes=[(2, 2), (2, 3)]), [], [])
     source: Any = SimpleNamespace(caption_dropout=1.0)
-    data = datamodule.PairData(prepared, source, Sampler(), 16, micro_batch, seed=0, num_train_timesteps=1000)
+    data = datamodule.DataModule(prepared, source, Sampler(), 16, micro_batch, seed=0, num_train_timesteps=1000)
     parts = [part for batch in data.validation_batches() for part in batch]
     asked = [(i, int(t)) for part in parts for i, t in zip(part.index, part.timesteps, strict=True)]
     assert data.grid == [125, 375, 625, 875]

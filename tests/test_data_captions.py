@@ -18,14 +18,14 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from dpo_sd.data.batches import Visits
+from dpo_sd.data.cache import Cache
 from dpo_sd.data.captions import Captions, ShuffledTags
-from dpo_sd.data.framing import Framing
-from dpo_sd.data.image_files import Found
-from dpo_sd.data.source import Cache
+from dpo_sd.data.frames import Framing
+from dpo_sd.data.samples import Found
 from dpo_sd.errors import UserError
-from dpo_sd.models import Model
+from dpo_sd.models.base import Base
+from dpo_sd.models.sampling import Sampler
 from dpo_sd.noise import generator
-from dpo_sd.sampling import Sampler
 
 
 @pytest.fixture(autouse=True)
@@ -348,7 +348,7 @@ def test_pictures_of_several_shapes_become_latents_in_buckets(tmp_path):
         make(tmp_path / "photos", {f"{number}.png": f"a, b, caption {number}"})
         picture(number, size).save(tmp_path / "photos" / f"{number}.png")
     source = Captions(str(tmp_path / "photos"), trigger="sks", shuffle_tags=True, caption_dropout=0.2)
-    model, cache = Model().load(), Cache(tmp_path / "cache", keep="latents")
+    model, cache = Base().load(), Cache(tmp_path / "cache", keep="latents")
     data = source.prepare(model, Sampler(), Framing(), cache)
     assert len(data.train) == 5 and len(data.validation) == 1 and data.held_out_prompts == [data.validation.prompts[0]]
     visits = Visits(data.train, 0, 1000, model.factor, source.caption_dropout)
@@ -361,6 +361,6 @@ def test_pictures_of_several_shapes_become_latents_in_buckets(tmp_path):
 
 def test_pictures_with_one_caption_are_sampled_with_it(tmp_path):
     folder = make(tmp_path / "photos", {f"{i}.png": "sks" for i in range(3)})
-    data = Captions(str(folder)).prepare(Model().load(), Sampler(), Framing(), Cache(tmp_path / "cache"))
+    data = Captions(str(folder)).prepare(Base().load(), Sampler(), Framing(), Cache(tmp_path / "cache"))
     assert data.held_out_prompts == ["sks"] and data.train.vary is None
     assert np.isclose(data.train.weight, 1).all()

@@ -12,13 +12,14 @@ import pytest
 from album import Album, brightness, prompts_of
 from PIL import Image
 
-from dpo_sd.data.framing import Framing
+from dpo_sd.data.cache import Cache
+from dpo_sd.data.frames import Framing
 from dpo_sd.data.pairs import Pairs
-from dpo_sd.data.source import Cache
 from dpo_sd.errors import UserError
-from dpo_sd.pairs import Pair, pair_id, read_pairs, write_pairs
-from dpo_sd.preferences import EventLog, vote
-from dpo_sd.remembered import read_sha256
+from dpo_sd.files.hashes import read_sha256
+from dpo_sd.preferences.events import vote
+from dpo_sd.preferences.log import EventLog
+from dpo_sd.preferences.pair_folder import Pair, pair_id, read_pairs, write_pairs
 from dpo_sd.shapes.captions import split_prompts
 
 

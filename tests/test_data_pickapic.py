@@ -17,19 +17,20 @@ from hydra.utils import instantiate
 from PIL import Image
 from torch.testing import assert_close
 
-from dpo_sd.config import check_settings
+from dpo_sd.composition.checks import check_settings
+from dpo_sd.composition.schema import CONF_DIR
 from dpo_sd.data.batches import Visits
-from dpo_sd.data.framing import Framing
-from dpo_sd.data.image_files import Found
+from dpo_sd.data.cache import Cache
+from dpo_sd.data.frames import Framing
 from dpo_sd.data.pickapic import PickAPic
-from dpo_sd.data.source import Cache
+from dpo_sd.data.samples import Found
 from dpo_sd.errors import UserError
-from dpo_sd.models import Model
-from dpo_sd.pairs import Pair, pair_id, write_pairs
-from dpo_sd.pickapic import COLUMNS, export_pickapic
-from dpo_sd.preferences import EventLog, vote
-from dpo_sd.sampling import Sampler
-from dpo_sd.schema import CONF_DIR
+from dpo_sd.models.base import Base
+from dpo_sd.models.sampling import Sampler
+from dpo_sd.preferences.events import vote
+from dpo_sd.preferences.log import EventLog
+from dpo_sd.preferences.pair_folder import Pair, pair_id, write_pairs
+from dpo_sd.preferences.parquet import COLUMNS, export_pickapic
 
 
 @pytest.fixture(autouse=True)
@@ -288,7 +289,7 @@ def test_pairs_of_several_shapes_train(tmp_path):
         row(9 + i, 0.0, jpg_0=jpeg(50 + 2 * i, shape), jpg_1=jpeg(51 + 2 * i, shape)) for i, shape in enumerate(shapes)
     ]
     source = PickAPic(str(parquet(tmp_path / "a.parquet", rows)))
-    model = Model().load()
+    model = Base().load()
     data = source.prepare(model, Sampler(), Framing(flip=True), Cache(tmp_path / "cache"))
     assert (
         len(data.train) == 11 and len(data.validation) == 1 and data.held_out_prompts == data.validation.prompts.texts

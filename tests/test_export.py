@@ -14,9 +14,12 @@ from small_model import ones
 from twins import make_folder, make_single_file
 
 from dpo_sd.export import outputs
-from dpo_sd.lora import LoRA, adapter_state, load_adapter_state, load_for_drawing, using, weights_of
-from dpo_sd.lora_files import PEFT_CONFIG, WEIGHTS_NAME, read_lora, save_diffusers, save_kohya
-from dpo_sd.models import Model
+from dpo_sd.lora.adapters import adapter_state, load_adapter_state, using, weights_of
+from dpo_sd.lora.attaching import LoRA, load_for_drawing
+from dpo_sd.lora.reading import read_lora
+from dpo_sd.lora.weights import PEFT_CONFIG, WEIGHTS_NAME
+from dpo_sd.lora.writing import save_diffusers, save_kohya
+from dpo_sd.models.base import Base
 
 Export = Callable[..., Ended]
 
@@ -29,7 +32,7 @@ def export(command: Callable[..., Ended]) -> Export:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that trained attention, convolutions and the text encoder of the shipped model."""
-    folder, model = tmp_path_factory.mktemp("run"), Model().load()
+    folder, model = tmp_path_factory.mktemp("run"), Base().load()
     LoRA(rank=4, alpha=1, target_modules=["to_q", "conv1", "proj_in"], text_encoder=True).attach(model)
     generator = torch.Generator().manual_seed(1)
     state = {key: torch.randn(value.shape, generator=generator) * 0.1 for key, value in adapter_state(model).items()}
@@ -73,7 +76,7 @@ def test_the_report_counts_keys_and_is_honest_about_a_model_that_others_do_not_h
 def test_merged_is_a_whole_pipeline_that_draws_as_the_lora_did(export: Export, run: Path, tmp_path: Path) -> None:
     ended = export(f"lora={run}", "format=merged", f"out={tmp_path / 'styled'}")
     assert ended.code == 0, ended.err
-    merged, model = Model(path=str(tmp_path / "styled")).load(), Model().load()
+    merged, model = Base(path=str(tmp_path / "styled")).load(), Base().load()
     load_for_drawing(model, [(run, 1.0)])
     for name, value in outputs(model).items():
         torch.testing.assert_close(outputs(merged)[name], value, rtol=1e-4, atol=1e-5)
@@ -89,7 +92,7 @@ def test_without_a_lora_the_model_itself_is_written(export: Export, tmp_path: Pa
     ended = export("format=merged", f"out={tmp_path / 'alone'}")
     assert ended.code == 0, ended.err
     weights = "unet/diffusion_pytorch_model.safetensors"
-    written, shipped = load_file(tmp_path / "alone" / weights), load_file(Path(Model().path) / weights)
+    written, shipped = load_file(tmp_path / "alone" / weights), load_file(Path(Base().path) / weights)
     assert all(torch.equal(value.float(), written[key]) for key, value in shipped.items())
     refused(export("format=kohya", f"out={tmp_path / 'x.safetensors'}"), "give lora=<file or run folder>")
 
@@ -171,7 +174,7 @@ def test_the_folder_of_pefts_form_is_what_peft_reads(export: Export, run: Path, 
 def test_a_lora_that_does_not_survive_is_an_error(run: Path, tmp_path: Path) -> None:
     from dpo_sd.errors import UserError
     from dpo_sd.export import check
-    from dpo_sd.loaders import on_meta
+    from dpo_sd.models.skeletons import on_meta
 
     lora = read_lora(run)
     state = load_file(save_kohya(lora, tmp_path / "x.safetensors", "tiny"))
@@ -184,7 +187,7 @@ def test_a_lora_that_does_not_survive_is_an_error(run: Path, tmp_path: Path) -> 
 
 def test_a_twin_of_sdxl_keeps_both_text_encoders_in_every_form(export: Export, tmp_path: Path) -> None:
     base = make_folder(tmp_path / "base", "sdxl")
-    model = Model("sdxl", path=str(base)).load()
+    model = Base("sdxl", path=str(base)).load()
     LoRA(rank=2, alpha=3, target_modules=["to_k", "conv", "linear_1"], text_encoder=True).attach(model)
     for name, tensor in weights_of(model).state.items():
         tensor.normal_(generator=torch.Generator().manual_seed(len(name))).mul_(0.1)
@@ -204,6 +207,6 @@ def test_a_pickled_checkpoint_becomes_a_safe_folder(export: Export, tmp_path: Pa
     refused(export("format=merged", f"out={tmp_path / 'safe'}", *place), "is a pickle", "python -m dpo_sd.export")
     ended = export("format=merged", f"out={tmp_path / 'safe'}", *place, "model.pickle=true")
     assert ended.code == 0, ended.err
-    safe, whole = (Model("sd15", path=str(path)).load() for path in (tmp_path / "safe", single.folder))
+    safe, whole = (Base("sd15", path=str(path)).load() for path in (tmp_path / "safe", single.folder))
     for name, value in outputs(whole).items():
         torch.testing.assert_close(outputs(safe)[name], value)

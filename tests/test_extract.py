@@ -25,7 +25,8 @@ from huggingface_hub.errors import HTTPError, Response
 from huggingface_hub.utils import hf_raise_for_status
 
 from dpo_sd.data import extract as module
-from dpo_sd.data.extract import Dataset, Extract, Tally, picture_bytes
+from dpo_sd.data.extract import Extract, Tally, picture_bytes
+from dpo_sd.data.tables import TabularDataset
 from dpo_sd.errors import UserError
 
 
@@ -52,7 +53,7 @@ def pick(row: dict[str, Any], where: str) -> dict[str, Any] | str:
 
 def extract(path: Path | str, folder: Path, seed: int = 0, picking: module.Pick = pick, **where: Any) -> Extract:
     needed = {"data.n": ["n", "number"], "data.picture": ["picture"]}
-    return Extract(Dataset(str(path), **where), folder, needed, ["gone"], picking, "settings", seed)
+    return Extract(TabularDataset(str(path), **where), folder, needed, ["gone"], picking, "settings", seed)
 
 
 def numbers(extract: Extract, wanted: int | None = None) -> list[int]:
@@ -117,7 +118,7 @@ def test_a_second_start_reads_the_folder_alone(tmp_path, monkeypatch):
     path = make(tmp_path / "set")
     first = numbers(extract(path, tmp_path / "cache"), 9)
     every = numbers(extract(path, tmp_path / "all"))
-    monkeypatch.setattr(Dataset, "stream", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(TabularDataset, "stream", lambda *_: pytest.fail("asked again"))
     assert numbers(extract(path, tmp_path / "cache"), 9) == first
     assert numbers(extract(path, tmp_path / "all")) == every
 
@@ -334,7 +335,7 @@ def test_what_a_repository_holds_is_foreseen_once_it_was_fetched(hub, tmp_path):
 
 
 def test_columns_and_splits_that_a_repository_lacks_are_named(hub, tmp_path):
-    source = Extract(Dataset("owner/set"), tmp_path / "cache", {"data.image": ["image"]}, [], pick, None, 0)
+    source = Extract(TabularDataset("owner/set"), tmp_path / "cache", {"data.image": ["image"]}, [], pick, None, 0)
     with pytest.raises(
         UserError, match=r"owner/set has no column image: name it with data.image=<column>; it has n, pict"
     ):
@@ -401,7 +402,7 @@ def test_a_gated_repository_is_told_from_one_that_is_not_there(hub, tmp_path, mo
     from datasets.exceptions import DatasetNotFoundError
 
     def gated(*_: Any, **__: Any) -> None:
-        raise DatasetNotFoundError("Dataset 'owner/set' is a gated dataset on the Hub.")
+        raise DatasetNotFoundError("TabularDataset 'owner/set' is a gated dataset on the Hub.")
 
     monkeypatch.setattr(datasets, "load_dataset_builder", gated)
     with pytest.raises(UserError, match="asks for consent"):

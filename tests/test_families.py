@@ -26,8 +26,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_model import make_model
 
-from dpo_sd.data.source import Cache
-from dpo_sd.schema import CONF_DIR
+from dpo_sd.composition.schema import CONF_DIR
+from dpo_sd.data.cache import Cache
 
 SIZES = [(64, 64), (110, 64), (64, 110), (64, 64), (100, 60)]
 BRIEF = (
@@ -265,7 +265,7 @@ def test_errors_of_another_reference_or_seed_are_not_read(go, plain, tmp_path):
 
 def die_at_step(number: int) -> Callable[[], None]:
     def patch() -> None:
-        module: Any = importlib.import_module("dpo_sd.module").DiffusionModule
+        module: Any = importlib.import_module("dpo_sd.training.step").DiffusionModule
         step, calls = module.training_step, itertools.count(1)
 
         def watched(*args: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_sd.files import replacing, write_json, write_text
+from dpo_sd.files.atomic import replacing, write_json, write_text
 
 
 def test_a_file_takes_the_place_of_the_former_one_in_folders_that_are_made(tmp_path: Path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpo_sd.data.framing import WIDEST, Frame, Framing, frames, nearest_sizes, pixels, time_ids
+from dpo_sd.data.frames import WIDEST, Frame, Framing, frames, nearest_sizes, pixels, time_ids
 from dpo_sd.errors import UserError
 
 

@@ -13,13 +13,16 @@ import pytest
 from PIL import Image
 
 from dpo_sd import generate
+from dpo_sd.data.prompts import read_prompts
 from dpo_sd.errors import UserError
-from dpo_sd.generate import parse_lora, read_prompts
-from dpo_sd.lora import LoRA, policy_parameters, weights_of
-from dpo_sd.lora_files import WEIGHTS_NAME, save_diffusers
-from dpo_sd.models import Model
+from dpo_sd.lora.adapters import policy_parameters, weights_of
+from dpo_sd.lora.attaching import LoRA
+from dpo_sd.lora.weighted import parse_lora
+from dpo_sd.lora.weights import WEIGHTS_NAME
+from dpo_sd.lora.writing import save_diffusers
+from dpo_sd.models.base import Base
 from dpo_sd.noise import image_seed
-from dpo_sd.pairs import current, read_pairs
+from dpo_sd.preferences.pair_folder import current, read_pairs
 
 RED, GREEN = "a large red circle on a white background", "a large green star on a black background"
 
@@ -48,7 +51,7 @@ def drawn(draw, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory) -> Path:
     """A LoRA of the tiny model that changes its pictures."""
-    model = Model().load()
+    model = Base().load()
     LoRA(rank=2).attach(model)
     for parameter in policy_parameters(model)["unet"]:
         parameter.data.fill_(0.1)
@@ -138,7 +141,7 @@ def test_a_picture_tells_what_drew_it(drawn):
     text = Image.open(drawn / pair.image_0).text  # type: ignore[attr-defined]
     assert (text["prompt"], text["seed"]) == (RED, str(pair.seed_0))
     made_by = json.loads(text["dpo_sd"])
-    assert made_by["model_fingerprint"] == Model().fingerprints().model and made_by["loras"] == []
+    assert made_by["model_fingerprint"] == Base().fingerprints().model and made_by["loras"] == []
     assert made_by == json.loads((drawn / "generate.json").read_text())
 
 

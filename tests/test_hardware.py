@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpo_sd.errors import UserError
-from dpo_sd.hardware import Hardware, accumulation
+from dpo_sd.training.hardware import Hardware, accumulation
 
 
 def cuda(monkeypatch, gpus: int, memory_gib: float = 24.0, bf16: bool = True) -> None:

@@ -18,23 +18,28 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from dpo_sd import images
-from dpo_sd import models as models_module
-from dpo_sd.data import image_files
-from dpo_sd.data import store as store_module
+from dpo_sd.data import latents as image_files
 from dpo_sd.data.batches import Visits
-from dpo_sd.data.framing import Framing
-from dpo_sd.data.image_files import Found, ImageFiles, Samples, by_prompt, find, held_back, prepare, split
-from dpo_sd.data.source import Cache, PreparedData, encode_bytes, encode_images
+from dpo_sd.data.cache import Cache
+from dpo_sd.data.drawn import encode_images
+from dpo_sd.data.frames import Framing
+from dpo_sd.data.preparing import prepare
+from dpo_sd.data.samples import Found, ImageFiles, Samples, by_prompt, find
+from dpo_sd.data.source import PreparedData
+from dpo_sd.data.splitting import held_back, split
 from dpo_sd.errors import UserError
-from dpo_sd.models import Fingerprints, Model, StableDiffusion, TextEmbeds
+from dpo_sd.files import images
+from dpo_sd.files import tensors as store_module
+from dpo_sd.models import stable_diffusion as models_module
+from dpo_sd.models.base import Base
+from dpo_sd.models.stable_diffusion import Fingerprints, StableDiffusion, TextEmbeds, encode_bytes
 
 MIDDLE = (0.5, 0.5)
 
 
 @pytest.fixture(scope="module")
 def model() -> StableDiffusion:
-    return Model().load()
+    return Base().load()
 
 
 @pytest.fixture(autouse=True)
@@ -403,7 +408,7 @@ def test_pictures_that_cannot_be_read_to_their_end_are_left_out_and_named(model,
 
 def test_without_a_cache_pictures_are_checked_once(model, tmp_path, monkeypatch):
     prompts = make(tmp_path)
-    monkeypatch.setattr("dpo_sd.remembered.RACY", -1.0)
+    monkeypatch.setattr("dpo_sd.files.hashes.RACY", -1.0)
     decoded: list[Path] = []
     monkeypatch.setattr(image_files, "load_image", lambda file: decoded.append(file) or images.load_image(file))
     for _ in range(2):

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from dpo_sd.errors import UserError
-from dpo_sd.images import ENDINGS, MAX_PIXELS, facts, load_image
+from dpo_sd.files.images import ENDINGS, MAX_PIXELS, facts, load_image
 
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "avif": "AVIF", "bmp": "BMP", "gif": "GIF", "tiff": "TIFF"}
@@ -231,7 +231,7 @@ def test_a_large_picture_is_refused_in_our_words_alone(tmp_path):
     """12000 x 10000 is where Pillow would warn, which pytest's own filters would hide here."""
     file = tmp_path / "a.png"
     file.write_bytes(bomb(12000, 10000))
-    program = f"from pathlib import Path; from dpo_sd.images import load_image; load_image(Path({str(file)!r}))"
+    program = f"from pathlib import Path; from dpo_sd.files.images import load_image; load_image(Path({str(file)!r}))"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "UserError: image" in ended.stderr and "DecompressionBomb" not in ended.stderr
 

@@ -10,10 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_model import make_model, ones, trained
 
-from dpo_sd.loaders import blank, diffusers_scales, kohya_name, loader_report, modules_of, on_meta, sgm_name, unmatched
-from dpo_sd.lora import LoRA, weights_of
-from dpo_sd.lora_files import LoRAWeights, save_diffusers, save_kohya
-from dpo_sd.models import Family
+from dpo_sd.lora.adapters import weights_of
+from dpo_sd.lora.attaching import LoRA
+from dpo_sd.lora.names import kohya_name, modules_of, sgm_name
+from dpo_sd.lora.programs import diffusers_scales, loader_report, unmatched
+from dpo_sd.lora.weights import LoRAWeights
+from dpo_sd.lora.writing import save_diffusers, save_kohya
+from dpo_sd.models.families import Family
+from dpo_sd.models.skeletons import blank, on_meta
 
 FAMILIES = pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dpo_sd.lora_files import read_lora
-from dpo_sd.preferences import read_preferences
+from dpo_sd.lora.reading import read_lora
+from dpo_sd.preferences.reading import read_preferences
 
 SMALL = (
     "pairs_per_update=4",

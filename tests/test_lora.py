@@ -15,21 +15,21 @@ from safetensors.torch import load_file, save_file
 from small_model import FULL, TRANSFORMER, make_model, output, predict, trained
 
 from dpo_sd.errors import UserError
-from dpo_sd.lora import (
-    ATTENTION,
-    LoRA,
+from dpo_sd.lora.adapters import (
     adapter_names,
     adapter_state,
     load_adapter_state,
-    load_for_drawing,
     policy_parameters,
     reference,
     trains_text,
     using,
     weights_of,
 )
-from dpo_sd.lora_files import WEIGHTS_NAME, read_lora, save_diffusers, save_kohya
-from dpo_sd.models import StableDiffusion
+from dpo_sd.lora.attaching import LoRA, load_for_drawing
+from dpo_sd.lora.reading import read_lora
+from dpo_sd.lora.weights import ATTENTION, WEIGHTS_NAME
+from dpo_sd.lora.writing import save_diffusers, save_kohya
+from dpo_sd.models.stable_diffusion import StableDiffusion
 
 
 def all_of(model: StableDiffusion) -> torch.nn.ModuleDict:
@@ -114,13 +114,13 @@ def test_a_setting_out_of_range_is_refused_with_its_value(settings: dict, messag
 
 
 def test_importing_lora_costs_neither_torch_nor_diffusers() -> None:
-    code = "import sys, dpo_sd.lora; sys.exit(any(m in sys.modules for m in ('torch', 'diffusers', 'peft')))"
+    code = "import sys, dpo_sd.lora.adapters; sys.exit(any(m in sys.modules for m in ('torch', 'diffusers', 'peft')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_checking_the_file_to_start_from_costs_neither_torch_nor_diffusers(start: Path) -> None:
     code = (
-        f"import sys; from dpo_sd.lora import LoRA; LoRA(init_from={str(start)!r}).check(); "
+        f"import sys; from dpo_sd.lora.adapters import LoRA; LoRA(init_from={str(start)!r}).check(); "
         "sys.exit(any(m in sys.modules for m in ('torch', 'diffusers', 'peft')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -382,7 +382,7 @@ def test_a_file_to_start_from_keeps_its_strength_and_the_settings_it_overrules_a
     origin = trained(LoRA(rank=4, alpha=1, target_modules=FULL))
     path = save(form, origin, tmp_path)
     model = make_model()
-    with caplog.at_level(logging.WARNING, "dpo_sd.lora"):
+    with caplog.at_level(logging.WARNING, "dpo_sd.lora.adapters"):
         line = LoRA(rank=8, init_from=str(path)).attach(model)
     assert torch.equal(output(model), output(origin))
     assert line.startswith("rank 4, alpha 1, scale 0.25, 79 modules")

@@ -16,22 +16,14 @@ from safetensors.torch import load_file, save_file
 from small_model import CONVOLUTIONS, FULL, TRANSFORMER, make_model, ones, output, trained
 
 from dpo_sd.errors import UserError
-from dpo_sd.loaders import on_meta
-from dpo_sd.lora import TEXT_ATTENTION, LoRA, load_for_drawing, weights_of
-from dpo_sd.lora_files import (
-    ATTENTION,
-    PEFT_CONFIG,
-    PEFT_WEIGHTS,
-    WEIGHTS_NAME,
-    LoRAWeights,
-    find_lora,
-    lora_digest,
-    read_lora,
-    save_diffusers,
-    save_kohya,
-    save_peft,
-)
-from dpo_sd.models import Family, StableDiffusion
+from dpo_sd.lora.adapters import weights_of
+from dpo_sd.lora.attaching import TEXT_ATTENTION, LoRA, load_for_drawing
+from dpo_sd.lora.reading import find_lora, lora_digest, read_lora
+from dpo_sd.lora.weights import ATTENTION, PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS_NAME, LoRAWeights
+from dpo_sd.lora.writing import save_diffusers, save_kohya, save_peft
+from dpo_sd.models.families import Family
+from dpo_sd.models.skeletons import on_meta
+from dpo_sd.models.stable_diffusion import StableDiffusion
 
 TO_Q = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV1 = "unet.mid_block.resnets.0.conv1"

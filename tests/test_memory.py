@@ -9,19 +9,22 @@ import pytest
 import torch
 
 from dpo_sd.errors import UserError
-from dpo_sd.hardware import Hardware
-from dpo_sd.lora import LoRA
+from dpo_sd.forecast.counting import CONTEXT, GIB, Alive, Phase, kernels
+from dpo_sd.forecast.explaining import explained
+from dpo_sd.forecast.measuring import measured
+from dpo_sd.forecast.workload import Workload
+from dpo_sd.lora.attaching import LoRA
 from dpo_sd.losses import DiffusionDPOLoss, SFTLoss
-from dpo_sd.memory import CONTEXT, GIB, Alive, Phase, Training, explained, kernels, measured
-from dpo_sd.models import Model
-from dpo_sd.optimization import AdamW
-from dpo_sd.quantization import QuantisedLinear, quantise
-from dpo_sd.sampling import Sampler
+from dpo_sd.models.base import Base
+from dpo_sd.models.quantization import QuantisedLinear, quantise
+from dpo_sd.models.sampling import Sampler
+from dpo_sd.training.hardware import Hardware
+from dpo_sd.training.optimizers import AdamW
 
 
 def training(family: Any = "tiny", resolution=64, loss=None, lora=None, cache="all", **hardware):
     parts = (lora or LoRA(rank=4), loss or DiffusionDPOLoss(), AdamW(), Hardware(**hardware), Sampler(batch_size=1))
-    return Training(family, *parts, resolution, cache)
+    return Workload(family, *parts, resolution, cache)
 
 
 def gpu(family, resolution, micro_batch=1, weights="bfloat16", checkpointing=True, memory_gib=8.0, **settings):
@@ -121,7 +124,7 @@ def test_the_nearest_settings_take_checkpointing_where_a_single_pair_is_too_much
     ],
 )
 def test_text_encoders_are_left_alone_only_after_all_that_learns_the_same(monkeypatch, trained, fits, nearest):
-    monkeypatch.setattr(Training, "fits", lambda plan, *_: fits(plan))
+    monkeypatch.setattr(Workload, "fits", lambda plan, *_: fits(plan))
     plan = gpu("sd15", 512, cache="latents", lora=LoRA(rank=4, text_encoder=trained))
     assert [other.overrides for other in plan.nearest()] == nearest
 
@@ -136,7 +139,7 @@ def test_linear_layers_of_the_text_encoder_are_kept_in_half_where_the_step_asks_
     assert kinds["token_embedding"] == kinds["policy"] == kinds["final_layer_norm"] == torch.float32
     half.text_encoders[0].load_state_dict(single.text_encoders[0].state_dict())
     for model in (single, half):
-        model.tokenizers = Model("tiny").load().tokenizers
+        model.tokenizers = Base("tiny").load().tokenizers
     with torch.autocast("cpu", torch.bfloat16):
         one, two = (model.embed(["a red star"]).hidden for model in (single, half))
     assert torch.equal(one, two)
@@ -219,7 +222,7 @@ def test_a_quantised_layer_keeps_no_expanded_weight_for_its_backward_pass():
 
 
 def test_the_tiny_model_predicts_the_same_with_its_linear_layers_in_eight_bits_to_two_thousandths():
-    unet = Model("tiny").load().unet
+    unet = Base("tiny").load().unet
     smaller = copy.deepcopy(unet)
     quantise(smaller, "int8")
     side = unet.config["sample_size"]
@@ -241,7 +244,7 @@ def test_nf4_of_bitsandbytes_is_near_the_weights_and_trains_the_adapter():
 
 
 def test_networks_come_to_the_device_outside_of_inference_mode_which_would_spoil_them_for_training(monkeypatch):
-    model = Model("tiny").load()
+    model = Base("tiny").load()
     seen = []
     for network in (model.vae, *model.text_encoders):
         move = network.to
@@ -254,7 +257,7 @@ def test_networks_come_to_the_device_outside_of_inference_mode_which_would_spoil
 
 
 def test_the_unet_makes_room_for_a_large_picture(monkeypatch):
-    model = Model("tiny").load()
+    model = Base("tiny").load()
     moved = []
     monkeypatch.setattr(model.unet, "to", lambda device: moved.append(str(device)))
     model.decode_latents(torch.zeros(1, 4, 8, 8))

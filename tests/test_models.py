@@ -19,10 +19,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from dpo_sd.data.source import encode_bytes, encode_images
+from dpo_sd.data.drawn import encode_images
 from dpo_sd.errors import UserError
-from dpo_sd.lora import LoRA
-from dpo_sd.models import REPOSITORIES, TINY, Family, Fingerprints, Model, StableDiffusion, TextEmbeds, skeleton
+from dpo_sd.lora.attaching import LoRA
+from dpo_sd.models.base import Base
+from dpo_sd.models.families import REPOSITORIES, TINY, Family
+from dpo_sd.models.skeletons import skeleton
+from dpo_sd.models.stable_diffusion import Fingerprints, StableDiffusion, TextEmbeds, encode_bytes
 
 PROMPTS = ["a small red circle on a blue background", "", "star", "Ünïcödé 漢字 🔴 مرحبا"]
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -36,7 +39,7 @@ def memory(tmp_path_factory, monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def model() -> StableDiffusion:
-    return Model().load()
+    return Base().load()
 
 
 def make_pictures(n: int = 3) -> list[Image.Image]:
@@ -57,7 +60,7 @@ def test_every_part_is_frozen_and_in_evaluation_mode(model):
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "float16"])
 def test_the_precision_asked_for_is_the_unets_alone(weights):
-    model = Model().load(weights)
+    model = Base().load(weights)
     assert model.unet.dtype == getattr(torch, weights)
     assert model.vae.dtype == model.text_encoders[0].dtype == torch.float32
 
@@ -120,7 +123,7 @@ def test_prompts_are_encoded_as_the_pipeline_does(model):
 
 
 def test_prompts_of_sdxl_are_encoded_as_its_pipeline_does(twin):
-    model = Model("sdxl", str(twin("sdxl"))).load()
+    model = Base("sdxl", str(twin("sdxl"))).load()
     expected, _, pooled, _ = model.pipeline().encode_prompt(
         PROMPTS, device=torch.device("cpu"), do_classifier_free_guidance=False
     )
@@ -146,7 +149,7 @@ def test_prompts_of_more_tokens_than_the_limit_are_found_and_cut(model):
 @pytest.mark.parametrize("family", ["tiny", "sdxl"])
 def test_the_pipeline_shares_the_parts(model, twin, family):
     if family == "sdxl":
-        model = Model("sdxl", str(twin("sdxl"))).load()
+        model = Base("sdxl", str(twin("sdxl"))).load()
     pipeline = model.pipeline()
     encoders = [pipeline.text_encoder, *([pipeline.text_encoder_2] if family == "sdxl" else [])]
     assert (pipeline.unet, pipeline.vae, encoders) == (model.unet, model.vae, model.text_encoders)
@@ -185,14 +188,14 @@ def test_networks_at_their_real_shapes_take_a_lora_and_a_step(family):
 
 
 def test_the_twin_of_sd2_predicts_velocity_on_a_schedule_that_ends_in_pure_noise(twin):
-    model = Model("sd21", str(twin("sd21"))).load()
+    model = Base("sd21", str(twin("sd21"))).load()
     assert model.prediction_type == "v_prediction"
     assert model.noise_scheduler.alphas_cumprod[-1] < 1e-7
 
 
 def test_what_the_files_do_not_say_can_be_said(twin):
     settings: dict[str, Any] = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
-    plain, told = Model("tiny").load(), Model("tiny", **settings).load()
+    plain, told = Base("tiny").load(), Base("tiny", **settings).load()
     assert told.prediction_type == "v_prediction" and told.noise_scheduler.alphas_cumprod[-1] < 1e-7
     assert plain.fingerprint != told.fingerprint
     assert plain.fingerprints[1:] == told.fingerprints[1:]  # latents and embeddings stay
@@ -200,23 +203,23 @@ def test_what_the_files_do_not_say_can_be_said(twin):
 
 def test_noise_cannot_be_predicted_from_pure_noise(twin):
     with pytest.raises(UserError, match="zero_terminal_snr needs prediction_type=v_prediction"):
-        Model("tiny", prediction_type="epsilon", zero_terminal_snr=True)
+        Base("tiny", prediction_type="epsilon", zero_terminal_snr=True)
     with pytest.raises(UserError, match=r"ends in pure noise.*use model.prediction_type=v_prediction"):
-        Model("tiny", zero_terminal_snr=True).load()
+        Base("tiny", zero_terminal_snr=True).load()
     with pytest.raises(UserError, match=r"ends in pure noise.*or model.zero_terminal_snr=false"):
-        Model("sd21", str(twin("sd21")), prediction_type="epsilon").load()
+        Base("sd21", str(twin("sd21")), prediction_type="epsilon").load()
 
 
 def test_a_model_that_predicts_something_else_is_refused(tiny):
     change(tiny / "scheduler" / "scheduler_config.json", prediction_type="sample")
     with pytest.raises(UserError, match="predicts 'sample': only epsilon and v_prediction"):
-        Model(path=str(tiny)).load()
+        Base(path=str(tiny)).load()
 
 
 @pytest.mark.parametrize(("name", "family"), [("sd15", "sdxl"), ("tiny", "sdxl")])
 def test_a_folder_of_another_family_is_refused_with_the_right_one(twin, name, family):
     with pytest.raises(UserError, match=f"is of the family {family}: use model={family} model.path="):
-        Model(name, str(twin(family)))
+        Base(name, str(twin(family)))
 
 
 # -------------------------------------------------------------------------------------------------------------- folders
@@ -233,7 +236,7 @@ def change(file: Path, **settings: Any) -> None:
 
 def test_a_path_without_a_pipeline_is_named(tmp_path):
     with pytest.raises(UserError, match=f"model.path={tmp_path}: no diffusers pipeline there"):
-        Model(path=str(tmp_path))
+        Base(path=str(tmp_path))
 
 
 @pytest.mark.parametrize("file", ["lora/style.safetensors", "adapter_config.json", "unet/adapter_config.json"])
@@ -241,33 +244,33 @@ def test_a_run_or_a_folder_of_pefts_form_is_told_from_a_model(tmp_path, file):
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).touch()
     with pytest.raises(UserError, match=f"model.path={tmp_path} is a LoRA, not a model: give it as lora.init_from"):
-        Model(path=str(tmp_path))
+        Base(path=str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["no.safetensors", "no.ckpt"])
 def test_a_file_that_is_not_there_is_no_repository(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"model.path=models/{name}: there is no such folder or file"):
-        Model(path=f"models/{name}", pickle=True)
+        Base(path=f"models/{name}", pickle=True)
 
 
 def test_the_shipped_model_is_no_other_family(tiny):
     with pytest.raises(UserError, match=f"{tiny} is of the family tiny: use model=tiny"):
-        Model("sd15", path=str(tiny))
+        Base("sd15", path=str(tiny))
 
 
 @pytest.mark.parametrize("setting", ["path", "vae", "config"])
 def test_a_place_that_is_nowhere_is_named(tmp_path, setting):
     place: dict[str, Any] = {setting: str(tmp_path / "no")}
     with pytest.raises(UserError, match=f"model.{setting}={tmp_path}/no: there is no such folder or file.*owner/name"):
-        Model(**place)
+        Base(**place)
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_pipeline_that_lacks_a_part_is_refused_before_anything_loads(tiny, part):
     shutil.rmtree(tiny / part)
     with pytest.raises(UserError, match=f"lacks {part}: copy the whole pipeline folder"):
-        Model(path=str(tiny))
+        Base(path=str(tiny))
 
 
 @pytest.mark.parametrize(
@@ -288,7 +291,7 @@ def test_a_part_that_cannot_be_loaded_is_named(tiny, file, content):
     else:
         (tiny / file).write_bytes(content)
     with pytest.raises(UserError, match=f"{file.split('/')[0]} cannot be loaded: [^\n]*$"):
-        Model(path=str(tiny)).load()
+        Base(path=str(tiny)).load()
 
 
 def test_weights_that_are_a_pickle_are_read_only_when_that_is_asked_for(tiny):
@@ -296,8 +299,8 @@ def test_weights_that_are_a_pickle_are_read_only_when_that_is_asked_for(tiny):
     torch.save(load_file(weights), weights.with_suffix(".bin"))
     weights.unlink()
     with pytest.raises(UserError, match="vae cannot be loaded"):
-        Model(path=str(tiny)).load()
-    assert same_weights(Model(path=str(tiny), pickle=True).load().vae, Model().load().vae)
+        Base(path=str(tiny)).load()
+    assert same_weights(Base(path=str(tiny), pickle=True).load().vae, Base().load().vae)
 
 
 def halve(part: Path, variant: str = "fp16") -> None:
@@ -309,7 +312,7 @@ def halve(part: Path, variant: str = "fp16") -> None:
 
 def test_a_variant_is_taken_where_there_is_one_and_the_others_are_said(tiny):
     halve(tiny / "unet")
-    model = Model(path=str(tiny), variant="fp16")
+    model = Base(path=str(tiny), variant="fp16")
     loaded = model.load()
     plain = load_file(tiny / "unet" / "diffusion_pytorch_model.safetensors")
     assert torch.equal(loaded.unet.state_dict()["conv_in.weight"], plain["conv_in.weight"].half().float())
@@ -322,7 +325,7 @@ def test_a_variant_is_taken_where_there_is_one_and_the_others_are_said(tiny):
 def test_where_there_are_no_plain_weights_a_variant_is_taken_and_said(tiny):
     halve(tiny / "vae")
     (tiny / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    model = Model(path=str(tiny))
+    model = Base(path=str(tiny))
     model.load()
     assert model.notes == [f"{tiny / 'vae'} has no plain weights: variant fp16 taken"]
 
@@ -331,18 +334,18 @@ def test_where_there_are_no_plain_weights_a_variant_is_taken_and_said(tiny):
 
 
 def test_the_fingerprint_of_a_loaded_model_is_that_of_its_files(model):
-    assert model.fingerprints == Model().fingerprints()
+    assert model.fingerprints == Base().fingerprints()
     assert {len(each) for each in model.fingerprints} == {16}
 
 
 def test_fingerprints_do_not_depend_on_the_place_the_card_or_weights_that_are_not_read(tiny):
-    before = Model(path=str(tiny)).fingerprints()
-    assert before == Model().fingerprints()
+    before = Base(path=str(tiny)).fingerprints()
+    assert before == Base().fingerprints()
     (tiny / "README.md").write_text("another card")
     halve(tiny / "vae")
     halve(tiny / "text_encoder", "ema")
     (tiny / "unet" / "flax_model.msgpack").write_text("for another library")
-    assert Model(path=str(tiny)).fingerprints() == before
+    assert Base(path=str(tiny)).fingerprints() == before
 
 
 @pytest.mark.parametrize(
@@ -359,28 +362,28 @@ def test_fingerprints_do_not_depend_on_the_place_the_card_or_weights_that_are_no
     ],
 )
 def test_fingerprints_depend_on_the_bytes_of_what_decides(tiny, file, changed):
-    before = Model(path=str(tiny)).fingerprints()
+    before = Base(path=str(tiny)).fingerprints()
     with (tiny / file).open("r+b") as opened:  # of the same length
         opened.seek(-1, 2)
         opened.write(b"?")
-    after = Model(path=str(tiny)).fingerprints()
+    after = Base(path=str(tiny)).fingerprints()
     assert {name for name in before._fields if getattr(before, name) != getattr(after, name)} == changed
 
 
 def test_another_variant_has_another_fingerprint(tiny):
     halve(tiny / "vae")
-    plain, half = (Model(path=str(tiny), variant=variant).fingerprints() for variant in (None, "fp16"))
+    plain, half = (Base(path=str(tiny), variant=variant).fingerprints() for variant in (None, "fp16"))
     assert plain.vae != half.vae and plain.text == half.text
 
 
 def test_the_settings_and_the_vocabulary_of_a_single_file_are_part_of_its_fingerprint(single_file, tmp_path):
     single = single_file("sd15")
     config = shutil.copytree(single.config, tmp_path / "config")
-    before = Model("sd15", str(single.file), config=str(config)).fingerprints()
-    assert before == Model("sd15", str(single.file), config=str(single.config)).fingerprints()
+    before = Base("sd15", str(single.file), config=str(config)).fingerprints()
+    assert before == Base("sd15", str(single.file), config=str(single.config)).fingerprints()
     with (config / "tokenizer" / "tokenizer.json").open("a") as opened:
         opened.write(" ")
-    after = Model("sd15", str(single.file), config=str(config)).fingerprints()
+    after = Base("sd15", str(single.file), config=str(config)).fingerprints()
     assert after.text != before.text and after.vae == before.vae
 
 
@@ -401,7 +404,7 @@ def test_another_vae_is_taken_from_a_folder_a_pipeline_or_a_single_file(tiny, si
         vae = {key: tensor for key, tensor in load_file(single_file("sd15").file).items() if "first_stage" in key}
         place = tmp_path / "other.safetensors"
         save_file({key: tensor + 0.01 for key, tensor in vae.items()}, place)
-    model, plain = Model(vae=str(place)).load(), Model().load()
+    model, plain = Base(vae=str(place)).load(), Base().load()
     assert torch.equal(
         model.vae.state_dict()["encoder.conv_in.weight"], plain.vae.state_dict()["encoder.conv_in.weight"] + 0.01
     )
@@ -412,10 +415,10 @@ def test_another_vae_is_taken_from_a_folder_a_pipeline_or_a_single_file(tiny, si
 
 
 def test_another_vae_that_is_changed_has_another_fingerprint(tiny):
-    before = Model(vae=str(tiny / "vae")).fingerprints()
+    before = Base(vae=str(tiny / "vae")).fingerprints()
     weights = tiny / "vae" / "diffusion_pytorch_model.safetensors"
     save_file(brighter(weights), weights, {"format": "pt"})
-    after = Model(vae=str(tiny / "vae")).fingerprints()
+    after = Base(vae=str(tiny / "vae")).fingerprints()
     assert before.vae != after.vae and before.model != after.model
 
 
@@ -423,9 +426,9 @@ def test_a_vae_that_is_a_pickle_or_damaged_is_one_line(tmp_path):
     for name in ("vae.pt", "vae.safetensors"):
         (tmp_path / name).write_bytes(b"garbage" * 20)
     with pytest.raises(UserError, match=r"model.vae=.*vae.pt is a pickle"):
-        Model(vae=str(tmp_path / "vae.pt"))
+        Base(vae=str(tmp_path / "vae.pt"))
     with pytest.raises(UserError, match=r"vae.safetensors cannot be loaded: [^\n]*$"):
-        Model(vae=str(tmp_path / "vae.safetensors")).load()
+        Base(vae=str(tmp_path / "vae.safetensors")).load()
 
 
 # --------------------------------------------------------------------------------------------------------- single files
@@ -439,8 +442,8 @@ def test_a_single_file_has_the_weights_of_its_folder(single_file, tmp_path, fami
     if half:
         file = tmp_path / "half.safetensors"
         save_file({key: tensor.half() for key, tensor in load_file(single.file).items()}, file)
-    model = Model(family, str(file), config=str(single.config)).load("bfloat16" if half else "float32")
-    folder = Model(family, str(single.folder)).load()
+    model = Base(family, str(file), config=str(single.config)).load("bfloat16" if half else "float32")
+    folder = Base(family, str(single.folder)).load()
     if half:
         assert model.unet.dtype == torch.bfloat16
         assert {part.dtype for part in (model.vae, *model.text_encoders)} == {torch.float32}
@@ -457,7 +460,7 @@ def test_a_single_file_has_the_weights_of_its_folder(single_file, tmp_path, fami
 @pytest.mark.parametrize(("name", "family"), [("sdxl", "sd15"), ("tiny", "sd15"), ("sd15", "sdxl"), ("sd21", "sdxl")])
 def test_a_single_file_of_another_family_is_refused_with_the_right_one(single_file, name, family):
     with pytest.raises(UserError, match=f"is of the family {family}: use model={family} model.path="):
-        Model(name, str(single_file(family).file))
+        Base(name, str(single_file(family).file))
 
 
 def make_header(shapes: dict[str, list[int]]) -> bytes:
@@ -489,7 +492,7 @@ def test_what_is_no_single_file_of_the_family_is_refused_in_one_line(tmp_path, c
     file = tmp_path / f"model{ending}"
     file.write_bytes(content)
     with pytest.raises(UserError, match=message) as refused:
-        Model("sd15", str(file))
+        Base("sd15", str(file))
     assert "\n" not in str(refused.value) and str(file) in str(refused.value)
 
 
@@ -498,7 +501,7 @@ def test_a_pickle_is_refused_with_the_reason_and_the_ways_out(tmp_path, ending):
     file = tmp_path / f"model{ending}"
     file.write_bytes(b"anything")
     with pytest.raises(UserError, match=r"is a pickle, which can run code.*\.safetensors.*model.pickle=true"):
-        Model("sd15", str(file))
+        Base("sd15", str(file))
 
 
 def test_a_pickle_that_is_asked_for_runs_no_code(single_file, tmp_path):
@@ -510,10 +513,10 @@ def test_a_pickle_that_is_asked_for_runs_no_code(single_file, tmp_path):
     torch.save({"state_dict": load_file(single.file)}, tmp_path / "model.ckpt")
     torch.save({"state_dict": Attack()}, tmp_path / "attack.ckpt")
     how: dict[str, Any] = {"config": str(single.config), "pickle": True}
-    model = Model("sd15", str(tmp_path / "model.ckpt"), **how).load()
-    assert same_weights(model.unet, Model("sd15", str(single.folder)).load().unet)
+    model = Base("sd15", str(tmp_path / "model.ckpt"), **how).load()
+    assert same_weights(model.unet, Base("sd15", str(single.folder)).load().unet)
     with pytest.raises(UserError, match=r"attack.ckpt cannot be loaded"):
-        Model("sd15", str(tmp_path / "attack.ckpt"), **how).load()
+        Base("sd15", str(tmp_path / "attack.ckpt"), **how).load()
     assert not (tmp_path / "ran").exists()
 
 
@@ -522,15 +525,15 @@ def test_a_single_file_with_a_part_missing_or_cut_is_one_line(single_file, tmp_p
     state = load_file(single.file)
     save_file({key: tensor for key, tensor in state.items() if "cond_stage" not in key}, file)
     with pytest.raises(UserError, match=r"model.safetensors cannot be loaded: [^\n]*$"):
-        Model("sd15", str(file), config=str(single.config)).load()
+        Base("sd15", str(file), config=str(single.config)).load()
     file.write_bytes(single.file.read_bytes()[:-1000])
     with pytest.raises(UserError, match=r"model.safetensors cannot be loaded: [^\n]*$"):
-        Model("sd15", str(file), config=str(single.config)).load()
+        Base("sd15", str(file), config=str(single.config)).load()
 
 
 def test_a_config_that_is_no_pipeline_folder_is_named(single_file, tmp_path):
     with pytest.raises(UserError, match=f"model.config={tmp_path}: no diffusers pipeline there"):
-        Model("sd15", str(single_file("sd15").file), config=str(tmp_path))
+        Base("sd15", str(single_file("sd15").file), config=str(tmp_path))
 
 
 # -------------------------------------------------------------------------------------------------------------- the Hub
@@ -565,7 +568,7 @@ def unreachable(tmp_path) -> Any:
 @pytest.mark.parametrize("offline", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"variant": "fp16"}, {"revision": "main"}])
 def test_a_repository_that_cannot_be_reached_is_one_line_in_seconds(unreachable, offline, settings):
-    message, seconds = unreachable(lambda: Model("sd15", **settings).load(), offline)
+    message, seconds = unreachable(lambda: Base("sd15", **settings).load(), offline)
     why = "HF_HUB_OFFLINE is set" if offline else "the Hub cannot be reached"
     assert message.startswith(f"{REPOSITORIES['sd15']} is not on this computer and {why}: fetch it once with a network")
     assert seconds < 20
@@ -573,9 +576,9 @@ def test_a_repository_that_cannot_be_reached_is_one_line_in_seconds(unreachable,
 
 @pytest.mark.parametrize("offline", [True, False])
 def test_settings_and_vaes_that_cannot_be_reached_are_one_line_too(unreachable, single_file, offline):
-    settings, _ = unreachable(lambda: Model("sd15", str(single_file("sd15").file)).load(), offline)
+    settings, _ = unreachable(lambda: Base("sd15", str(single_file("sd15").file)).load(), offline)
     assert settings.startswith(f"{REPOSITORIES['sd15']} is not on this computer")
-    vae, _ = unreachable(lambda: Model(vae="madebyollin/sdxl-vae-fp16-fix").load(), offline)
+    vae, _ = unreachable(lambda: Base(vae="madebyollin/sdxl-vae-fp16-fix").load(), offline)
     assert vae.startswith("madebyollin/sdxl-vae-fp16-fix is not on this computer")
 
 
@@ -588,7 +591,7 @@ def test_a_repository_is_read_from_the_cache_of_the_hub_without_a_network(tmp_pa
     (root / "refs" / "main").write_text(commit)
 
     def load() -> None:
-        model, folder = (Model("sd21", path).load() for path in ("some/model", str(twin("sd21"))))
+        model, folder = (Base("sd21", path).load() for path in ("some/model", str(twin("sd21"))))
         assert same_weights(model.unet, folder.unet) and model.fingerprints == folder.fingerprints
         raise UserError("loaded")
 
@@ -605,7 +608,7 @@ def test_a_variant_that_a_repository_lacks_is_said_and_its_plain_weights_are_tak
         return str(twin("sd21"))
 
     monkeypatch.setattr("diffusers.DiffusionPipeline.download", download)
-    model = Model("sd21", "some/model", variant="fp16")
+    model = Base("sd21", "some/model", variant="fp16")
     assert model.files() == twin("sd21")
     assert asked == [("fp16", True, None), (None, True, None)]
     assert model.notes == ["some/model has no variant fp16: its plain weights are taken"]
@@ -629,4 +632,4 @@ def test_what_the_hub_answers_is_one_line_that_says_what_to_do(monkeypatch, name
 
     monkeypatch.setattr("diffusers.DiffusionPipeline.download", download)
     with pytest.raises(UserError, match=message):
-        Model("sd15", "some/model", revision="v2").files()
+        Base("sd15", "some/model", revision="v2").files()

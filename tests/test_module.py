@@ -15,17 +15,19 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from small_model import make_model, trained
 from torch.testing import assert_close
 
-from dpo_sd.data.batches import PairBatch, PreparedSamples, Prompts, UpdateOrder, Visits, stack
-from dpo_sd.data.reference import ReferenceErrors
-from dpo_sd.data.source import encode_bytes
+from dpo_sd.data.batches import Batch, PreparedSamples, Prompts, UpdateOrder, Visits, stack
 from dpo_sd.errors import UserError
-from dpo_sd.loaders import on_meta
-from dpo_sd.lora import LoRA, adapter_state, policy_parameters, reference, weights_of
-from dpo_sd.lora_files import WEIGHTS_NAME, save_diffusers
+from dpo_sd.lora.adapters import adapter_state, policy_parameters, reference, weights_of
+from dpo_sd.lora.attaching import LoRA
+from dpo_sd.lora.weights import WEIGHTS_NAME
+from dpo_sd.lora.writing import save_diffusers
 from dpo_sd.losses import DiffusionDPOLoss, PairErrors, SFTLoss
-from dpo_sd.models import Model, StableDiffusion, TextEmbeds
-from dpo_sd.module import DiffusionModule, needed_networks
-from dpo_sd.optimization import AdamW
+from dpo_sd.models.base import Base
+from dpo_sd.models.skeletons import on_meta
+from dpo_sd.models.stable_diffusion import StableDiffusion, TextEmbeds, encode_bytes
+from dpo_sd.training.optimizers import AdamW
+from dpo_sd.training.reference_cache import ReferenceErrors
+from dpo_sd.training.step import DiffusionModule, needed_networks
 
 PAIRS = 3
 TIMESTEPS = [10, 400, 900]  # from hardly any noise to hardly anything else
@@ -33,7 +35,7 @@ TIMESTEPS = [10, 400, 900]  # from hardly any noise to hardly anything else
 
 @pytest.fixture(scope="module")
 def base() -> StableDiffusion:
-    return Model().load()
+    return Base().load()
 
 
 @pytest.fixture
@@ -57,13 +59,13 @@ def move(model: StableDiffusion, size: float = 0.1) -> None:
             parameter += size * torch.randn(parameter.shape, generator=generator)
 
 
-def make_batch(dtype: torch.dtype = torch.float32) -> PairBatch:
+def make_batch(dtype: torch.dtype = torch.float32) -> Batch:
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(PAIRS, *shape, generator=generator).to(dtype)
 
-    return PairBatch(
+    return Batch(
         chosen=normal(4, 8, 8),
         rejected=normal(4, 8, 8),
         chosen_time_ids=torch.zeros(PAIRS, 6),
@@ -79,13 +81,13 @@ def make_batch(dtype: torch.dtype = torch.float32) -> PairBatch:
     )
 
 
-def row(batch: PairBatch, i: int) -> PairBatch:
+def row(batch: Batch, i: int) -> Batch:
     assert batch.embeds is not None
     alone: Any = {name: column[i : i + 1] for name, column in batch._asdict().items() if name != "embeds"}
-    return PairBatch(**alone, embeds=TextEmbeds(hidden(batch)[i : i + 1], None))
+    return Batch(**alone, embeds=TextEmbeds(hidden(batch)[i : i + 1], None))
 
 
-def hidden(batch: PairBatch) -> torch.Tensor:
+def hidden(batch: Batch) -> torch.Tensor:
     assert batch.embeds is not None
     return batch.embeds.hidden
 
@@ -106,7 +108,7 @@ class RecordingLoss(DiffusionDPOLoss):
         return super().__call__(policy, reference, label)
 
 
-def error(module: DiffusionModule, latents: Any, batch: PairBatch, i: int) -> torch.Tensor:
+def error(module: DiffusionModule, latents: Any, batch: Batch, i: int) -> torch.Tensor:
     """The error of one picture, from the formulas of DDPM and a UNet call of its own."""
     t = TIMESTEPS[i]
     alpha = module.model.noise_scheduler.alphas_cumprod[t]
@@ -352,7 +354,7 @@ def test_the_optimiser_holds_the_policy_alone(build):
 
 @pytest.fixture
 def sdxl(twin) -> StableDiffusion:
-    return Model("sdxl", str(twin("sdxl"))).load()
+    return Base("sdxl", str(twin("sdxl"))).load()
 
 
 def told(unet: Any) -> list[dict[str, torch.Tensor]]:
@@ -399,7 +401,7 @@ def test_a_family_at_its_real_shape_makes_a_step_that_gives_its_lora_gradients(f
         latents, ids, one = torch.zeros(1, 4, side, side), torch.zeros(1, 6), torch.zeros(1)
         embeds = TextEmbeds(torch.zeros(1, 77, width), None if pooled is None else torch.zeros(pooled))
         timesteps = torch.zeros(1, dtype=torch.int64)
-        batch = PairBatch(latents, latents, ids, ids, [""], embeds, latents, timesteps, one, one, [0], [0])
+        batch = Batch(latents, latents, ids, ids, [""], embeds, latents, timesteps, one, one, [0], [0])
     values = module.losses(batch)
     assert {value.shape for value in values.values()} == {(1,)}
     values["loss"].sum().backward()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpo_sd.errors import UserError
-from dpo_sd.optimization import AdamW, AdamW8bit, Prodigy, Schedule
+from dpo_sd.training.optimizers import AdamW, AdamW8bit, Prodigy, Schedule
 
 
 def parameters(*networks: str) -> dict[str, list[torch.nn.Parameter]]:

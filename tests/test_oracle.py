@@ -12,8 +12,9 @@ from PIL import Image
 from scipy import ndimage
 
 from dpo_sd.errors import UserError
+from dpo_sd.judges.oracle import Oracle
 from dpo_sd.shapes.captions import caption, parse
-from dpo_sd.shapes.oracle import UTILITIES, Oracle, centred, faithful, large, measure, score, style_score
+from dpo_sd.shapes.oracle import UTILITIES, centred, faithful, large, measure, score, style_score
 from dpo_sd.shapes.render import render, render_array
 from dpo_sd.shapes.scenes import BACKGROUNDS, COLOURS, KINDS, POSITIONS, SHAPES, SIZES, STYLES, Scene, random_scene
 

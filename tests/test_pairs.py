@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from dpo_sd.errors import UserError
-from dpo_sd.images import MAX_PIXELS
-from dpo_sd.pairs import (
+from dpo_sd.files.hashes import read_sha256
+from dpo_sd.files.images import MAX_PIXELS
+from dpo_sd.preferences.pair_folder import (
     PAIRS,
     Pair,
     changed_images,
@@ -25,7 +26,6 @@ from dpo_sd.pairs import (
     read_pairs,
     write_pairs,
 )
-from dpo_sd.remembered import read_sha256
 
 PROMPTS = {
     "newlines": "first\nsecond\r\nthird\u2028fourth\x85fifth\x00",

@@ -10,12 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dpo_sd import pickapic
 from dpo_sd.errors import UserError
-from dpo_sd.pairs import Pair, pair_id, write_pairs
-from dpo_sd.pickapic import export_pickapic
-from dpo_sd.preferences import ANNOTATIONS, METADATA, Choice, EventLog, vote
-from dpo_sd.remembered import read_sha256
+from dpo_sd.files.hashes import read_sha256
+from dpo_sd.preferences import parquet as pickapic
+from dpo_sd.preferences.events import Choice, vote
+from dpo_sd.preferences.log import ANNOTATIONS, EventLog
+from dpo_sd.preferences.metadata import METADATA
+from dpo_sd.preferences.pair_folder import Pair, pair_id, write_pairs
+from dpo_sd.preferences.parquet import export_pickapic
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpo_sd.pictures import LABEL, MARGIN, comparison, save_png
+from dpo_sd.files.images import save_png
+from dpo_sd.files.sheets import LABEL, MARGIN, comparison
 
 CELL = 40
 

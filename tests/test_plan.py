@@ -14,13 +14,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dpo_sd.config import check_composition
-from dpo_sd.hardware import PRESETS, accumulation
-from dpo_sd.memory import GIB, Training
-from dpo_sd.mistakes import options
-from dpo_sd.models import REPOSITORIES
+from dpo_sd.composition.checks import check_composition
+from dpo_sd.composition.messages import options
+from dpo_sd.composition.schema import CONF_DIR
+from dpo_sd.forecast.counting import GIB
+from dpo_sd.forecast.workload import Workload
+from dpo_sd.models.families import REPOSITORIES
 from dpo_sd.plan import composed
-from dpo_sd.schema import CONF_DIR
+from dpo_sd.training.hardware import PRESETS, accumulation
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_a_composition_that_does_not_fit_ends_in_overrides_that_do(plan):
 
 @pytest.mark.parametrize("tags", ["true", "false"])
 def test_overrides_that_no_training_may_have_are_not_advised(plan, monkeypatch, tags):
-    monkeypatch.setattr(Training, "fits", lambda plan, *_: plan.cache == "all")
+    monkeypatch.setattr(Workload, "fits", lambda plan, *_: plan.cache == "all")
     data = ("data=captions", "loss=sft", "data.path=photos", f"data.shuffle_tags={tags}", "cache=latents")
     out = plan(*data, "hardware.memory_gib=1").out
     advice = (

@@ -22,28 +22,15 @@ from typing import Any
 import pytest
 
 import dpo_sd
-from dpo_sd import preferences
 from dpo_sd.errors import UserError
-from dpo_sd.pairs import Pair, json_line, pair_id, write_pairs
-from dpo_sd.preferences import (
-    ANNOTATIONS,
-    METADATA,
-    TORN,
-    Choice,
-    Event,
-    EventLog,
-    Preference,
-    counting,
-    flag,
-    fold,
-    merge,
-    metadata_rows,
-    now,
-    read_preferences,
-    retract,
-    standing,
-    vote,
-)
+from dpo_sd.files.json_lines import json_line
+from dpo_sd.preferences import log as preferences
+from dpo_sd.preferences.events import Choice, Event, flag, now, retract, vote
+from dpo_sd.preferences.log import ANNOTATIONS, TORN, EventLog, merge
+from dpo_sd.preferences.metadata import METADATA, metadata_rows
+from dpo_sd.preferences.outcome import Preference, counting, fold, standing
+from dpo_sd.preferences.pair_folder import Pair, pair_id, write_pairs
+from dpo_sd.preferences.reading import read_preferences
 
 PROMPTS = ["a red circle", "a red circle", "first\nsecond\u2028third", "<b>🦊</b> قطة \udcff", "word " * 1000]
 KEYS = [  # of the record of an event, in their order
@@ -553,7 +540,7 @@ def writer(folder: Path, work: str) -> subprocess.Popen[str]:
     """A process with an open `log` of the folder, its first `pair`, and work to do."""
     start = (
         "import sys\n"
-        "from dpo_sd.preferences import EventLog, vote\n"
+        "from dpo_sd.preferences.log import EventLog, vote\n"
         f"log = EventLog({str(folder)!r})\n"
         "pair = next(iter(log.pairs.values()))\n"
     )

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_sd.data.reference import ReferenceErrors
 from dpo_sd.losses import PairErrors
+from dpo_sd.training.reference_cache import ReferenceErrors
 
 IDS = np.array([50, 10, 30], np.int64)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_sd import remembered as module
-from dpo_sd.remembered import remembered, sha256
+from dpo_sd.files import hashes as module
+from dpo_sd.files.hashes import remembered, sha256
 
 
 @pytest.fixture(autouse=True)

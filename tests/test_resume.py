@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from dpo_sd.composition.replay import resume_arguments
 from dpo_sd.errors import UserError
-from dpo_sd.resume import resume_arguments
 
 
 @pytest.fixture

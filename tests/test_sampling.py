@@ -12,8 +12,9 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from PIL import Image
 
 from dpo_sd.errors import UserError
-from dpo_sd.models import Model, StableDiffusion
-from dpo_sd.sampling import Sampler
+from dpo_sd.models.base import Base
+from dpo_sd.models.sampling import Sampler
+from dpo_sd.models.stable_diffusion import StableDiffusion
 
 PROMPTS = ["a small red circle on a blue background", "a large green star", "", "yellow cross on black"]
 SEEDS = [3, 2**63 - 1, 0, 3]
@@ -21,7 +22,7 @@ SEEDS = [3, 2**63 - 1, 0, 3]
 
 @pytest.fixture(scope="module")
 def model() -> StableDiffusion:
-    return Model().load()
+    return Base().load()
 
 
 def pixels(pictures: list[Image.Image]) -> np.ndarray:
@@ -104,14 +105,14 @@ def test_the_unet_gets_its_mode_back_after_an_exception(model):
 
 @pytest.mark.parametrize("family", ["sdxl", "sd21"])
 def test_the_other_families_draw_pictures_of_their_own_size(twin, family):
-    model = Model(family, str(twin(family))).load()
+    model = Base(family, str(twin(family))).load()
     one, again, other = (Sampler(steps=2).draw(model, ["star"], [seed])[0] for seed in (1, 1, 2))
     assert one.size == (model.resolution, model.resolution) == (64, 64)
     assert one.tobytes() == again.tobytes() != other.tobytes()
 
 
 def test_sdxl_draws_what_its_own_pipeline_draws(twin):
-    model = Model("sdxl", str(twin("sdxl"))).load()
+    model = Base("sdxl", str(twin("sdxl"))).load()
     (mine,) = Sampler("ddim", steps=2, guidance=3.0, negative_prompt="blurred").draw(model, ["star"], [1])
     pipeline: Any = model.pipeline()
     pipeline.scheduler = DDIMScheduler.from_config(model.noise_scheduler.config)
@@ -129,7 +130,7 @@ def test_sdxl_draws_what_its_own_pipeline_draws(twin):
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm++"])
 def test_a_schedule_that_ends_in_pure_noise_is_begun_at_its_end(twin, scheduler):
     """Begun anywhere else, the model would meet a noise level that it was never given (Lin et al. 2023)."""
-    model = Model("sd21", str(twin("sd21"))).load()
+    model = Base("sd21", str(twin("sd21"))).load()
     asked: list[int] = []
     hook = model.unet.register_forward_pre_hook(lambda unet, given: asked.append(int(given[1])))
     Sampler(scheduler, steps=4).draw(model, ["star"], [1])
@@ -168,7 +169,7 @@ def test_drawing_leaves_no_graph_and_the_weights_frozen(model):
 
 
 def test_a_base_in_half_precision_draws_nearly_the_same_pictures(drawn):
-    half = pixels(Sampler(steps=2).draw(Model().load("bfloat16"), PROMPTS, SEEDS))
+    half = pixels(Sampler(steps=2).draw(Base().load("bfloat16"), PROMPTS, SEEDS))
     assert np.abs(half - drawn).mean() < 6
 
 

@@ -9,8 +9,8 @@ import pytest
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, ValidationError
 
-from dpo_sd import schema as schema_module
-from dpo_sd.schema import SCHEMAS, class_attribute, schema
+from dpo_sd.composition import schema as schema_module
+from dpo_sd.composition.schema import SCHEMAS, class_attribute, schema
 
 SOURCE = """
 import torch
@@ -132,11 +132,11 @@ def test_shipped_schemas_agree_with_the_classes_they_describe(monkeypatch):
     monkeypatch.undo()
     for target in (
         "dpo_sd.losses.DiffusionDPOLoss",
-        "dpo_sd.hardware.Hardware",
-        "dpo_sd.optimization.AdamW",
-        "dpo_sd.models.Model",
-        "dpo_sd.data.framing.Framing",
-        "dpo_sd.sampling.Sampler",
+        "dpo_sd.training.hardware.Hardware",
+        "dpo_sd.training.optimizers.AdamW",
+        "dpo_sd.models.base.Base",
+        "dpo_sd.data.frames.Framing",
+        "dpo_sd.models.sampling.Sampler",
     ):
         assert target in SCHEMAS.values()
         described = OmegaConf.to_container(OmegaConf.structured(schema(target)))

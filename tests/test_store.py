@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_sd.data import store as store_module
-from dpo_sd.data.store import TensorStore, content_key
 from dpo_sd.errors import UserError
+from dpo_sd.files import tensors as store_module
+from dpo_sd.files.tensors import TensorStore, content_key
 
 
 def key(number: int) -> str:
@@ -84,7 +84,7 @@ def test_a_kill_in_the_middle_of_a_shard_leaves_no_shard(tmp_path, shards_of_fou
 
     store = TensorStore(tmp_path, torch.float32)
     fill(store, range(4))
-    monkeypatch.setattr("dpo_sd.files.os.replace", killed)
+    monkeypatch.setattr("dpo_sd.files.atomic.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         fill(store, range(4, 8))
     assert len(shards(tmp_path)) == 1

@@ -404,7 +404,7 @@ def test_a_command_killed_from_outside_continues_to_the_same_bits(small, whole, 
 
 def test_ctrl_c_saves_says_how_to_continue_and_loses_nothing(train, command, whole, tmp_path):
     def patch() -> None:
-        from dpo_sd.module import DiffusionModule
+        from dpo_sd.training.step import DiffusionModule
 
         before_call(DiffusionModule, "training_step", 5, send(signal.SIGINT))
 
@@ -422,7 +422,7 @@ def test_ctrl_c_saves_says_how_to_continue_and_loses_nothing(train, command, who
 
 def test_a_second_ctrl_c_stops_at_once(train, command, whole, tmp_path):
     def patch() -> None:
-        from dpo_sd.module import DiffusionModule
+        from dpo_sd.training.step import DiffusionModule
 
         before_call(DiffusionModule, "training_step", 5, send(signal.SIGINT, signal.SIGINT))
 
@@ -437,7 +437,7 @@ def test_a_second_ctrl_c_stops_at_once(train, command, whole, tmp_path):
 
 def test_ctrl_c_while_the_pairs_are_drawn_says_how_to_continue(train, command, whole, tmp_path):
     def patch() -> None:
-        from dpo_sd.sampling import Sampler
+        from dpo_sd.models.sampling import Sampler
 
         before_call(Sampler, "draw", 1, send(signal.SIGINT))
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from dpo_sd.models import TINY
+from dpo_sd.models.families import TINY
 
 
 class SingleFile(NamedTuple):

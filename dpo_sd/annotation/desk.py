@@ -11,21 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID, uuid5
 
-from dpo_sd.annotation.items import (
-    Item,
-    Judged,
-    Mode,
-    Show,
-    implied,
-    judgements,
-    make_items,
-    unjudged,
-    upcoming,
-)
+from dpo_sd.annotation.items import Item, Judged, Mode, Show, implied, judgements, make_items, unjudged, upcoming
 from dpo_sd.errors import UserError
-from dpo_sd.pairs import PAIRS, changed_images, check_image, image_file, is_uid, load_image
-from dpo_sd.preferences import REFUSED, Event, EventLog, flag, retract, standing, vote
-from dpo_sd.remembered import sha256
+from dpo_sd.files.hashes import sha256
+from dpo_sd.preferences.events import Event, flag, retract, vote
+from dpo_sd.preferences.log import REFUSED, EventLog
+from dpo_sd.preferences.outcome import standing
+from dpo_sd.preferences.pair_folder import PAIRS, changed_images, check_image, image_file, is_uid, load_image
 
 WINDOW = 48  # items that the client gets at a time: more than anyone judges before the server answers
 UNDOABLE = 10  # judgements that can be undone after a reload

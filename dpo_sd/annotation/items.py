@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from dpo_sd.noise import sample_id
-from dpo_sd.pairs import Pair, current
-from dpo_sd.preferences import Choice, Event, counting, fold
+from dpo_sd.preferences.events import Choice, Event
+from dpo_sd.preferences.outcome import counting, fold
+from dpo_sd.preferences.pair_folder import Pair, current
 
 REPEAT_AFTER = 20  # items from a vote to its repeat
 

@@ -13,16 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo_sd.pairs import Pair
-from dpo_sd.preferences import Event, Preference, counting, fold, standing
-from dpo_sd.statistics import (
-    WinRate,
-    flip_rate,
-    krippendorff_alpha,
-    position_bias,
-    votes_to_detect,
-    wilson,
-)
+from dpo_sd.preferences.events import Event
+from dpo_sd.preferences.outcome import Preference, counting, fold, standing
+from dpo_sd.preferences.pair_folder import Pair
+from dpo_sd.statistics import WinRate, flip_rate, krippendorff_alpha, position_bias, votes_to_detect, wilson
 
 TOO_FAST_MS = 400  # nobody compares two pictures in less
 

@@ -13,7 +13,7 @@ from streamlit.components.v2 import component
 from dpo_sd.annotation.desk import Desk, Receipt, count, refusal, token
 from dpo_sd.annotation.items import Mode
 from dpo_sd.errors import UserError
-from dpo_sd.preferences import Preference, fold
+from dpo_sd.preferences.outcome import Preference, fold
 
 CLIENT = Path(__file__).parent / "client"
 QUEUE = "annotator"  # key of the component, whose state is the queue of votes

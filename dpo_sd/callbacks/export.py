@@ -8,9 +8,10 @@ from typing import Any
 import lightning as L
 
 from dpo_sd.errors import UserError
-from dpo_sd.lora import weights_of
-from dpo_sd.lora_files import WEIGHTS_NAME, save_diffusers, save_kohya
-from dpo_sd.module import DiffusionModule
+from dpo_sd.lora.adapters import weights_of
+from dpo_sd.lora.weights import WEIGHTS_NAME
+from dpo_sd.lora.writing import save_diffusers, save_kohya
+from dpo_sd.training.step import DiffusionModule
 
 
 class Export(L.Callback):

@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from dpo_sd.errors import UserError
-from dpo_sd.module import DiffusionModule
+from dpo_sd.training.step import DiffusionModule
 
 
 class Health(L.Callback):

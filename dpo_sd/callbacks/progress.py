@@ -10,7 +10,7 @@ import lightning as L
 from tqdm import tqdm
 
 from dpo_sd.callbacks.metrics import Metrics
-from dpo_sd.data.datamodule import PairData
+from dpo_sd.data.datamodule import DataModule
 from dpo_sd.errors import UserError
 
 
@@ -44,7 +44,7 @@ class Progress(L.Callback):
             return
         self._last.append(dict(self._metrics.latest))
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(data, PairData)
+        assert isinstance(data, DataModule)
         shown = {}
         for label, name, form in (
             ("loss", "train/loss", ".4f"),

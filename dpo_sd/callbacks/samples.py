@@ -10,10 +10,11 @@ import lightning as L
 from PIL import Image
 
 from dpo_sd.errors import UserError
-from dpo_sd.lora import adapter_names, using
-from dpo_sd.module import DiffusionModule
+from dpo_sd.files.images import save_png
+from dpo_sd.files.sheets import comparison
+from dpo_sd.lora.adapters import adapter_names, using
 from dpo_sd.noise import check_uint64, image_seed
-from dpo_sd.pictures import comparison, save_png
+from dpo_sd.training.step import DiffusionModule
 
 log = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ from typing import Any
 import lightning as L
 import numpy as np
 
-from dpo_sd.data.source import Judge
 from dpo_sd.errors import UserError
-from dpo_sd.lora import using
-from dpo_sd.module import DiffusionModule
+from dpo_sd.judges.judge import Judge
+from dpo_sd.lora.adapters import using
 from dpo_sd.noise import check_uint64, image_seed
 from dpo_sd.statistics import WinRate, mean_difference, minimal_detectable_rate, win_rate, win_shares
+from dpo_sd.training.step import DiffusionModule
 
 
 class Verdict(L.Callback):

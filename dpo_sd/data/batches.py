@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from dpo_sd import noise
-from dpo_sd.models import TextEmbeds
+from dpo_sd.models.stable_diffusion import TextEmbeds
 
 
 class Tensors(Protocol):
@@ -163,7 +163,7 @@ class Visit(NamedTuple):
     draw: int
 
 
-class PairBatch(NamedTuple):
+class Batch(NamedTuple):
     """Samples of one size, which one pass of the UNet takes together.
 
     Args:
@@ -254,7 +254,7 @@ class Visits(Dataset):
         )
 
 
-def stack(visits: list[Visit]) -> list[PairBatch]:
+def stack(visits: list[Visit]) -> list[Batch]:
     """The visits of a micro-batch, those of one size together: one batch where all have the same size."""
     by_size: dict[tuple[int, ...], list[Visit]] = {}
     for visit in visits:
@@ -262,7 +262,7 @@ def stack(visits: list[Visit]) -> list[PairBatch]:
     return [_batch(members) for members in by_size.values()]
 
 
-def _batch(visits: list[Visit]) -> PairBatch:
+def _batch(visits: list[Visit]) -> Batch:
     def column(name: str) -> list:
         return [getattr(visit, name) for visit in visits]
 
@@ -273,7 +273,7 @@ def _batch(visits: list[Visit]) -> PairBatch:
     if visits[0].embeds is not None:
         hidden, pooled = zip(*column("embeds"), strict=True)
         embeds = TextEmbeds(torch.stack(hidden), None if pooled[0] is None else torch.stack(pooled))
-    return PairBatch(
+    return Batch(
         chosen=torch.stack(column("chosen")),
         rejected=stacked("rejected"),
         chosen_time_ids=torch.stack(column("chosen_time_ids")),

@@ -13,22 +13,26 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from dpo_sd.data.extract import Dataset, Extract, Tally, check_columns, picture_bytes
-from dpo_sd.data.image_files import Found, Samples, check_validation, find, held_back, left_out, prepare
-from dpo_sd.data.source import Cache, Judge, PreparedData, checked_dropout
+from dpo_sd.data.cache import Cache
+from dpo_sd.data.extract import Extract, Tally, picture_bytes
+from dpo_sd.data.preparing import prepare
+from dpo_sd.data.samples import Found, find, left_out
+from dpo_sd.data.source import PreparedData, checked_dropout
+from dpo_sd.data.splitting import check_validation, split_pictures
+from dpo_sd.data.tables import TabularDataset, check_columns
 from dpo_sd.errors import UserError
-from dpo_sd.images import ENDINGS
+from dpo_sd.files.images import ENDINGS
+from dpo_sd.judges.judge import Judge
 from dpo_sd.noise import order
 
 if TYPE_CHECKING:
-    from dpo_sd.data.framing import Framing
-    from dpo_sd.models import StableDiffusion
-    from dpo_sd.sampling import Sampler
+    from dpo_sd.data.frames import Framing
+    from dpo_sd.models.sampling import Sampler
+    from dpo_sd.models.stable_diffusion import StableDiffusion
 
 IMAGE_COLUMNS, TEXT_COLUMNS = ("image", "file_name"), ("text", "caption")
 METADATA = ("metadata.jsonl", "metadata.csv")
 UNCAPTIONED, PICTURELESS = "without a caption", "without a picture"
-GRID_PICTURES = 16  # of the training pictures, where none are held back
 
 
 class Captions:
@@ -82,7 +86,7 @@ class Captions:
         self.image_column, self.text_column = image_column, text_column
         self.caption_dropout = checked_dropout(caption_dropout)
         self.judge: Judge | None = None
-        self.dataset: Dataset | None = None
+        self.dataset: TabularDataset | None = None
         self.found: Found | None = None  # of a dataset, once it is fetched
         folder = Path(path).expanduser()
         files = _listing(folder) if folder.is_dir() else None
@@ -91,7 +95,7 @@ class Captions:
                 raise UserError(f"{path} is on this computer and has no revision={revision}: leave it out")
             self.found = self._in_folder(folder, files)
             return
-        self.dataset = Dataset(path, split, revision)
+        self.dataset = TabularDataset(path, split, revision)
         self.dataset.check(self._needed)
 
     def fetch(self, cache: Cache) -> Found:
@@ -198,27 +202,6 @@ class Captions:
         if not rows:
             raise UserError(f"no picture of {self.path} can be used: {report[-1]}")
         return split_pictures(samples, self.validation, self.seed, report)
-
-
-def split_pictures(samples: Samples, validation: float, seed: int, report: list[str]) -> Found:
-    """Training and validation with different pictures; with no share held back, validation is on those of the training.
-
-    Args:
-        validation: 0, or as in `held_back`, of the pictures.
-    """
-    pictures = np.unique(samples.chosen.sha256)
-    shuffled = pictures[order(seed, 0, len(pictures))]
-    if validation == 0 or len(pictures) == 1:
-        shown = np.flatnonzero(np.isin(samples.chosen.sha256, shuffled[:GRID_PICTURES]))
-        report.append(
-            f"training: {len(samples)} pictures, none held back: the validation grid is of {len(shown)} of them, "
-            "and does not show whether the training learns them by heart"
-        )
-        return Found(samples, samples.take(shown), report)
-    is_held_back = np.isin(samples.chosen.sha256, shuffled[: held_back(validation, len(pictures))])
-    found = Found(samples.take(np.flatnonzero(~is_held_back)), samples.take(np.flatnonzero(is_held_back)), report)
-    report.append(f"training: {len(found.train)} pictures; validation: {len(found.validation)} others")
-    return found
 
 
 @dataclass(frozen=True)

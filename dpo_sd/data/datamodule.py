@@ -5,9 +5,9 @@ from __future__ import annotations
 import lightning as L
 from torch.utils.data import DataLoader
 
-from dpo_sd.data.batches import PairBatch, UpdateOrder, Visits, stack
+from dpo_sd.data.batches import Batch, UpdateOrder, Visits, stack
 from dpo_sd.data.source import PreparedData, Source
-from dpo_sd.sampling import Sampler
+from dpo_sd.models.sampling import Sampler
 
 GRID = 4  # noises and timesteps of the fixed validation grid, spread evenly over the schedule
 
@@ -17,7 +17,7 @@ def grid_batch(micro_batch: int) -> int:
     return max(micro_batch, GRID) // GRID * GRID
 
 
-class PairData(L.LightningDataModule):
+class DataModule(L.LightningDataModule):
     """Batches in the order of training, beginning at whatever update the trainer stands at.
 
     Args:
@@ -51,7 +51,7 @@ class PairData(L.LightningDataModule):
         self.grid = [round((k + 0.5) * num_train_timesteps / GRID) for k in range(GRID)]
         self.validation_visits = Visits(data.validation, seed, num_train_timesteps, factor, timesteps=self.grid)
 
-    def train_dataloader(self) -> DataLoader[list[PairBatch]]:
+    def train_dataloader(self) -> DataLoader[list[Batch]]:
         trainer = self.trainer
         assert trainer is not None
         batches = UpdateOrder(
@@ -72,7 +72,7 @@ class PairData(L.LightningDataModule):
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )
 
-    def validation_batches(self) -> DataLoader[list[PairBatch]]:
+    def validation_batches(self) -> DataLoader[list[Batch]]:
         """Every validation sample at every point of the grid, sample by sample."""
         visits = [(index, k) for index in range(len(self.data.validation)) for k in range(GRID)]
         size = grid_batch(self.micro_batch)

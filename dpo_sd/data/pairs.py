@@ -9,17 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dpo_sd.data.image_files import by_prompt, check_validation, find, left_out, prepare, split
-from dpo_sd.data.source import Cache, PreparedData, checked_dropout
+from dpo_sd.data.cache import Cache
+from dpo_sd.data.preparing import prepare
+from dpo_sd.data.samples import by_prompt, find, left_out
+from dpo_sd.data.source import PreparedData, checked_dropout
+from dpo_sd.data.splitting import check_validation, split
 from dpo_sd.errors import UserError
-from dpo_sd.pairs import image_file, is_uid
-from dpo_sd.preferences import Preference, read_preferences
+from dpo_sd.preferences.outcome import Preference
+from dpo_sd.preferences.pair_folder import image_file, is_uid
+from dpo_sd.preferences.reading import read_preferences
 from dpo_sd.shapes.captions import split_prompts
 
 if TYPE_CHECKING:
-    from dpo_sd.data.framing import Framing
-    from dpo_sd.models import StableDiffusion
-    from dpo_sd.sampling import Sampler
+    from dpo_sd.data.frames import Framing
+    from dpo_sd.models.sampling import Sampler
+    from dpo_sd.models.stable_diffusion import StableDiffusion
 
 
 class Pairs:
@@ -62,7 +66,7 @@ class Pairs:
             raise UserError(f"style={style} is what a judge reads the pictures in: give judge as well, or leave it out")
         self.judge = None
         if judge is not None:
-            from dpo_sd.shapes.oracle import Oracle
+            from dpo_sd.judges.oracle import Oracle
 
             self.judge = Oracle(judge, style or "flat")
         self.folder, self.seed = Path(pairs).expanduser(), seed

@@ -6,15 +6,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dpo_sd.data.extract import Dataset, Extract, Tally, picture_bytes
-from dpo_sd.data.image_files import Found, by_prompt, check_validation, find, prepare, split
-from dpo_sd.data.source import Cache, Judge, PreparedData, checked_dropout
+from dpo_sd.data.cache import Cache
+from dpo_sd.data.extract import Extract, Tally, picture_bytes
+from dpo_sd.data.preparing import prepare
+from dpo_sd.data.samples import Found, by_prompt, find
+from dpo_sd.data.source import PreparedData, checked_dropout
+from dpo_sd.data.splitting import check_validation, split
+from dpo_sd.data.tables import TabularDataset
 from dpo_sd.errors import UserError
+from dpo_sd.judges.judge import Judge
 
 if TYPE_CHECKING:
-    from dpo_sd.data.framing import Framing
-    from dpo_sd.models import StableDiffusion
-    from dpo_sd.sampling import Sampler
+    from dpo_sd.data.frames import Framing
+    from dpo_sd.models.sampling import Sampler
+    from dpo_sd.models.stable_diffusion import StableDiffusion
 
 COLUMNS = {
     "caption": "caption",
@@ -80,7 +85,7 @@ class PickAPic:
         self.judge: Judge | None = None
         self.columns = _checked_columns(columns)
         self.needed, self.optional = _wanted_columns(self.columns)
-        self.dataset = Dataset(path, split, revision)
+        self.dataset = TabularDataset(path, split, revision)
         self.dataset.check(self.needed)
         self.found: Found | None = None  # once it is fetched
 

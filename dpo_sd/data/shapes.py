@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dpo_sd.annotator import SimulatedAnnotator
-from dpo_sd.data.source import Cache, PreparedData, adapter_key, checked_dropout, encode_drawn, too_long
+from dpo_sd.data.cache import Cache
+from dpo_sd.data.drawn import encode_drawn
+from dpo_sd.data.source import PreparedData, checked_dropout
+from dpo_sd.data.texts import too_long
 from dpo_sd.errors import UserError
-from dpo_sd.lora import reference
+from dpo_sd.lora.adapters import adapter_key, reference
 from dpo_sd.noise import generator, image_seed, sample_id
+from dpo_sd.shapes.annotator import SimulatedAnnotator
 from dpo_sd.shapes.captions import PromptSplit, split_prompts
 from dpo_sd.shapes.scenes import RESOLUTION
 
@@ -17,15 +20,15 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from dpo_sd.data.batches import PreparedSamples
-    from dpo_sd.data.framing import Framing
-    from dpo_sd.models import StableDiffusion
-    from dpo_sd.sampling import Sampler
+    from dpo_sd.data.frames import Framing
+    from dpo_sd.models.sampling import Sampler
+    from dpo_sd.models.stable_diffusion import StableDiffusion
 
 CHUNK = 64  # pictures kept together: what a killed run has to draw again at most
 
 
 class _World:
-    can_be_framed: ClassVar[bool] = False  # the pictures have one size, and their places matter
+    fixed_resolution: ClassVar[int] = 64  # pixels; the pictures have one size, and their places matter
 
     def check(self, model: StableDiffusion) -> None:
         """Refuse a model that draws pictures of another size.
@@ -70,7 +73,7 @@ class Shapes(_World):
         caption_dropout: float = 0.0,
         seed: int = 0,
     ):
-        from dpo_sd.shapes.oracle import Oracle
+        from dpo_sd.judges.oracle import Oracle
 
         if n_pairs < 1:
             raise UserError(f"n_pairs must be at least 1, got {n_pairs}")
@@ -141,7 +144,7 @@ class Renders(_World):
         caption_dropout: float = 0.1,
         seed: int = 0,
     ):
-        from dpo_sd.shapes.oracle import Oracle
+        from dpo_sd.judges.oracle import Oracle
 
         if n_pictures < 1:
             raise UserError(f"n_pictures must be at least 1, got {n_pictures}")
@@ -186,7 +189,7 @@ def _drawn(
     from PIL import Image
     from tqdm import tqdm
 
-    from dpo_sd.data.store import TensorStore, content_key
+    from dpo_sd.files.tensors import TensorStore, content_key
 
     store = TensorStore(folder / "pictures", torch.uint8)
     settings: dict[str, Any] = {"model": model.fingerprint, "lora": adapter_key(model, "reference")}

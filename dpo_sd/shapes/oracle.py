@@ -24,7 +24,7 @@ from __future__ import annotations
 import difflib
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -56,7 +56,6 @@ CLUTTER_TOLERANCE = 0.005  # share of the picture: 20 pixels
 OBJECT_CONTRAST = 20.0  # RGB distance from the background; the palest pair of colours is 44 apart
 CLUTTER_CONTRAST = 32.0  # RGB distance from the background, of what counts as something else in the picture
 OBJECT_PIXELS = (20, RESOLUTION**2 // 2)  # a smaller patch is a speck, a larger one is not an object on a background
-
 _MIDDLE = RESOLUTION / 2
 _LAST = RESOLUTION - 1
 _FRAME = np.ones((RESOLUTION, RESOLUTION), bool)
@@ -155,7 +154,7 @@ def measure(image: Image.Image, style: str = "flat") -> Measurement:
     Raises:
         UserError: when the picture has another size or the style is unknown.
     """
-    _known(style, STYLES, "style")
+    check_known(style, STYLES, "style")
     pixels = _pixels(image)
     ground = np.median(pixels[_FRAME], axis=0)
     backgrounds = _distances(ground, BACKGROUNDS, style)
@@ -202,7 +201,7 @@ def style_score(image: Image.Image, style: str) -> float:
     Raises:
         UserError: when the picture has another size or the style is unknown.
     """
-    _known(style, STYLES, "style")
+    check_known(style, STYLES, "style")
     pixels = _pixels(image)
     errors = {}
     for name in STYLES:
@@ -239,41 +238,6 @@ UTILITIES: dict[str, Callable[[Image.Image, str, str], float]] = {
     "large": large,
     "style": in_style,
 }
-
-
-class Oracle:
-    """A taste in pictures of the shapes world: what a simulated annotator goes by, and what a verdict is judged by.
-
-    Args:
-        preference: what is better, a name in `UTILITIES`.
-        style: that pictures are read in, one of `STYLES`.
-
-    Raises:
-        UserError: when either is unknown.
-    """
-
-    def __init__(self, preference: str = "centred", style: str = "flat"):
-        _known(preference, UTILITIES, "preference")
-        _known(style, STYLES, "style")
-        self.preference, self.style = preference, style
-
-    @property
-    def name(self) -> str:
-        return f"oracle: {self.preference}" + ("" if self.style == "flat" else f", in the {self.style} style")
-
-    def judge(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """How good each picture is to this taste; higher is better."""
-        utility = UTILITIES[self.preference]
-        return [utility(image, prompt, self.style) for image, prompt in zip(images, prompts, strict=True)]
-
-    def properties(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, list[float]]:
-        """What captions demand, and the style: scores of each picture by name, each in [0, 1]."""
-        scores = [score(image, prompt, self.style) for image, prompt in zip(images, prompts, strict=True)]
-        names = ("shape", "colour", "size", "background", "clean", "overall", "faithful")
-        found = {name: [float(getattr(s, name)) for s in scores] for name in names}
-        if self.style != "flat":
-            found["style"] = [style_score(image, self.style) for image in images]
-        return found
 
 
 def _if_kept(image: Image.Image, prompt: str, style: str, value: Callable[[Measurement], float]) -> float:
@@ -333,7 +297,7 @@ def _in_place(seen: Measurement, position: str) -> float:
     return min(scores)
 
 
-def _known(name: str, names: Iterable[str], what: str) -> None:
+def check_known(name: str, names: Iterable[str], what: str) -> None:
     if name not in (known := list(names)):
         nearest = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean {nearest[0]}?)" if nearest else ""

@@ -1,0 +1,198 @@
+"""Checks of what was composed, before anything heavy is imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+
+from dpo_sd.composition.messages import (
+    KINDS,
+    chosen,
+    explain_value,
+    nearest,
+    no_value,
+    options,
+    settings_of,
+    unknown_setting,
+    written,
+)
+from dpo_sd.composition.schema import CONF_DIR, SCHEMAS, class_attribute
+from dpo_sd.errors import UserError
+from dpo_sd.training.cluster import launched
+from dpo_sd.training.hardware import accumulation
+
+
+def check_composition(cfg: DictConfig) -> None:
+    """Refuse a training that cannot run, before anything heavy is imported.
+
+    Args:
+        cfg: composed from train.yaml.
+
+    Raises:
+        UserError: when `check_settings` refuses it, when a value is out of range, when a loss needs pairs where there
+            are none, when pictures are framed that cannot be, and when pairs_per_update does not divide into
+            micro-batches.
+    """
+    check_settings(cfg)
+    if not cfg.cache_dir:
+        raise UserError("cache_dir is empty: name a folder, or leave it out")
+    if cfg.name in ("", ".", "..") or "/" in cfg.name or "\\" in cfg.name:
+        raise UserError(f"name must be the name of a folder, got {written(cfg.name)}")
+    _check_seed(cfg.seed)
+    for key in ("max_steps", "validate_every", "log_every", "devices", "num_nodes"):
+        if cfg.trainer[key] < 1:
+            raise UserError(f"trainer.{key} must be at least 1, got {cfg.trainer[key]}")
+    if cfg.trainer.gradient_clip is not None and not cfg.trainer.gradient_clip > 0:
+        raise UserError(f"trainer.gradient_clip must be positive, or null for none, got {cfg.trainer.gradient_clip}")
+    if _says(cfg.loss._target_, "needs_pairs") and _says(cfg.data._target_, "has_pairs") is False:
+        paired = [name for name, target in SCHEMAS.items() if _says(target, "has_pairs")]
+        single = [name for name, target in SCHEMAS.items() if _says(target, "needs_pairs") is False]
+        raise UserError(
+            f"{chosen('loss', cfg)} needs pairs, but {chosen('data', cfg)} has single images: "
+            f"use {' or '.join(paired + single).replace('/', '=')}"
+        )
+    framing = cfg.framing
+    fixed = _says(cfg.data._target_, "fixed_resolution")
+    if fixed and (framing.flip or framing.random_crop or framing.resolution not in (None, fixed)):
+        raise UserError(
+            f"{chosen('data', cfg)} has pictures of {fixed} pixels whose places matter: leave out "
+            "framing.resolution, framing.flip and framing.random_crop"
+        )
+    _check_cache(cfg)
+    if cfg.optimizer.get("text_encoder_lr") is not None and not cfg.lora.get("text_encoder"):
+        raise UserError(
+            "optimizer.text_encoder_lr is given, but no text encoder is trained: add lora.text_encoder=true"
+        )
+    processes = cfg.trainer.devices * cfg.trainer.num_nodes
+    if cfg.trainer.num_nodes > 1 and not launched():
+        raise UserError(
+            f"trainer.num_nodes={cfg.trainer.num_nodes} needs a launcher that starts the other machines: "
+            "srun in a Slurm job, or torchrun on each of them; on this machine alone use trainer.num_nodes=1"
+        )
+    if processes > 1 and sweeping():
+        raise UserError(
+            f"a sweep trains on one device, got {processes}: the processes of DDP start by repeating the command line, "
+            "which here is the whole sweep; use trainer.devices=1, or one command for each run"
+        )
+    accumulation(cfg.pairs_per_update, cfg.hardware.micro_batch, processes)
+
+
+def _check_cache(cfg: DictConfig) -> None:
+    """Nothing is kept that changes from visit to visit."""
+    if cfg.framing.random_crop and cfg.cache != "off":
+        raise UserError("framing.random_crop cuts another part at every visit, which no cache can hold: add cache=off")
+    if cfg.lora.get("text_encoder") and cfg.cache == "all":
+        raise UserError(
+            "lora.text_encoder changes what prompts become, which the cache would not notice: add cache=latents"
+        )
+    if cfg.data.get("shuffle_tags") and cfg.cache == "all":
+        raise UserError(
+            "data.shuffle_tags makes another text at every visit, which the cache cannot hold: add cache=latents"
+        )
+
+
+def check_plan(cfg: DictConfig) -> None:
+    """Refuse what a training would refuse, and a rate that is none.
+
+    Raises:
+        UserError: as `check_composition`.
+    """
+    check_composition(cfg)
+    if cfg.rate is not None and not cfg.rate > 0:
+        raise UserError(f"rate must be positive, in pairs a second, or null, got {cfg.rate}")
+
+
+def check_generation(cfg: DictConfig) -> None:
+    """Refuse a drawing that cannot run.
+
+    Raises:
+        UserError: when `check_settings` refuses it, and when a value is out of range.
+    """
+    check_settings(cfg)
+    _check_seed(cfg.seed)
+    for key, least in (("set_size", 2), ("num_sets", 1)):
+        if cfg[key] < least:
+            raise UserError(f"{key} must be at least {least}, got {cfg[key]}")
+    if not (isinstance(cfg.prompts, str) or (isinstance(cfg.prompts, ListConfig) and len(cfg.prompts))):
+        raise UserError(f"prompts must be a text file, a list of prompts, or shapes, got {written(cfg.prompts)}")
+    if not isinstance(cfg.loras, str | ListConfig) or not all(isinstance(lora, str) for lora in cfg.loras):
+        raise UserError(f"loras must be a file or a run folder, or a list of them, got {written(cfg.loras)}")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must be at least 0 and below 2^32, got {seed}")
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Refuse what composition alone lets pass.
+
+    Raises:
+        UserError: when a value is missing, an interpolation leads nowhere, nothing reads a key, or a value is none of
+            its choices.
+    """
+    for key in sorted(OmegaConf.missing_keys(cfg)):
+        raise UserError(no_value(key))
+    try:
+        OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(explain_value(error)) from error
+    _check_typed(cfg)
+    for group in ("callbacks", "logger"):
+        for name, node in cfg.get(group, {}).items():
+            if node is None:
+                raise UserError(f"{group}.{name} is null: leave it out with ~{group}.{name}")
+            if "_target_" not in node:
+                raise UserError(unknown_setting(f"{group}.{name}", options(group), cfg))
+    if "logger" in cfg:
+        _check_kinds(cfg.logger, OmegaConf.merge(*map(OmegaConf.load, (CONF_DIR / "logger").glob("*.yaml"))))
+
+
+def _says(target: str, attribute: str) -> bool | None:
+    return class_attribute(target, attribute) if target in SCHEMAS.values() else None
+
+
+def _check_typed(cfg: DictConfig) -> None:
+    """No typed node holds a key beyond its settings, and every value is among its choices."""
+    declared = settings_of(OmegaConf.get_type(cfg))
+    for key, value in ((str(key), value) for key, value in cfg.items()):
+        full_key = cfg._get_full_key(key)
+        if declared and key not in declared:  # `+key=value` can add one
+            raise UserError(unknown_setting(full_key, declared, cfg._get_root()))
+        choices = declared[key].metadata.get("choices") if declared else None
+        for item in value if isinstance(value, ListConfig) else [value]:
+            if choices and item is not None and item not in choices:
+                raise UserError(
+                    f"{full_key} must be one of {', '.join(map(str, choices))}, got {written(item)}"
+                    + nearest(item, choices)
+                )
+        if isinstance(value, DictConfig):
+            _check_typed(value)
+        elif declared and declared[key].type == "Any" and choices is None:  # a file wrote `loss: dpo`
+            raise UserError(f"{key} must hold settings, got {written(value)}: write it as override /{key}: <option>")
+
+
+def _check_kinds(cfg: DictConfig, shipped: Any) -> None:
+    """A class that is not ours has no schema: its values keep the kind they have in the shipped file."""
+    for key in [str(key) for key in cfg if key in shipped]:
+        new = cfg[key]
+        try:
+            old = shipped[key]
+        except InterpolationResolutionError:  # it needs the rest of the composition, or a running job
+            continue
+        if isinstance(old, DictConfig) and isinstance(new, DictConfig):
+            _check_kinds(new, old)
+        fits = new is None or type(new) is type(old) or (type(new) is int and type(old) is float)
+        if isinstance(old, int | float) and not fits:
+            raise UserError(f"{cfg._get_full_key(key)} must be {KINDS[type(old)]}, got {written(new)}")
+
+
+CHECKS = {"train": check_composition, "benchmark": check_composition, "plan": check_plan, "generate": check_generation}
+
+
+def sweeping() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN

@@ -1,0 +1,158 @@
+"""One message for each mistake: which setting, what it was given, and what to write instead."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import traceback
+from collections.abc import Iterable, Iterator
+from dataclasses import Field, fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from hydra.errors import CompactHydraException, InstantiationException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+from dpo_sd.composition.schema import CONF_DIR, SCHEMAS, schema
+from dpo_sd.errors import UserError
+
+_UNWRITABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
+LAUNCHERS = ("joblib", "submitit_")  # of the extra `sweep`
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+
+
+def options(group: str) -> list[str]:
+    """What a group of conf/ offers; nothing where there is no such group."""
+    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+
+
+def no_value(key: str) -> str:
+    """What to say of a setting that must be given."""
+    return f"{key} has no value: give {key}={'|'.join(options(key)) or '<value>'}"
+
+
+def written(value: Any) -> str:
+    """The value as it is written on a command line."""
+    return repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def nearest(word: Any, words: Iterable[Any], prefix: str = "") -> str:
+    """The question whether another word was meant; empty where none is near."""
+    near = get_close_matches(str(word), [str(other) for other in words], n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def chosen(key: str, root: Any) -> str:
+    """How the node at `key` was chosen, "loss=dpo", where its class tells; otherwise the key."""
+    target = OmegaConf.select(root, f"{key}._target_")
+    return next((name.replace("/", "=") for name, of in SCHEMAS.items() if of == target and f"{key}/" in name), key)
+
+
+def unknown_setting(full_key: str, siblings: Iterable[Any], root: Any) -> str:
+    """What to say of a key that is none.
+
+    Args:
+        full_key: dotted path from the root.
+        siblings: the keys that would be right in its place.
+        root: the composition.
+    """
+    parent, _, key = full_key.rpartition(".")
+    siblings = [str(name) for name in siblings if not str(name).startswith("_") and name != "hydra"]
+    if not parent:
+        siblings += [path.name for path in CONF_DIR.iterdir() if path.is_dir() and path.name not in siblings]
+    hint = nearest(key, siblings, f"{parent}." if parent else "")
+    owners = [name for name in SCHEMAS if name.startswith(f"{parent}/") and key in settings_of(schema(SCHEMAS[name]))]
+    if owners:
+        hint = f"; it belongs to {' and '.join(owners).replace('/', '=')}"
+    if not hint:  # perhaps it only lacks its group
+        paths = {path.rpartition(".")[2]: path for path in _paths(OmegaConf.to_container(root)) if path != full_key}
+        near = get_close_matches(key, paths, n=1)
+        hint = f"; did you mean {paths[near[0]]}?" if near else ""
+    has = f" ({chosen(parent, root)} has: {', '.join(siblings)})" if parent else ""
+    return f"{full_key}: no such setting{hint}{has}"
+
+
+def settings_of(kind: Any) -> dict[str, Field[Any]]:
+    """Fields of a schema by name; none for a node without a schema."""
+    return {each.name: each for each in fields(kind)} if is_dataclass(kind) else {}
+
+
+def _paths(node: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items() if isinstance(node, dict) else []:
+        if key != "hydra" and not str(key).startswith("_"):
+            yield prefix + str(key)
+            yield from _paths(value, f"{prefix}{key}.")
+
+
+def explain_value(error: OmegaConfBaseException) -> str:
+    """What to say of a key or a value that OmegaConf refused."""
+    key, parent, child = error.full_key or "", error.parent_node, error.child_node
+    if isinstance(error, ConfigKeyError | ConfigAttributeError) and isinstance(parent, DictConfig):
+        return unknown_setting(key, parent, parent._get_root())
+    if isinstance(error, ValidationError):
+        kind = list if isinstance(child, ListConfig) else child._metadata.ref_type if child is not None else None
+        kind = parent._metadata.element_type if kind is None and parent is not None else kind
+        if kind in KINDS:
+            null = " or null" if child is not None and child._metadata.optional else ""
+            return f"{key} must be {KINDS[kind]}{null}, got {written(error.value)}"
+    reason = str(error).splitlines()[0]
+    # without a key it is a whole group that was given a value: `loss: sft` in a file
+    return f"{key}: {reason}" if key else f"{reason}; choose an option with override /<group>: <option> under defaults"
+
+
+def explain(error: BaseException) -> str | None:
+    """The message for a mistake of the user's; None for anything else, which deserves its traceback."""
+    causes = [error]
+    while following := causes[-1].__cause__ or (
+        causes[-1].__context__ if isinstance(causes[-1], CompactHydraException) else None
+    ):
+        causes.append(following)
+    mistake = next((cause for cause in causes if isinstance(cause, UserError)), None)
+    if mistake is not None:
+        built = re.search(r"full_key: (\S+)", str(error)) if isinstance(error, InstantiationException) else None
+        return f"{built[1]}: {mistake}" if built else str(mistake)
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override}: write key=value, and a value with special characters as key=\"'a=b'\""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        hint = nearest(option, error.options)
+        if group == "hydra/launcher" and option.startswith(LAUNCHERS):
+            return f"{group}={option} needs a package that is not installed: run pip install -e '.[sweep]'"
+        return f"{group}={option}: no such option{hint} ({group} has: {', '.join(error.options)})"
+    if missing := re.search(r"Missing mandatory value: (\S+)", str(error)):  # hydra.run.dir asks for it first
+        return no_value(missing[1])
+    if (group := re.match(r"Could not override '(.+?)'", str(error))) and options(group[1]):
+        return f"{group[1]} is a group of other commands: --help shows the settings of this one"
+    if isinstance(error, CompactHydraException) and not isinstance(error, InstantiationException):
+        value = next((cause for cause in causes if isinstance(cause, OmegaConfBaseException)), None)
+        place = re.match(r"In '(.+?)': ", str(error))
+        return (f"in {place[1]}.yaml: " if place and value else "") + (explain_value(value) if value else str(error))
+    if isinstance(error, InterpolationResolutionError):
+        return explain_value(error)
+    cause = causes[-1]
+    # /proc and its like say that what cannot be made is not there
+    unmade = isinstance(cause, FileNotFoundError) and any(
+        f.name == "mkdir" for f in traceback.extract_tb(cause.__traceback__)
+    )
+    if isinstance(cause, OSError) and (cause.errno in _UNWRITABLE or unmade):
+        place = f"cannot write {cause.filename}" if cause.filename else "cannot write"
+        return f"{place}: {cause.strerror}; hydra.run.dir=<folder> and cache_dir=<folder> choose other places"
+    return None

@@ -1,0 +1,60 @@
+"""`resume=<run>`: the command line with the settings of the run that it continues."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dpo_sd.errors import UserError
+
+
+def resume_arguments(arguments: list[str]) -> list[str]:
+    """The command line with the settings of the run that `resume=<run>` continues, in that run's folder.
+
+    The settings are the "overrides" of the run's run.json, less those that the command line sets anew.
+
+    Args:
+        arguments: the command line without the program; `resume=` names a run folder or a checkpoint in it.
+
+    Raises:
+        UserError: when there is no such run, when its run.json is unfit, and in a sweep.
+    """
+    given = {_key(argument): argument for argument in arguments}
+    value = given.get("resume", "=null").partition("=")[2].strip("'\"")
+    if value == "null":
+        return arguments
+    if not value:
+        raise UserError("resume= is empty: name a run folder or a checkpoint, or leave it out")
+    if not {"-m", "--multirun", "sweep"}.isdisjoint(given):
+        raise UserError(f"resume={value} continues one run and cannot be part of a sweep: leave out -m and sweep=")
+    path = Path(value).expanduser()
+    if not path.exists():
+        raise UserError(f"resume={value}: there is no such run folder or checkpoint")
+    run = next((folder for folder in (path, *path.parents[:2]) if (folder / "run.json").is_file()), None)
+    if run is None:
+        raise UserError(f"resume={value}: no run.json there, so this is no run folder or checkpoint of one")
+    try:
+        overrides = json.loads((run / "run.json").read_text("utf-8"))["overrides"]
+        if not all(isinstance(override, str) and not override.startswith("-") for override in [*overrides]):
+            raise TypeError
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"resume={value}: {run / 'run.json'} is damaged, it does not list the overrides") from error
+
+    # of the sweep that the run was part of, only the run goes on
+    replayed = {_key(override): override for override in overrides if _key(override) not in {*given, "sweep", "resume"}}
+    for key, override in replayed.items():
+        if key.startswith("hydra") or "_target_" in override:  # a file may not choose what is executed
+            raise UserError(f"resume={value}: run.json sets {override}: say that on the command line yourself")
+    folder = [] if "hydra.run.dir" in given else [f"hydra.run.dir={_quoted(run)}"]
+    at = arguments.index(given["resume"])
+    whence = f"resume={_quoted(path if path.is_file() else run)}"  # a folder inside the run means the run
+    return [*arguments[:at], *replayed.values(), *folder, whence, *arguments[at + 1 :]]
+
+
+def _key(argument: str) -> str:
+    return argument.partition("=")[0].lstrip("+~")
+
+
+def _quoted(path: Path) -> str:
+    """The path as a value for Hydra, which would stumble over the = of step=000200.ckpt."""
+    return "'" + str(path).replace("'", r"\'") + "'"

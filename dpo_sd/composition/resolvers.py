@@ -1,0 +1,67 @@
+"""The resolvers that conf/ uses, and the schemas that it draws in."""
+
+from __future__ import annotations
+
+import netrc
+import os
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from dpo_sd.composition.messages import options
+from dpo_sd.composition.roots import Annotate, Export, Generate, Plan, Train, Trainer
+from dpo_sd.composition.schema import CONF_DIR, SCHEMAS, schema
+from dpo_sd.errors import UserError
+from dpo_sd.training.cluster import run_id
+
+
+def _groups(*names: str) -> str:
+    """Groups of conf/ and their options, for `--help`; all of them where none is named."""
+    groups = names or sorted(path.name for path in CONF_DIR.iterdir() if path.is_dir() and path.name != "annotator")
+    return "\n".join(f"  {group:<11}{', '.join(options(group))}" for group in groups)
+
+
+def _wandb_logged_out() -> bool:
+    if "WANDB_API_KEY" in os.environ:
+        return False
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is None
+    except (OSError, netrc.NetrcParseError):
+        return True
+
+
+def _for_model(name: str, values: Any) -> Any:
+    """The value for a family of models: `${for_model:${model.name},{tiny:1e-3,sd15:1e-4}}`."""
+    if name not in values:
+        raise UserError(f"this recipe has no values for model={name}, only for {', '.join(map(str, values))}")
+    return values[name]
+
+
+def _micro_batch(most: Any, _root_: DictConfig) -> int:
+    """The most pairs that a preset allows the model and that divide an update: `${micro_batch:{tiny:16,sd15:4}}`."""
+    allowed, pairs = most[_root_.model.name], _root_.get("pairs_per_update")  # drawing pictures knows no updates
+    if not isinstance(pairs, int) or pairs < 1:
+        return allowed
+    share = max(1, pairs // max(1, _root_.trainer.devices * _root_.trainer.num_nodes))
+    found = max(n for n in range(1, allowed + 1) if share % n == 0)
+    return found if 2 * found >= min(allowed, share) else allowed  # 17 one by one would be slow: that is refused
+
+
+def register() -> None:
+    """Makes the resolvers and the schemas of conf/ known to Hydra."""
+    store = ConfigStore.instance()
+    store.store(group="schema", name="train", node=Train)
+    store.store(group="schema", name="plan", node=Plan)
+    store.store(group="schema", name="generate", node=Generate)
+    store.store(group="schema", name="annotate", node=Annotate)
+    store.store(group="schema", name="export", node=Export)
+    store.store(group="schema", name="trainer", node=Trainer)
+    for name, target in SCHEMAS.items():
+        group, _, option = f"schema/{name}".rpartition("/")
+        store.store(group=group, name=option, node=schema(target))
+    OmegaConf.register_new_resolver("config_groups", _groups, replace=True)
+    OmegaConf.register_new_resolver("run_id", lambda otherwise: run_id() or otherwise, replace=True)
+    OmegaConf.register_new_resolver("micro_batch", _micro_batch, replace=True)
+    OmegaConf.register_new_resolver("for_model", _for_model, replace=True)
+    OmegaConf.register_new_resolver("wandb_logged_out", _wandb_logged_out, replace=True)

@@ -1,0 +1,183 @@
+"""How pictures of any size become tensors of few sizes: aspect-ratio buckets, scaling, cropping, flipping."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from dpo_sd.errors import UserError
+from dpo_sd.files.tensors import KEY
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from dpo_sd.data.samples import ImageFiles, Samples
+    from dpo_sd.models.stable_diffusion import StableDiffusion
+
+MIDDLE = (0.5, 0.5)
+WIDEST = 2.0  # longer side over shorter side of the most extreme bucket
+
+
+class Frame(NamedTuple):
+    """The part of a scaled picture that is trained on.
+
+    Args:
+        width, height: of the part, in pixels.
+        scaled_width, scaled_height: of the whole picture after scaling, in pixels.
+        left, top: corner of the part in the scaled picture, in pixels.
+    """
+
+    width: int
+    height: int
+    scaled_width: int
+    scaled_height: int
+    left: int
+    top: int
+
+
+class Framing:
+    """How pictures are brought to size.
+
+    Args:
+        resolution: side in pixels of a square that has the area of every bucket; None takes what the model was trained
+            for.
+        buckets: keeps aspect ratios up to 2:1 by aspect-ratio buckets (NovelAI 2022); otherwise the middle square is
+            taken.
+        flip: mirrors a picture at half of its visits; both pictures of a pair alike.
+        random_crop: cuts another part at every visit, instead of the middle; at the same place in both pictures of a
+            pair. It needs cache=off.
+
+    Raises:
+        UserError: when the resolution is out of range.
+    """
+
+    def __init__(
+        self, resolution: int | None = None, buckets: bool = True, flip: bool = False, random_crop: bool = False
+    ):
+        if resolution is not None and resolution < 64:
+            raise UserError(f"resolution must be at least 64 pixels, got {resolution}")
+        self.resolution, self.buckets, self.flip, self.random_crop = resolution, buckets, flip, random_crop
+
+    def sizes(self, resolution: int, step: int) -> list[tuple[int, int]]:
+        """Width and height of the buckets, multiples of `step`, of at most resolution² pixels, from tall to wide."""
+        if not self.buckets:
+            return [(resolution, resolution)]
+        area, found = resolution**2, set()
+        for width in range(step, round(resolution * math.sqrt(WIDEST)) + 1, step):
+            height = area // width // step * step
+            if max(width, height) <= WIDEST * min(width, height):
+                found |= {(width, height), (height, width)}
+        return sorted(found | {(resolution, resolution)}, key=lambda size: size[0] / size[1])
+
+
+def nearest_sizes(sizes: Sequence[tuple[int, int]], pictures: np.ndarray) -> np.ndarray:
+    """Which bucket has the aspect ratio nearest to that of the pictures, their geometric mean: (n,), int16.
+
+    Args:
+        sizes: widths and heights of the buckets; of two that are equally near the larger one is taken.
+        pictures: widths and heights of the pictures that share a bucket, (n, pictures, 2).
+    """
+    larger_first = sorted(range(len(sizes)), key=lambda number: -math.prod(sizes[number]))
+    ratios = np.array([math.log(sizes[number][0] / sizes[number][1]) for number in larger_first])
+    nearest = np.empty(len(pictures), np.int16)
+    for start in range(0, len(pictures), 4096):  # the table of distances stays small
+        part = slice(start, start + 4096)
+        wanted = np.log(pictures[part, :, 0] / pictures[part, :, 1]).mean(axis=1)
+        nearest[part] = np.array(larger_first)[np.abs(ratios - wanted[:, None]).argmin(axis=1)]
+    return nearest
+
+
+def frames(pictures: np.ndarray, sizes: np.ndarray, where: tuple[float, float] = MIDDLE) -> np.ndarray:
+    """Pictures scaled until they cover their buckets, and the parts that fill these: (n, 6), int32, as in `Frame`.
+
+    Args:
+        pictures, sizes: widths and heights of the pictures and of their buckets in pixels, (n, 2).
+        where: how far right and down the part lies, each in [0, 1].
+    """
+    scale = (sizes / pictures).max(axis=1, keepdims=True)
+    scaled = np.maximum(np.rint(pictures * scale), sizes)
+    return np.concatenate([sizes, scaled, np.rint((scaled - sizes) * where)], axis=1).astype(np.int32)
+
+
+def time_ids(pictures: np.ndarray, framed: np.ndarray) -> np.ndarray:
+    """SDXL's micro-conditioning (Podell et al. 2023, arXiv:2307.01952, §2.2): original height and width, top and left
+    corner of the crop, height and width of the target, in pixels; (n, 6), int32.
+
+    Args:
+        pictures: widths and heights, (n, 2).
+        framed: as `frames` gives them, (n, 6).
+    """
+    return np.concatenate([pictures[:, ::-1], framed[:, [5, 4, 1, 0]]], axis=1).astype(np.int32)
+
+
+def pixels(picture: Image.Image, framed: Frame, flip: bool = False) -> Tensor:
+    """The framed part of an RGB picture: (3, height, width), uint8."""
+    import torch
+    from PIL import Image
+
+    if picture.size != (framed.scaled_width, framed.scaled_height):
+        picture = picture.resize((framed.scaled_width, framed.scaled_height), Image.Resampling.LANCZOS)
+    picture = picture.crop((framed.left, framed.top, framed.left + framed.width, framed.top + framed.height))
+    if flip:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+class Frames:
+    """The size that each sample is trained at, and the part of each picture that fills it.
+
+    Args:
+        model: whose UNet takes the sizes.
+        samples, framing: which and how.
+
+    Raises:
+        UserError: when the UNet cannot take the resolution.
+    """
+
+    def __init__(self, model: StableDiffusion, samples: Samples, framing: Framing):
+        # the UNet halves the latents at every block but the last
+        step = model.factor * 2 ** (len(model.unet.config["block_out_channels"]) - 1)
+        resolution = framing.resolution or model.resolution
+        if resolution % step:
+            below = resolution // step * step
+            raise UserError(
+                f"framing.resolution={resolution} is no multiple of {step} pixels, which {model.name} needs: "
+                f"use {below or step} or {below + step}"
+            )
+        self.flips = (False, True) if framing.flip else (False,)
+        self.vae, self.factor = model.fingerprints.vae, model.factor
+        self.all_sizes = framing.sizes(resolution, step)
+        together = np.stack([side.sizes for side in samples.sides], axis=1)
+        unique, inverse = np.unique(together, axis=0, return_inverse=True)
+        self.numbers = nearest_sizes(self.all_sizes, unique)[inverse.reshape(-1)]
+        self.sizes = np.array(self.all_sizes, np.int32)[self.numbers]
+        self._sides = samples.sides
+
+    def of(self, side: ImageFiles, row: int, where: tuple[float, float] = MIDDLE) -> Frame:
+        """The part of a picture that is trained on."""
+        return Frame(*frames(side.sizes[row : row + 1], self.sizes[row : row + 1], where)[0].tolist())
+
+    def keys(self, side: ImageFiles) -> np.ndarray:
+        """What the latents of a side are kept under: of all rows and, where pictures are mirrored, of all again."""
+        images, framed = side.sha256.tobytes(), frames(side.sizes, self.sizes).astype("<i4").tobytes()
+        keys = bytearray()
+        for flip in self.flips:
+            kind = json.dumps({"kind": "latent 1", "vae": self.vae, "flip": flip}, sort_keys=True).encode()
+            for row in range(len(side.paths)):
+                made_from = kind + images[64 * row : 64 * row + 64] + framed[24 * row : 24 * row + 24]
+                keys += hashlib.sha256(made_from).hexdigest()[:KEY].encode()
+        return np.frombuffer(keys, f"S{KEY}")
+
+    def time_ids(self, side: ImageFiles) -> np.ndarray:
+        """What SDXL is told of the sizes of a side: (n, 6), int32."""
+        return time_ids(side.sizes, frames(side.sizes, self.sizes))
+
+    def upscaled(self) -> int:
+        """Pictures that are smaller than their size in some direction."""
+        return int(sum((side.sizes < self.sizes).any(axis=1).sum() for side in self._sides))

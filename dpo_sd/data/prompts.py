@@ -1,0 +1,42 @@
+"""Prompts from a text file, a list, or the shapes world."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpo_sd.errors import UserError
+from dpo_sd.shapes.captions import split_prompts
+
+
+def read_prompts(prompts: str | Sequence[str], seed: int = 0) -> list[str]:
+    """Prompts of a text file (one a line; blank lines and those that begin with # are none), a list, or "shapes".
+
+    The latter are the training prompts of the shapes world under a seed, as `data=shapes` and `data=renders` have them.
+
+    Each comes once, in the order of its first appearance.
+
+    Raises:
+        UserError: when there is no such file, it is no text, or there are no prompts.
+    """
+    if prompts == "shapes":
+        return split_prompts(seed).train
+    if isinstance(prompts, str):
+        file = Path(prompts).expanduser()
+        if not file.is_file():
+            raise UserError(
+                f"prompts={prompts}: no such file: name a text file with a prompt a line, a list such as "
+                "prompts='[a red fox,a blue bird]', or shapes"
+            )
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except (UnicodeDecodeError, OSError) as error:
+            raise UserError(f"prompts={prompts} is no text in UTF-8 ({error}): save it as such") from error
+        found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    else:
+        if others := [prompt for prompt in prompts if type(prompt) not in (str, int, float)]:
+            raise UserError(f"prompts: {others[0]!r:.100} is no prompt: give texts, in quotes where they hold a comma")
+        found = [str(prompt).strip() for prompt in prompts]
+    if not found or not all(found):
+        raise UserError(f"prompts={prompts}: {'an empty prompt is among them' if found else 'there are none'}")
+    return list(dict.fromkeys(found))

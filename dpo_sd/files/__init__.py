@@ -1,0 +1,1 @@
+"""Bytes on disk: atomic writes, JSON lines, images, sheets, tensors, hashes."""

@@ -1,0 +1,161 @@
+"""Image files of any kind, read safely: as RGB, upright, and never larger than a computer can bear."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
+
+from dpo_sd.errors import UserError
+from dpo_sd.files.atomic import replacing
+from dpo_sd.files.hashes import read_sha256, remembered
+
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+MAX_PIXELS = 8192 * 8192
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ON_THEIR_SIDE = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}
+
+# `open_image` refuses smaller ones already, in its own words
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class ImageFacts(NamedTuple):
+    """What is known of an image file without decoding it.
+
+    Args:
+        sha256: of its bytes, hexadecimal.
+        width, height: in pixels, turned as the EXIF orientation says.
+        problem: why it cannot be used; "" where it can.
+    """
+
+    sha256: str
+    width: int
+    height: int
+    problem: str
+
+
+def facts(files: Iterable[Path]) -> Iterator[ImageFacts]:
+    """What is known of each file; read anew only where the file has changed.
+
+    Raises:
+        OSError: when a file cannot be read.
+    """
+    return (ImageFacts(*value) for value in remembered(files, "image 1", _facts))
+
+
+def _facts(file: str) -> ImageFacts:
+    sha256 = read_sha256(file)
+    try:
+        with open_image(Path(file)) as image:
+            width, height = image.size
+            turned = _turn(image) in _ON_THEIR_SIDE
+            return ImageFacts(sha256, *((height, width) if turned else (width, height)), "")
+    except UserError as error:
+        return ImageFacts(sha256, 0, 0, str(error))
+
+
+def open_image(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """An image file, opened and not decoded: its header is known to be whole and its size bearable.
+
+    Args:
+        formats: Pillow's names of those that are read.
+
+    Raises:
+        UserError: when it is not there, no such image by its first bytes, damaged, or has more than `MAX_PIXELS`.
+    """
+    try:
+        image = Image.open(file, formats=formats)
+    except Image.DecompressionBombError as error:
+        raise UserError(f"image {file} has more than {MAX_PIXELS} pixels: {error}") from error
+    except Image.UnidentifiedImageError as error:
+        what = _looks_like(file) or f"no {' or '.join(formats)} image, or its beginning is damaged"
+        raise UserError(f"image {file} is {what}") from error
+    except Exception as error:  # readers of headers raise nearly anything on broken data
+        raise UserError(f"image {file} cannot be read: {error}") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        image.close()
+        raise UserError(f"image {file} has {width} × {height} pixels, more than {MAX_PIXELS}: make it smaller")
+    return image
+
+
+def load_image(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """The image decoded whole, in RGB: upright, on white where it is transparent, 16 bits as 8, the first of several.
+
+    Args:
+        file, formats: as for `open_image`.
+
+    Raises:
+        UserError: when it cannot be read to its end.
+    """
+    with open_image(file, formats) as image:
+        try:
+            turn = _turn(image)
+            image.load()
+            return _rgb(image if turn is None else image.transpose(turn))
+        except Exception as error:  # decoders raise nearly anything on broken data
+            raise UserError(f"image {file} cannot be read to its end ({error}): replace or delete it") from error
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What brings an image upright, by what stands before its pixels."""
+    if image.format == "TIFF":  # Pillow turns it by itself
+        return None
+    try:
+        # the PNG reader's own method decodes the pixels to look for EXIF behind them
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except Exception:  # a damaged EXIF spoils no pixel
+        return None
+    return _TURNS.get(orientation)  # type: ignore[arg-type]
+
+
+def _looks_like(file: Path) -> str | None:
+    """What a file without an image is, with what to do."""
+    with open(file, "rb") as opened:
+        head = opened.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head.strip(b"\0"):
+        return "empty: replace or delete it"
+    if b"<svg" in head:
+        return "an SVG, which has no pixels: save it as PNG"
+    if head.startswith((b"<!doctype html", b"<html")):
+        return "a web page, perhaps an error message in place of the picture: download it again"
+    return None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # Pillow would clip sixteen bits to eight
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("it holds floating-point numbers without a range")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def save_png(picture: Image.Image, file: Path, text: Mapping[str, str] | None = None) -> None:
+    """Writes the file whole or not at all.
+
+    Args:
+        text: for the file's text chunks, by keyword.
+    """
+    chunks = PngInfo()
+    for keyword, value in (text or {}).items():
+        chunks.add_itxt(keyword, value)  # UTF-8, unlike tEXt
+    with replacing(file) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=chunks)

@@ -1,0 +1,37 @@
+"""Sheets that set pictures side by side."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+MARGIN, LABEL, LINE = 6, 74, 15  # pixels
+
+
+def comparison(captions: Sequence[str], rows: Mapping[str, Sequence[Image.Image]], cell: int = 136) -> Image.Image:
+    """One column per caption and one row per name, so that a column holds the same prompt and seed drawn by each.
+
+    Args:
+        captions: written under each column.
+        rows: name, written at the left, to one picture per caption.
+        cell: width and height of a picture in the sheet, in pixels.
+    """
+    font = ImageFont.load_default(12)
+    wrapped = [textwrap.wrap(caption, max(cell // 7, 1), max_lines=5, placeholder=" …") for caption in captions]
+    foot = LINE * max(map(len, wrapped), default=0) + MARGIN
+    size = (LABEL + len(captions) * (cell + MARGIN), MARGIN + len(rows) * (cell + MARGIN) + foot)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (name, pictures) in enumerate(rows.items()):
+        top = MARGIN + row * (cell + MARGIN)
+        draw.text((MARGIN, top + cell // 2), name, fill="black", font=font, anchor="lm")
+        for column, picture in enumerate(pictures):
+            enlarged = picture.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS)
+            sheet.paste(enlarged, (LABEL + column * (cell + MARGIN), top))
+    top = MARGIN + len(rows) * (cell + MARGIN)
+    for column, lines in enumerate(wrapped):
+        for number, line in enumerate(lines):
+            draw.text((LABEL + column * (cell + MARGIN), top + number * LINE), line, fill="black", font=font)
+    return sheet

@@ -1,0 +1,1 @@
+"""Who says which image is better."""

@@ -1,0 +1,1 @@
+"""The way of a LoRA file: file ↔ names ↔ adapters, and what other programs read of it."""

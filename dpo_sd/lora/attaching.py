@@ -1,0 +1,251 @@
+"""Adapters put on the networks of a frozen base: a trainable `policy` and an optional frozen `reference`."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_sd.errors import UserError
+from dpo_sd.lora.adapters import adapter_tensors, copy_into, log, lora_layers, summary
+from dpo_sd.lora.names import adaptable, canonical
+from dpo_sd.lora.reading import find_lora, read_lora
+from dpo_sd.lora.weights import ATTENTION, LoRAFile, LoRAWeights
+from dpo_sd.models.families import WIDTHS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dpo_sd.models.families import Family
+    from dpo_sd.models.stable_diffusion import StableDiffusion
+
+TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+class LoRA:
+    """Settings of the trainable adapter.
+
+    Args:
+        rank: inner width r of every adapted module, at least 1.
+        alpha: the adapter's output is multiplied by alpha / rank; above 0; None means alpha = rank.
+        dropout: share of an adapter's inputs dropped while training, in [0, 1).
+        target_modules: names or dotted ends of names of the UNet's linear and convolution modules.
+        text_encoder: whether the attention of the text encoders is trained too.
+        init_from: a LoRA to start from and to hold as the reference: a .safetensors file in diffusers' or Kohya's form,
+            a folder of PEFT's, or the folder of a run. Rank, alpha and modules of the networks that it adapts then are
+            the file's. What it does to text encoders is part of the reference and of the policy, and stays as it is
+            unless `text_encoder` says that it is trained.
+
+    Raises:
+        UserError: when a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        rank: int = 8,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        target_modules: list[str] = ATTENTION,
+        text_encoder: bool = False,
+        init_from: str | None = None,
+    ) -> None:
+        if rank < 1:
+            raise UserError(f"rank must be at least 1, got {rank}")
+        if alpha is not None and not 0 < alpha < math.inf:
+            raise UserError(f"alpha must be positive, got {alpha}; leave it out (null) for alpha = rank")
+        if not 0 <= dropout < 1:
+            raise UserError(f"dropout must be at least 0 and below 1, got {dropout}")
+        if isinstance(target_modules, str) or not all(isinstance(name, str) and name for name in target_modules):
+            raise UserError(f"target_modules must be a list of module names, got {target_modules!r}")
+        if not target_modules:
+            raise UserError(f"target_modules must name at least one module, for example {ATTENTION}")
+        self.rank = rank
+        self.alpha = float(rank if alpha is None else alpha)
+        self.dropout = dropout
+        self.target_modules = list(target_modules)
+        self.text_encoder = text_encoder
+        self.init_from = init_from
+
+    def check(self) -> None:
+        """Read the header of `init_from`, so that an unusable file fails before any weights load.
+
+        Raises:
+            UserError: as `find_lora`.
+        """
+        if self.init_from is not None:
+            find_lora(self.init_from)
+
+    def attach(self, model: StableDiffusion, seed: int = 0) -> str:
+        """Add the trainable adapter `policy` and, with `init_from`, the frozen `reference`.
+
+        A fresh policy leaves the outputs as they were to the bit; one from a file starts equal to the reference. Where
+        the file decides and the settings say otherwise, a warning says so.
+
+        Args:
+            model: the base, frozen and without adapters, in any precision; adapters are float32.
+            seed: decides the initial weights; the global random state is neither read nor changed.
+
+        Returns:
+            `summary(model)`.
+
+        Raises:
+            UserError: when a target matches no module, or `init_from` cannot be used on this base.
+        """
+        matched = _match(model.unet, self.target_modules)
+        widest = max(max(module.weight.shape[:2]) for name, module in adaptable(model.unet).items() if name in matched)
+        if self.rank > widest:
+            raise UserError(f"rank {self.rank} is above the width of every module: use lora.rank={widest} at most")
+        file = None if self.init_from is None else read_lora(self.init_from)
+        if file is not None:
+            check_base(model, file)
+        with _drawing_from(seed):
+            for name, network in model.networks.items():
+                trained = name == "unet" or self.text_encoder
+                if file is not None and name in file.networks:
+                    settings, dropout = file.peft_settings(name), self.dropout if trained else 0.0
+                    _add_adapter(network, "reference", settings)
+                    _add_adapter(network, "policy", settings, dropout)  # the one added last is active
+                elif trained:
+                    _add_adapter(network, "policy", self._settings(name), self.dropout)
+        if file is not None:
+            for adapter in ("reference", "policy"):
+                copy_into(model, adapter, file.state)
+            self._say_what_differs(model, file, matched)
+        for encoder in model.text_encoders:
+            for name, parameter in adapter_tensors(encoder, "policy").items():
+                if not self.text_encoder or _unread(model, encoder, name):  # DDP would wait for its gradient
+                    parameter.requires_grad_(False)
+        return summary(model)
+
+    def _settings(self, network: str) -> dict[str, Any]:
+        targets = self.target_modules if network == "unet" else TEXT_ATTENTION
+        return {"r": self.rank, "lora_alpha": self.alpha, "target_modules": targets}
+
+    def _say_what_differs(self, model: StableDiffusion, file: LoRAFile, matched: set[str]) -> None:
+        unet = file.of("unet")
+        asked = ({self.rank}, {self.alpha}, {f"unet.{name}" for name in matched})
+        if "unet" in file.networks and asked != (
+            set(unet.ranks.values()),
+            set(unet.alphas.values()),
+            set(unet.modules),
+        ):
+            settings_say = f"rank {self.rank}, alpha {self.alpha:g}, {len(matched)} modules"
+            log.warning("%s decides: %s; not the settings: %s", file.path, summary(model), settings_say)
+
+
+def load_for_drawing(model: StableDiffusion, loras: Sequence[tuple[str | Path, float]]) -> list[str]:
+    """Attach LoRAs, all active at once, each multiplied by its weight; the model is for drawing then, not for training.
+
+    Args:
+        model: the base, without adapters.
+        loras: file or folder, as in `find_lora`, and weight: 1 is the strength it was trained at.
+
+    Returns:
+        One line per LoRA: `style.safetensors at 0.8: ` and its summary.
+
+    Raises:
+        UserError: when a file cannot be used on this base.
+    """
+    files = [read_lora(path) for path, _ in loras]
+    for file in files:  # all of them before the first changes the names of the modules
+        check_base(model, file)
+    lines, names = [], [f"lora_{number}" for number in range(len(loras))]
+    for name, file, (path, weight) in zip(names, files, loras, strict=True):
+        for network in file.networks:
+            _add_adapter(model.networks[network], name, file.peft_settings(network))
+        copy_into(model, name, file.state)
+        lines.append(f"{path} at {weight:g}: {summary(model, name)}")
+    for layer in (layer for network in model.networks.values() for layer in lora_layers(network)):
+        layer._active_adapter = names
+        for name, (_, weight) in zip(names, loras, strict=True):
+            layer.set_scale(name, weight)
+    for network in model.networks.values():
+        network.requires_grad_(False)
+    return lines
+
+
+def check_base(model: StableDiffusion, file: LoRAFile) -> None:
+    """Raises UserError, naming both families, when a LoRA has modules that the model lacks or has in other shapes."""
+    from torch import nn
+
+    there = {
+        canonical(n, name): module
+        for n, network in model.networks.items()
+        for name, module in adaptable(network).items()
+    }
+    unknown, misshaped = [], []
+    for name, rank in file.ranks.items():
+        down, up = (list(file.state[f"{name}.lora_{half}.weight"].shape) for half in "AB")
+        module = there.get(name)
+        if module is None:
+            unknown.append(name)
+        elif isinstance(module, nn.Linear):
+            if (down, up) != ([rank, module.in_features], [module.out_features, rank]):
+                misshaped.append(name)
+        elif (down, up) != ([rank, module.in_channels, *module.kernel_size], [module.out_channels, rank, 1, 1]):
+            misshaped.append(name)
+    if not unknown and not misshaped:
+        return
+    complaints = [
+        f"{len(names)} of {len(file.modules)} modules {what} (first: {names[0]})"
+        for what, names in (("are unknown to this model", unknown), ("have another shape", misshaped))
+        if names
+    ]
+    looks = _family(file)
+    hint = f"this model is {model.name}"
+    if looks not in (None, model.name):
+        hint = f"it looks like {looks}, {hint}: use model={looks}"
+    raise UserError(f"{file.path} was made for another base: {', '.join(complaints)}; {hint}")
+
+
+def _unread(model: StableDiffusion, encoder: Any, name: str) -> bool:
+    """Whether no prompt's embedding depends on a tensor: SDXL reads the last layer only of the encoder that pools."""
+    last = f"layers.{encoder.config.num_hidden_layers - 1}."
+    return model.is_xl and encoder is not model.text_encoders[-1] and last in name
+
+
+@contextmanager
+def _drawing_from(seed: int) -> Iterator[None]:
+    import torch
+
+    with torch.random.fork_rng(devices=[]):  # peft draws from the global generator, on the CPU
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _add_adapter(network: Any, name: str, settings: dict[str, Any], dropout: float = 0.0) -> None:
+    from peft import LoraConfig
+    from peft.functional import cast_adapter_dtype
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # policy beside reference
+        network.add_adapter(LoraConfig(**settings, lora_dropout=dropout), name)
+    cast_adapter_dtype(network, name)
+    network.train(network.training)  # new dropouts start in training mode, whatever the network's
+
+
+def _match(unet: nn.Module, targets: list[str]) -> set[str]:
+    names_there = set(adaptable(unet))
+    matched: set[str] = set()
+    for target in targets:
+        names = {name for name, _ in unet.named_modules() if f".{name}".endswith(f".{target}")}
+        if not names or not names <= names_there:
+            paths = [name.split(".") for name in names_there]
+            suffixes = {".".join(path[-n:]) for path in paths for n in range(1, 5) if not path[-n:][0].isdigit()}
+            nearest = get_close_matches(target, sorted(suffixes), 3, 0.3) or sorted(suffixes)[:3]
+            problem = "names no linear or convolution module" if names else "matches no module"
+            raise UserError(f"target_modules: '{target}' {problem} of this UNet; nearest: {', '.join(nearest)}")
+        matched |= names
+    return matched
+
+
+def _family(file: LoRAWeights) -> Family | None:
+    """The family that a LoRA was made for, where its modules tell."""
+    if "text_encoder_2" in file.networks:
+        return "sdxl"
+    widths = {file.state[f"{name}.lora_A.weight"].shape[1] for name in file.modules if name.endswith("attn2.to_k")}
+    return WIDTHS.get(widths.pop()) if widths else None

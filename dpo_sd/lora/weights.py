@@ -1,0 +1,114 @@
+"""A LoRA as numbers: the one shape that all files are read into and written from."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from dpo_sd.models.families import ADAPTED
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]  # of a UNet
+Form = Literal["diffusers", "kohya", "peft"]
+
+
+@dataclass(frozen=True)
+class LoRAWeights:
+    """A LoRA of one or more networks of a Stable Diffusion.
+
+    Args:
+        state: tensors by `<network>.<module>.lora_A.weight` and `….lora_B.weight`, network and module as diffusers
+            names them: `text_encoder.text_model.encoder.layers.0.self_attn.q_proj`. A is (r, in) for linear modules
+            and (r, in, k, k) for convolutions; B is (out, r) and (out, r, 1, 1).
+        alphas: by `<network>.<module>`; what a module adds is multiplied by alpha / r.
+    """
+
+    state: dict[str, Tensor]
+    alphas: dict[str, float]
+
+    @property
+    def modules(self) -> list[str]:
+        return list(self.alphas)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {module: len(self.state[f"{module}.lora_A.weight"]) for module in self.alphas}
+
+    @property
+    def networks(self) -> list[str]:
+        return [name for name in ADAPTED if any(module.startswith(f"{name}.") for module in self.alphas)]
+
+    def of(self, network: str) -> LoRAWeights:
+        """The part of one network."""
+
+        def part(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: value for name, value in values.items() if name.startswith(f"{network}.")}
+
+        return LoRAWeights(part(self.state), part(self.alphas))
+
+    def change(self, module: str) -> Tensor:
+        """What the LoRA adds to the weight of a module: (out, in), or (out, in, k, k) of a convolution; fp32."""
+        a, b = (self.state[f"{module}.lora_{half}.weight"].float() for half in "AB")
+        return (self.alphas[module] / len(a) * (b.flatten(1) @ a.flatten(1))).view(len(b), *a.shape[1:])
+
+    def summary(self) -> str:
+        """`rank 8, alpha 4, scale 0.5, 32 modules, 36864 parameters`, ranges where modules differ, for each network."""
+        parts = [self.of(network) for network in self.networks]
+        lines = [part._summary() for part in parts]
+        return "; ".join(line if n == "unet" else f"{n} {line}" for n, line in zip(self.networks, lines, strict=True))
+
+    def _summary(self) -> str:
+        def span(values: list[float]) -> str:
+            low, high = min(values), max(values)
+            return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+        ranks, alphas = list(self.ranks.values()), list(self.alphas.values())
+        scale = span([alpha / rank for alpha, rank in zip(alphas, ranks, strict=True)])
+        parameters = sum(tensor.numel() for tensor in self.state.values())
+        return (
+            f"rank {span([*ranks])}, alpha {span(alphas)}, scale {scale}, {len(ranks)} modules, {parameters} parameters"
+        )
+
+    def peft_settings(self, network: str) -> dict[str, Any]:
+        """What decides one network's adapter, as `peft.LoraConfig` takes it.
+
+        Modules of text encoders are named from `encoder` on, which fits every version of transformers.
+        """
+        part, start = self.of(network), re.compile(rf"{network}\.(text_model\.)?")
+        rank, rank_pattern = _most_common({start.sub("", name, 1): rank for name, rank in part.ranks.items()})
+        alpha, alpha_pattern = _most_common({start.sub("", name, 1): alpha for name, alpha in part.alphas.items()})
+        return {
+            "r": rank,
+            "lora_alpha": alpha,
+            "rank_pattern": rank_pattern,
+            "alpha_pattern": alpha_pattern,
+            "target_modules": sorted(start.sub("", name, 1) for name in part.modules),
+        }
+
+
+@dataclass(frozen=True)
+class LoRAFile(LoRAWeights):
+    """A LoRA as read from a file.
+
+    Args:
+        path: the file, or the folder of one in PEFT's form.
+        form: it was written in.
+        metadata: the file's header, strings only.
+    """
+
+    path: Path
+    form: Form
+    metadata: dict[str, str]
+
+
+def _most_common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    common = Counter(values.values()).most_common(1)[0][0]
+    return common, {module: value for module, value in values.items() if value != common}

@@ -1,0 +1,95 @@
+"""The rows of metadata.jsonl, which training reads: from preferences, and back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from dpo_sd.files.json_lines import json_line
+from dpo_sd.preferences.events import is_time
+from dpo_sd.preferences.outcome import Preference
+from dpo_sd.preferences.pair_folder import Pair, pair_id
+
+METADATA = "metadata.jsonl"
+
+
+def metadata_rows(preferences: Iterable[Preference]) -> list[dict[str, Any]]:
+    """The rows of metadata.jsonl: pairs of which one image is preferred, with hard labels; a seed that is unknown is
+    left out, a text that is unknown is ""."""
+    decided = [each for each in preferences if each.status in ("image_0", "image_1")]
+    per_prompt = Counter(each.pair.prompt for each in decided)
+    rows = []
+    for preference in decided:
+        pair, prefer_0 = preference.pair, preference.status == "image_0"
+        row = {
+            "prompt": pair.prompt,
+            "image_0": pair.image_0,
+            "image_1": pair.image_1,
+            "prefer_0": prefer_0,
+            "prefer_1": not prefer_0,
+            "caption": pair.prompt,
+            "label_0": float(prefer_0),
+            "label_1": float(not prefer_0),
+            "has_label": True,
+            "are_different": pair.image_0_uid != pair.image_1_uid,
+            "best_image_uid": pair.image_0_uid if prefer_0 else pair.image_1_uid,
+            "image_0_uid": pair.image_0_uid,
+            "image_1_uid": pair.image_1_uid,
+            "model_0": pair.model_0 or "",
+            "model_1": pair.model_1 or "",
+            "ranking_id": pair.ranking_id or "",
+            "created_at": preference.decided_at or "",
+            "num_example_per_prompt": per_prompt[pair.prompt],
+            "pair_id": pair.pair_id,
+            "n_votes": preference.n_votes,
+            "votes_0": preference.votes_0,
+            "votes_1": preference.votes_1,
+            "votes_tie": preference.votes_tie,
+            "agreement": preference.agreement,
+        }
+        seeds = {"seed_0": pair.seed_0, "seed_1": pair.seed_1}
+        rows.append(row | {key: seed for key, seed in seeds.items() if seed is not None})
+    return rows
+
+
+def preference_of(row: dict[str, Any]) -> Preference:
+    """From a row of metadata.jsonl."""
+    for key in ("prompt", "image_0", "image_1", "prefer_0", "prefer_1"):
+        if key not in row:
+            raise ValueError(f"the key {key!r} is missing")
+    if not (type(row["prefer_0"]) is type(row["prefer_1"]) is bool and row["prefer_0"] != row["prefer_1"]):
+        raise ValueError("exactly one of prefer_0 and prefer_1 must be true: leave ties out")
+    pair = Pair(
+        pair_id=row.get("pair_id") or pair_id(str(row["prompt"]), str(row["image_0"]), str(row["image_1"])),
+        prompt=row["prompt"],
+        image_0=row["image_0"],
+        image_1=row["image_1"],
+        image_0_uid=row.get("image_0_uid") or "",
+        image_1_uid=row.get("image_1_uid") or "",
+        ranking_id=row.get("ranking_id") or None,
+        model_0=row.get("model_0") or None,
+        model_1=row.get("model_1") or None,
+        seed_0=row.get("seed_0"),
+        seed_1=row.get("seed_1"),
+    )
+    votes_0, votes_1 = _count(row, "votes_0", int(row["prefer_0"])), _count(row, "votes_1", int(row["prefer_1"]))
+    votes_tie = _count(row, "votes_tie", 0)
+    votes_bad = _count(row, "n_votes", votes_0 + votes_1 + votes_tie) - votes_0 - votes_1 - votes_tie
+    created = row.get("created_at")
+    decided_at = created if isinstance(created, str) and is_time(created) else None
+    preference = Preference(pair, votes_0, votes_1, votes_tie, votes_bad, 0, False, decided_at)
+    if votes_bad < 0 or preference.status != ("image_0" if row["prefer_0"] else "image_1"):
+        raise ValueError("the numbers of votes contradict prefer_0 and prefer_1")
+    return preference
+
+
+def _count(row: dict[str, Any], key: str, default: int) -> int:
+    value = row.get(key, default)
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{key} must be a whole number of at least 0, got {value!r:.100}")
+    return value
+
+
+def metadata_text(preferences: Iterable[Preference]) -> str:
+    return "".join(json_line(row) for row in metadata_rows(preferences))

@@ -1,0 +1,121 @@
+"""What the votes on each pair come to."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from dpo_sd.preferences.pair_folder import Pair
+
+if TYPE_CHECKING:
+    from dpo_sd.preferences.events import Event
+
+Status = Literal["image_0", "image_1", "tie", "both_bad", "disputed", "skipped", "flagged", "undecided"]
+
+
+@dataclass(frozen=True)
+class Preference:
+    """What the votes on one pair come to.
+
+    Args:
+        pair: the one they are about.
+        votes_0, votes_1, votes_tie, votes_bad: annotators by their choice, at least 0.
+        skips: annotators who only skipped it.
+        flagged: whether somebody reported it as unfit.
+        decided_at: of the latest vote that counts, None without one.
+    """
+
+    pair: Pair
+    votes_0: int
+    votes_1: int
+    votes_tie: int
+    votes_bad: int
+    skips: int
+    flagged: bool
+    decided_at: str | None
+
+    @property
+    def n_votes(self) -> int:
+        """Votes that count, skips not among them."""
+        return self.votes_0 + self.votes_1 + self.votes_tie + self.votes_bad
+
+    @property
+    def status(self) -> Status:
+        """The choice with more votes than any other; "disputed" where several share the first place."""
+        if self.flagged:
+            return "flagged"
+        if self.n_votes == 0:
+            return "skipped" if self.skips else "undecided"
+        votes: dict[Status, int] = {
+            "image_0": self.votes_0,
+            "image_1": self.votes_1,
+            "tie": self.votes_tie,
+            "both_bad": self.votes_bad,
+        }
+        first: list[Status] = [choice for choice, count in votes.items() if count == max(votes.values())]
+        return first[0] if len(first) == 1 else "disputed"
+
+    @property
+    def label_0(self) -> float:
+        """Share of the votes for image_0 in [0, 1]: a tie is half a vote, "both bad" none; ½ without votes."""
+        directed = self.votes_0 + self.votes_1 + self.votes_tie
+        return (self.votes_0 + self.votes_tie / 2) / directed if directed else 0.5
+
+    @property
+    def agreement(self) -> float:
+        """Share of the votes that the most frequent choice has, in [0, 1]; 0 without votes."""
+        return max(self.votes_0, self.votes_1, self.votes_tie, self.votes_bad) / max(self.n_votes, 1)
+
+
+def standing(events: Iterable[Event]) -> list[Event]:
+    """Votes and flags that are not undone, each once, wherever in the log they and their retracts stand."""
+    unique: dict[str, Event] = {}
+    for event in events:
+        unique.setdefault(event.event_id, event)
+    undone = {event.retracts for event in unique.values()}
+    return [each for each in unique.values() if each.event_type != "retract" and each.event_id not in undone]
+
+
+def counting(events: Iterable[Event]) -> dict[tuple[str, str], Event]:
+    """The one vote that counts for each (pair_id, annotator_id).
+
+    It is the last of those at first showings, the last of the repeats where there is no other, and a skip only where
+    there is nothing else. "Last" goes by (decided_at, event_id), never by the order in the log.
+    """
+
+    def weight(event: Event) -> tuple[bool, bool, str, str]:
+        return event.choice != "skip", event.repeat_of is None, event.decided_at, event.event_id
+
+    votes: dict[tuple[str, str], Event] = {}
+    for event in standing(events):
+        if event.event_type == "vote":
+            key = event.pair_id, event.annotator_id
+            votes[key] = max(votes.get(key, event), event, key=weight)
+    return votes
+
+
+def fold(pairs: Iterable[Pair], events: Collection[Event]) -> list[Preference]:
+    """What the events come to: one preference per pair, in the order of the pairs, whatever the order of the events."""
+    votes: defaultdict[str, list[Event]] = defaultdict(list)
+    for (pair, _), event in counting(events).items():
+        votes[pair].append(event)
+    flagged = {event.pair_id for event in standing(events) if event.event_type == "flag"}
+    preferences = []
+    for pair in pairs:
+        counts = Counter(event.choice for event in votes[pair.pair_id])
+        decided = [event.decided_at for event in votes[pair.pair_id] if event.choice != "skip"]
+        preferences.append(
+            Preference(
+                pair=pair,
+                votes_0=counts["image_0"],
+                votes_1=counts["image_1"],
+                votes_tie=counts["tie"],
+                votes_bad=counts["both_bad"],
+                skips=counts["skip"],
+                flagged=pair.pair_id in flagged,
+                decided_at=max(decided, default=None),
+            )
+        )
+    return preferences

@@ -1,0 +1,190 @@
+"""What the machine dictates: precision, micro-batch, memory; never what is learnt."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from dpo_sd.errors import UserError
+from dpo_sd.training.cluster import local_rank
+
+if TYPE_CHECKING:
+    import torch
+
+Accelerator = Literal["cpu", "cuda"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+Weights = Literal["float32", "bfloat16", "float16", "int8", "nf4"]
+PRESETS = {8: "1x8gb", 12: "1x12gb", 16: "1x16gb", 24: "1x24gb", 80: "1x80gb"}  # by the memory of their card in GiB
+ENOUGH = 0.9  # of what a preset's card is sold with: a card never shows its program all that its name says
+
+
+class Hardware:
+    """What one kind of machine can do.
+
+    Args:
+        accelerator: where the networks live.
+        precision: of the arithmetic in a training step, in Lightning's words.
+        weights: how the frozen base is stored; adapters always are float32. int8 and nf4 (4 bit) are for its linear
+            layers, the rest of it is bfloat16 then.
+        micro_batch: pairs in one forward pass on one device, at least 1.
+        gradient_checkpointing: computes activations again in the backward pass instead of keeping them.
+        num_workers: processes that load data, at least 0.
+        memory_gib: memory of the GPU these values were chosen for, in GiB, positive; None asks for none.
+        compile: fuses operations in the UNet's transformer blocks with `torch.compile`. The first update waits for it,
+            and so does the first of every other size of pictures.
+
+    Raises:
+        UserError: when a value is out of range.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator = "cpu",
+        precision: Precision = "32-true",
+        weights: Weights = "float32",
+        micro_batch: int = 4,
+        gradient_checkpointing: bool = False,
+        num_workers: int = 0,
+        memory_gib: float | None = None,
+        compile: bool = False,
+    ) -> None:
+        if micro_batch < 1:
+            raise UserError(f"micro_batch must be at least 1, got {micro_batch}")
+        if num_workers < 0:
+            raise UserError(f"num_workers must be at least 0, got {num_workers}")
+        if memory_gib is not None and not memory_gib > 0:
+            raise UserError(f"memory_gib must be positive, got {memory_gib}")
+        if precision == "16-mixed" and accelerator == "cpu":
+            raise UserError("precision 16-mixed needs a CUDA GPU: use 32-true or bf16-mixed on a CPU")
+        if precision == "32-true" and weights != "float32":
+            mixed = "hardware.precision=bf16-mixed" + ("" if accelerator == "cpu" else " or 16-mixed")
+            raise UserError(f"weights {weights} need a mixed precision, got 32-true: use {mixed}")
+        if weights == "nf4" and accelerator == "cpu":
+            raise UserError("weights nf4 need a CUDA GPU: use hardware.weights=int8 or float32 on a CPU")
+        self.accelerator: Accelerator = accelerator
+        self.precision: Precision = precision
+        self.weights: Weights = weights
+        self.micro_batch = micro_batch
+        self.gradient_checkpointing = gradient_checkpointing
+        self.num_workers = num_workers
+        self.memory_gib = memory_gib
+        self.compile = compile
+
+    @property
+    def arithmetic(self) -> str:
+        """What decides the rounding of a training step, for keys of caches."""
+        return f"{self.precision} {self.weights} {self.accelerator}" + (" compiled" if self.compile else "")
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """What a training step multiplies in; None for single precision."""
+        import torch
+
+        return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process works, one of several when a launcher says so."""
+        import torch
+
+        return torch.device("cpu" if self.accelerator == "cpu" else f"cuda:{local_rank()}")
+
+    def accumulation(self, pairs_per_update: int, world_size: int = 1) -> int:
+        """How many micro-batches make one update; see `accumulation`."""
+        return accumulation(pairs_per_update, self.micro_batch, world_size)
+
+    def check(self, devices: int = 1, preset: str | None = None) -> None:
+        """Refuse a machine that cannot do this, before anything is loaded.
+
+        Args:
+            devices: how many devices of this machine the run uses, at least 1.
+            preset: name of the option of the hardware group, for the message.
+
+        Raises:
+            UserError: when there is no such GPU, too few of them, or one that lacks the precision or the memory, and
+                when the library of nf4 or what `compile` works with is not installed.
+        """
+        if self.weights == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(
+                "hardware.weights=nf4 needs bitsandbytes, which is not installed: run pip install -e '.[gpu]', "
+                "or use hardware.weights=int8"
+            )
+        if self.compile:
+            _check_compiler(self.accelerator)
+        if self.accelerator == "cpu":
+            return
+        import torch
+
+        wanted = "hardware.accelerator=cuda" if preset is None else f"hardware={preset}"
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"{wanted} needs a CUDA GPU, but this machine has none ({os.cpu_count()} CPU cores): use hardware=cpu"
+            )
+        if torch.cuda.device_count() < devices:
+            raise UserError(
+                f"trainer.devices={devices} needs as many GPUs, but this machine has {torch.cuda.device_count()}: "
+                f"use trainer.devices={torch.cuda.device_count()}"
+            )
+        gpu = torch.cuda.get_device_properties(0)
+        needs_bf16 = self.precision == "bf16-mixed" or self.weights == "bfloat16"
+        # emulated bfloat16 would run, at a fraction of the speed
+        if needs_bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+            weights = " hardware.weights=float16" if self.weights == "bfloat16" else ""
+            raise UserError(
+                f"{wanted} computes in bfloat16, which {gpu.name} cannot: use hardware.precision=16-mixed{weights}"
+            )
+        memory_gib = gpu.total_memory / 2**30
+        if self.memory_gib is not None and memory_gib < ENOUGH * self.memory_gib:
+            fitting = [name for gib, name in PRESETS.items() if memory_gib >= ENOUGH * gib]
+            raise UserError(
+                f"{wanted} is made for {self.memory_gib:g} GiB, but {gpu.name} has {memory_gib:.1f}: "
+                f"use hardware={fitting[-1] if fitting else 'cpu'}, or hardware.memory_gib=null to try nevertheless"
+            )
+
+
+def _check_compiler(accelerator: Accelerator) -> None:
+    """What torch.compile calls: a C++ compiler with Python's headers, and on a GPU Triton."""
+    lacking = [] if any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))) else ["a C++ compiler"]
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        lacking.append("Python's headers")
+    if accelerator == "cuda" and importlib.util.find_spec("triton") is None:
+        lacking.append("triton")
+    if lacking:
+        raise UserError(
+            f"hardware.compile=true needs {' and '.join(lacking)}: install it (on Debian g++ and python3-dev, and "
+            "pip install triton), or leave hardware.compile out"
+        )
+
+
+def accumulation(pairs_per_update: int, micro_batch: int, world_size: int = 1) -> int:
+    """How many micro-batches on every process make one optimiser update.
+
+    Args:
+        pairs_per_update: pairs behind one update, over all processes, at least 1.
+        micro_batch: pairs in one forward pass of one process, at least 1.
+        world_size: number of processes, at least 1.
+
+    Raises:
+        UserError: when they do not divide.
+    """
+    for name, value in (
+        ("pairs_per_update", pairs_per_update),
+        ("hardware.micro_batch", micro_batch),
+        ("world_size", world_size),
+    ):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
+    together = micro_batch * world_size
+    if pairs_per_update % together:
+        below = pairs_per_update // together * together
+        nearest = f"{below} or {below + together}" if below else f"{together}"
+        raise UserError(
+            f"pairs_per_update={pairs_per_update} does not divide into {together} pairs at a time "
+            f"(hardware.micro_batch={micro_batch} on each of {world_size} devices): "
+            f"use pairs_per_update={nearest}, or another hardware.micro_batch"
+        )
+    return pairs_per_update // together

@@ -1,0 +1,64 @@
+"""Lightning's trainer as a run uses it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import lightning as L
+from hydra.utils import instantiate
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from omegaconf import DictConfig
+
+from dpo_sd.training.checkpoints import AtomicCheckpointIO
+from dpo_sd.training.hardware import Hardware
+from dpo_sd.training.metrics_file import MetricsFile
+
+
+def make_trainer(
+    cfg: DictConfig, hardware: Hardware, run: Path, accumulation: int, callbacks: list[L.Callback]
+) -> L.Trainer:
+    """Lightning's loop, with metrics and checkpoints of our own.
+
+    Args:
+        cfg: composed from train.yaml.
+        run: folder of the run.
+        accumulation: micro-batches behind one update, see `Hardware.accumulation`.
+    """
+    quiet_lightning()
+    # the Checkpoint callback puts the job back into the queue, at the end of an update
+    slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    return L.Trainer(
+        accelerator="gpu" if hardware.accelerator == "cuda" else "cpu",
+        devices=cfg.trainer.devices,
+        num_nodes=cfg.trainer.num_nodes,
+        strategy=cfg.trainer.strategy,
+        precision=hardware.precision,
+        max_epochs=-1,
+        max_steps=cfg.trainer.max_steps,
+        accumulate_grad_batches=accumulation,
+        gradient_clip_val=cfg.trainer.gradient_clip,
+        deterministic=cfg.trainer.deterministic,
+        use_distributed_sampler=False,
+        callbacks=callbacks,
+        logger=[MetricsFile(run / "metrics.csv"), *(instantiate(logger) for logger in cfg.logger.values())],
+        plugins=[AtomicCheckpointIO(accumulation), *slurm],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=run,
+    )
+
+
+def quiet_lightning() -> None:
+    """Keeps from the user what Lightning says about choices that are made for him here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        ".*isinstance.treespec.*",
+        ".*does not have many workers.*",
+        ".*srun.*",
+        ".*dataloader is not resumable.*",
+        ".*in eval mode.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
