@@ -135,7 +135,7 @@ def main(cfg: DictConfig) -> float | None:
         seed=cfg.seed,
         num_train_timesteps=model.noise_scheduler.config["num_train_timesteps"],
         factor=model.factor,
-        draws_per_pair=getattr(loss, "draws_per_pair", None),  # a loss of the user's own need not have it
+        draws_per_pair=loss.draws_per_pair,
         num_workers=hardware.num_workers,
     )
     module.set_training(True)  # the adapters' dropout; the base has none
@@ -189,7 +189,7 @@ def reference_cache(
     cfg: DictConfig, hardware: Any, model: Any, loss: Any, data: Any, cache: Cache, rank: int, resumed: bool
 ) -> ReferenceErrors | None:
     """Where the errors of the reference are kept, under all that they depend on but the pair and the draw."""
-    if getattr(loss, "reference", "live") == "live":
+    if loss.reference == "live":
         return None
     from dpo_sd.files.tensors import content_key
     from dpo_sd.lora.adapters import adapter_key
@@ -207,7 +207,8 @@ def reference_cache(
         cache=[cache.keep, cache.half],
     )
     folder = cache.folder / "reference" / key
-    kept = ReferenceErrors(folder, data.train.contents, loss.draws_per_pair, rank, resumed)
+    images = 2 if loss.needs_pairs else 1
+    kept = ReferenceErrors(folder, data.train.contents, loss.draws_per_pair, rank, resumed, images)
     others = sum(other != folder for other in folder.parent.glob("*"))
     unread = f"; {others} kept of another base, reference, seed, precision or framing: not read" if others else ""
     say(f"loss    {kept.filled:.0%} of the reference's errors are known from earlier runs{unread}")

@@ -43,7 +43,7 @@ from dpo_sd.models.sampling import Sampler
 from dpo_sd.training.checkpoints import AtomicCheckpointIO
 from dpo_sd.training.metrics_file import MetricsFile
 from dpo_sd.training.optimizers import AdamW
-from dpo_sd.training.step import DiffusionModule
+from dpo_sd.training.step import Denoised, DiffusionModule
 
 HELD_OUT = [f"prompt {i}" for i in range(9)]
 
@@ -203,12 +203,12 @@ def trainer_of_five_pairs() -> Any:
 def test_the_reference_is_asked_once_about_the_grid_and_the_policy_every_time(module, monkeypatch):
     asked = []
 
-    def pair_errors(part: Batch) -> PairErrors:
+    def denoised(part: Batch) -> Denoised:
         asked.append(len(part.index))
         n = 0.5 * torch.tensor(part.index) + part.timesteps / 1000 + len(asked)
-        return PairErrors(n, 2 * n)
+        return Denoised(PairErrors(n, 2 * n), None)
 
-    monkeypatch.setattr(module, "pair_errors", pair_errors)
+    monkeypatch.setattr(module, "denoised", denoised)
     metrics, trainer = Metrics(), trainer_of_five_pairs()
     first = metrics._validate(trainer, module)
     both = len(asked)

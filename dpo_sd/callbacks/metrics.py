@@ -72,7 +72,8 @@ class Metrics(L.Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, DataModule)
         if self._reference is None:
-            self._reference = ReferenceErrors(None, data.data.validation.contents, len(data.grid))
+            images = 2 if pl_module.loss.needs_pairs else 1
+            self._reference = ReferenceErrors(None, data.data.validation.contents, len(data.grid), images=images)
         pl_module.set_training(False)
         values: dict[str, list[torch.Tensor]] = {}
         timesteps = []
