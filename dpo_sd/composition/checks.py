@@ -11,16 +11,15 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from dpo_sd.composition.messages import (
     KINDS,
-    chosen,
     explain_value,
     nearest,
     no_value,
-    options,
     settings_of,
     unknown_setting,
     written,
 )
-from dpo_sd.composition.schema import CONF_DIR, SCHEMAS, class_attribute
+from dpo_sd.composition.options import chosen, options, targets
+from dpo_sd.composition.schema import CONF_DIR, class_attribute
 from dpo_sd.errors import UserError
 from dpo_sd.training.cluster import launched
 from dpo_sd.training.hardware import accumulation
@@ -49,8 +48,8 @@ def check_composition(cfg: DictConfig) -> None:
     if cfg.trainer.gradient_clip is not None and not cfg.trainer.gradient_clip > 0:
         raise UserError(f"trainer.gradient_clip must be positive, or null for none, got {cfg.trainer.gradient_clip}")
     if _says(cfg.loss._target_, "needs_pairs") and _says(cfg.data._target_, "has_pairs") is False:
-        paired = [name for name, target in SCHEMAS.items() if _says(target, "has_pairs")]
-        single = [name for name, target in SCHEMAS.items() if _says(target, "needs_pairs") is False]
+        paired = [name for name, target in targets().items() if _says(target, "has_pairs")]
+        single = [name for name, target in targets().items() if _says(target, "needs_pairs") is False]
         raise UserError(
             f"{chosen('loss', cfg)} needs pairs, but {chosen('data', cfg)} has single images: "
             f"use {' or '.join(paired + single).replace('/', '=')}"
@@ -153,7 +152,7 @@ def check_settings(cfg: DictConfig) -> None:
 
 
 def _says(target: str, attribute: str) -> bool | None:
-    return class_attribute(target, attribute) if target in SCHEMAS.values() else None
+    return class_attribute(target, attribute)
 
 
 def _check_typed(cfg: DictConfig) -> None:

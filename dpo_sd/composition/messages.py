@@ -21,7 +21,8 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from dpo_sd.composition.schema import CONF_DIR, SCHEMAS, schema
+from dpo_sd.composition.options import chosen, groups, options, targets
+from dpo_sd.composition.schema import schema
 from dpo_sd.errors import UserError
 
 _UNWRITABLE = (
@@ -37,11 +38,6 @@ _UNWRITABLE = (
 )
 LAUNCHERS = ("joblib", "submitit_")  # of the extra `sweep`
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
-
-
-def options(group: str) -> list[str]:
-    """What a group of conf/ offers; nothing where there is no such group."""
-    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
 
 
 def no_value(key: str) -> str:
@@ -60,12 +56,6 @@ def nearest(word: Any, words: Iterable[Any], prefix: str = "") -> str:
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
-def chosen(key: str, root: Any) -> str:
-    """How the node at `key` was chosen, "loss=dpo", where its class tells; otherwise the key."""
-    target = OmegaConf.select(root, f"{key}._target_")
-    return next((name.replace("/", "=") for name, of in SCHEMAS.items() if of == target and f"{key}/" in name), key)
-
-
 def unknown_setting(full_key: str, siblings: Iterable[Any], root: Any) -> str:
     """What to say of a key that is none.
 
@@ -77,9 +67,13 @@ def unknown_setting(full_key: str, siblings: Iterable[Any], root: Any) -> str:
     parent, _, key = full_key.rpartition(".")
     siblings = [str(name) for name in siblings if not str(name).startswith("_") and name != "hydra"]
     if not parent:
-        siblings += [path.name for path in CONF_DIR.iterdir() if path.is_dir() and path.name not in siblings]
+        siblings += [group for group in groups() if group not in siblings]
     hint = nearest(key, siblings, f"{parent}." if parent else "")
-    owners = [name for name in SCHEMAS if name.startswith(f"{parent}/") and key in settings_of(schema(SCHEMAS[name]))]
+    owners = [
+        name
+        for name, target in targets().items()
+        if name.startswith(f"{parent}/") and key in settings_of(schema(target))
+    ]
     if owners:
         hint = f"; it belongs to {' and '.join(owners).replace('/', '=')}"
     if not hint:  # perhaps it only lacks its group
