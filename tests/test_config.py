@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dpo_sd.composition.application import entry_point
 from dpo_sd.composition.checks import check_composition, check_plan
+from dpo_sd.composition.messages import settings_of
 from dpo_sd.composition.options import targets
 from dpo_sd.composition.roots import Train
 from dpo_sd.composition.schema import CONF_DIR, PACKAGE
@@ -123,7 +124,7 @@ def test_every_shipped_class_has_a_schema_that_knows_its_target():
     nodes = [cfg.model, cfg.lora, cfg.data, cfg.loss, cfg.optimizer, cfg.hardware, *cfg.callbacks.values()]
     assert {node._target_ for node in nodes} <= set(targets().values())
     for node in [*nodes, cfg.sampler, cfg.framing]:
-        assert OmegaConf.get_type(node).__name__ == node._target_.rpartition(".")[2]
+        assert settings_of(OmegaConf.get_type(node))["_target_"].default == node._target_
 
 
 def test_the_command_line_beats_the_experiment_which_beats_the_group():

@@ -14,11 +14,13 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 
-from dpo_sd.composition.schema import CONF_DIR, typed
+from dpo_sd.composition.schema import CONF_DIR, source, typed
+from dpo_sd.errors import UserError
 
 CONTRACTS: dict[str, str] = {  # base classes of what the groups compose; a class of the user's own has them too
+    "loss": "dpo_sd.losses.DiffusionDPOLoss",
 }
-RECORD = "run.json"  # beside the config.yaml of a run
+_FLAGS = ("--config-dir", "--config-name")
 
 
 class TypedFiles(FileConfigSource):
@@ -32,8 +34,13 @@ class TypedFiles(FileConfigSource):
         result = super().load_config(config_path)
         group = config_path.partition("/")[0] if "/" in config_path else ""
         if group not in ("experiment", "sweep", "hydra"):  # which only say what differs
-            result.config = typed(result.config, CONTRACTS.get(group))
-        if not group and (Path(self.path) / RECORD).is_file():
+            try:
+                result.config = typed(result.config, CONTRACTS.get(group))
+            except UserError as error:
+                raise UserError(f"{Path(self.path) / config_path}.yaml: {error}") from error
+        if group in CONTRACTS and result.config and result.config.keys().isdisjoint(("_target_", "defaults")):
+            raise UserError(f"{Path(self.path) / config_path}.yaml has no _target_, which says what class it sets")
+        if not group and "trainer" in result.config and "defaults" not in result.config:  # the config.yaml of a run
             result.config["defaults"] = ["run", "_self_"]
         return result
 
@@ -45,14 +52,20 @@ def register_files() -> None:
     sys.path += [str(folder) for folder in own_folders(sys.argv[1:]) if str(folder) not in sys.path]
 
 
-def own_folders(arguments: list[str]) -> list[Path]:
-    """The folders that a command line names with --config-dir."""
-    found = []
+def own_flags(arguments: list[str]) -> dict[str, str]:
+    """The flags of a command line that say where options of the user's own lie, with their values."""
+    found = {}
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         flag, equals, value = argument.partition("=")
-        if flag in ("--config-dir", "-cd"):
-            found.append(Path(value if equals else following).expanduser().absolute())
+        if name := {"-cd": "--config-dir", "-cn": "--config-name"}.get(flag, flag if flag in _FLAGS else ""):
+            found[name] = value if equals else following
     return found
+
+
+def own_folders(arguments: list[str]) -> list[Path]:
+    """The folder that a command line names with --config-dir; none where it names none."""
+    folder = own_flags(arguments).get("--config-dir")
+    return [Path(folder).expanduser().absolute()] if folder else []
 
 
 def folders() -> list[Path]:
@@ -71,11 +84,11 @@ def groups() -> list[str]:
 
 
 def targets() -> dict[str, str]:
-    """The class of each option by its path, "loss/dpo"; options without one are left out."""
+    """The class of each option by its path, "loss/dpo"; options without a class of ours or the user's are left out."""
     found: dict[str, str] = {}
     for folder in folders():
         for path in sorted(folder.glob("*/*.yaml")):
-            if target := _target_in(path):
+            if (target := _target_in(path)) and source(target.rpartition(".")[0]) is not None:
                 found[f"{path.parent.name}/{path.stem}"] = target
     return found
 

@@ -64,6 +64,11 @@ def schema(target: str) -> type:
     Raises:
         UserError: if there is no such module or class.
     """
+    return _schema(target, source(target.rpartition(".")[0]))
+
+
+@functools.cache  # one dataclass for each class, so that nodes of it merge
+def _schema(target: str, file: Path | None) -> type:
     settings: list[tuple[str, Any, Any]] = [("_target_", str, target)]
     for parameter in _parameters(target):
         hint = _hint(parameter)
@@ -201,7 +206,8 @@ def _names_in(file: Path, module: str) -> Mapping[str, Definition | ast.expr | s
             names |= {each.asname or each.name: f"{node.module}.{each.name}" for each in node.names}
         elif isinstance(node, ast.Import):
             names |= {each.asname or each.name: each.name for each in node.names}
-    return names | _assigned(body) | {node.name: Definition(module, node) for node in body if _is_class(node)}
+    classes = {node.name: Definition(module, node) for node in body if isinstance(node, ast.ClassDef)}
+    return names | _assigned(body) | classes
 
 
 def source(module: str) -> Path | None:
@@ -224,10 +230,6 @@ def source(module: str) -> Path | None:
         for file in (place.joinpath(*rest).with_suffix(".py"), place.joinpath(*rest, "__init__.py"))
     )
     return next((file for file in files if file.is_file()), None)
-
-
-def _is_class(node: ast.AST) -> Any:
-    return isinstance(node, ast.ClassDef)
 
 
 def _assigned(body: list[ast.stmt]) -> dict[str, ast.expr]:
