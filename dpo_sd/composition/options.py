@@ -12,13 +12,15 @@ from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from dpo_sd.composition.schema import CONF_DIR, source, typed
 from dpo_sd.errors import UserError
 
 CONTRACTS: dict[str, str] = {  # base classes of what the groups compose; a class of the user's own has them too
-    "loss": "dpo_sd.losses.DiffusionDPOLoss",
+    "loss": "dpo_sd.losses.Loss",
+    "judge": "dpo_sd.judges.judge.Judge",
+    "callbacks": "dpo_sd.callbacks.watcher.Watcher",
 }
 _FLAGS = ("--config-dir", "--config-name")
 
@@ -38,11 +40,17 @@ class TypedFiles(FileConfigSource):
                 result.config = typed(result.config, CONTRACTS.get(group))
             except UserError as error:
                 raise UserError(f"{Path(self.path) / config_path}.yaml: {error}") from error
-        if group in CONTRACTS and result.config and result.config.keys().isdisjoint(("_target_", "defaults")):
+        if group in CONTRACTS and result.config and not _chooses(result.config):
             raise UserError(f"{Path(self.path) / config_path}.yaml has no _target_, which says what class it sets")
         if not group and "trainer" in result.config and "defaults" not in result.config:  # the config.yaml of a run
             result.config["defaults"] = ["run", "_self_"]
         return result
+
+
+def _chooses(config: Any) -> bool:
+    """Whether an option says which class it sets, under a name of its own where it is a callback, or by an option."""
+    nodes = [config, *(node for node in config.values() if isinstance(node, DictConfig))]
+    return "defaults" in config or any("_target_" in node for node in nodes)
 
 
 def register_files() -> None:

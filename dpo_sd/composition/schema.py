@@ -16,7 +16,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Optional, Union, get_args, get_origin
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 
 from dpo_sd.errors import UserError
 
@@ -99,7 +99,11 @@ def typed(node: Any, contract: str | None = None) -> Any:
     target = node.get("_target_")
     if isinstance(target, str) and _is_to_be_typed(target, contract):
         structured = OmegaConf.structured(schema(target))
-        return OmegaConf.merge(structured, {key: node._get_node(key) for key in node})
+        merged: Any = OmegaConf.merge(structured, {key: node._get_node(key) for key in node if key != "defaults"})
+        if "defaults" in node:  # for Hydra, which takes it out
+            with open_dict(merged):
+                merged.defaults = node.defaults
+        return merged
     for key in node:
         child = node._get_node(key)
         if isinstance(child, DictConfig):
@@ -297,6 +301,8 @@ def _plain(hint: Any) -> Any:
     if origin is Literal:
         return type(args[0])
     if origin in (Union, UnionType):
+        if any(get_origin(arg) in (list, tuple, dict) for arg in args):
+            return Any  # OmegaConf has no unions with containers
         return Union[tuple(_plain(arg) for arg in args)]  # noqa: UP007 - the members are computed
     return list[_plain(args[0])] if origin in (list, tuple) else hint
 
