@@ -14,11 +14,13 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
-from dpo_sd.composition.schema import CONF_DIR, source, typed
+from dpo_sd.composition.schema import CONF_DIR, is_readable, typed
 from dpo_sd.errors import UserError
 
 CONTRACTS: dict[str, str] = {  # base classes of what the groups compose; a class of the user's own has them too
     "loss": "dpo_sd.losses.Loss",
+    "data": "dpo_sd.data.source.Source",
+    "annotator": "dpo_sd.annotation.annotator.Annotator",
     "judge": "dpo_sd.judges.judge.Judge",
     "callbacks": "dpo_sd.callbacks.watcher.Watcher",
 }
@@ -49,7 +51,7 @@ class TypedFiles(FileConfigSource):
 
 def _chooses(config: Any) -> bool:
     """Whether an option says which class it sets, under a name of its own where it is a callback, or by an option."""
-    nodes = [config, *(node for node in config.values() if isinstance(node, DictConfig))]
+    nodes = [config, *(node for node in map(config._get_node, config) if isinstance(node, DictConfig))]
     return "defaults" in config or any("_target_" in node for node in nodes)
 
 
@@ -96,7 +98,7 @@ def targets() -> dict[str, str]:
     found: dict[str, str] = {}
     for folder in folders():
         for path in sorted(folder.glob("*/*.yaml")):
-            if (target := _target_in(path)) and source(target.rpartition(".")[0]) is not None:
+            if (target := _target_in(path)) and is_readable(target):
                 found[f"{path.parent.name}/{path.stem}"] = target
     return found
 
