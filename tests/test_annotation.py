@@ -640,4 +640,4 @@ def test_settings_out_of_range_are_refused(setting, message):
 def test_best_worst_needs_sets_of_four(tmp_path, pairs):
     write_pairs(tmp_path, pairs[:3])
     with pytest.raises(UserError, match="no complete sets of four"):
-        Person(mode="best_worst").annotate(tmp_path)
+        Person(mode="best_worst").annotate(tmp_path, None)

@@ -81,7 +81,7 @@ class Judge:
 
     name = "a judge"
 
-    def judge(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    def scores(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
         return [
             0.5 if prompt == HELD_OUT[0] else float(image.getpixel((0, 0)) == (0, 0, 255))
             for image, prompt in zip(images, prompts, strict=True)

@@ -63,7 +63,7 @@ class Verdict(L.Callback):
         def by_prompt(scores: list[float]) -> np.ndarray:
             return np.array(scores).reshape(len(held_out), -1)
 
-        before, after = (by_prompt(judge.judge(pictures[which], prompts)) for which in pictures)
+        before, after = (by_prompt(judge.scores(pictures[which], prompts)) for which in pictures)
         first, second = (judge.properties(pictures[which], prompts) for which in pictures)
         rate = win_rate(win_shares(after, before))
         self.result = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dpo_sd.annotation.simulated import SimulatedAnnotator
 from dpo_sd.data.cache import Cache
 from dpo_sd.data.drawn import encode_drawn
 from dpo_sd.data.source import PreparedData, checked_dropout
@@ -12,7 +13,6 @@ from dpo_sd.data.texts import too_long
 from dpo_sd.errors import UserError
 from dpo_sd.lora.adapters import adapter_key, reference
 from dpo_sd.noise import generator, image_seed, sample_id
-from dpo_sd.shapes.annotator import SimulatedAnnotator
 from dpo_sd.shapes.captions import PromptSplit, split_prompts
 from dpo_sd.shapes.scenes import RESOLUTION
 
@@ -98,7 +98,7 @@ class Shapes(_World):
         captions = [prompt for prompt, _ in wanted for _ in range(2)]
         seeds = [image_seed(self.seed, prompt, set_index, k) for prompt, set_index in wanted for k in range(2)]
         images = _drawn(model, sampler, cache.folder, captions, seeds, f"drawing {what} pairs")
-        scores = self.judge.judge(images, captions)
+        scores = self.judge.scores(images, captions)
         ties, chosen, rejected, ids, kept = 0, [], [], [], []
         for i, (prompt, _) in enumerate(wanted):
             first, second = 2 * i, 2 * i + 1
