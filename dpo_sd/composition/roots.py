@@ -28,6 +28,7 @@ class Train:
     logger: Any = field(default_factory=dict)
     sampler: Any = MISSING
     framing: Any = MISSING
+    judge: Any = MISSING
     hardware: Any = MISSING
 
 
