@@ -16,20 +16,18 @@ from omegaconf import DictConfig
 from dpo_sd.composition.application import entry_point
 from dpo_sd.data.prompts import read_prompts
 from dpo_sd.errors import UserError
-from dpo_sd.files.atomic import write_json
 from dpo_sd.files.hashes import sha256
 from dpo_sd.files.images import save_png
 from dpo_sd.lora.attaching import load_for_drawing
 from dpo_sd.lora.weighted import lora_name, parse_lora
 from dpo_sd.noise import image_seed
+from dpo_sd.preferences.drawn_with import read_record, write_record
 from dpo_sd.preferences.pair_folder import PAIRS, Pair, current, pair_id, read_pairs, write_pairs
 
 if TYPE_CHECKING:
     from dpo_sd.lora.weighted import WeightedLoRA
     from dpo_sd.models.sampling import Sampler
     from dpo_sd.models.stable_diffusion import StableDiffusion
-
-RECORD = "generate.json"  # how the pictures of a folder are drawn
 
 
 @entry_point("generate")
@@ -58,7 +56,7 @@ def main(cfg: DictConfig) -> None:
     ]
     missing = [picture for picture in pictures if not (folder / picture.file).exists()]
     print(f"{folder}: {len(prompts)} prompts, {len(pictures)} pictures, {len(pictures) - len(missing)} drawn before")
-    write_json(folder / RECORD, made_by)
+    write_record(folder, made_by)
     try:
         if missing:
             model = base.load(hardware.weights)
@@ -93,23 +91,18 @@ class Picture(NamedTuple):
 
 def check_same_folder(folder: Path, made_by: dict[str, Any]) -> None:
     """Raises UserError when what the folder holds cannot be gone on with, naming the settings that differ."""
-    file = folder / RECORD
     if not (folder / PAIRS).exists() and not any((folder / "images").rglob("*.png")):
         return
-    if not file.exists():
+    before = read_record(folder)
+    if before is None:
         raise UserError(f"{folder} holds pairs that this command did not draw: choose another folder with out=")
     if (folder / PAIRS).exists():
         read_pairs(folder)  # refused now, or it would be after the drawing
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-        same_keys = sorted(before) == sorted(made_by)
-        differing = [key for key in made_by if _identity(before, key) != _identity(made_by, key)] if same_keys else []
-        named = ", ".join(f"{key} (there {_named(before, key)!r}, here {_named(made_by, key)!r})" for key in differing)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({error}): choose another folder with out=") from error
-    if not same_keys:
-        raise UserError(f"{file} was written by another version of this program: choose another folder with out=")
+    if sorted(before) != sorted(made_by):
+        raise UserError(f"{folder} was drawn by another version of this program: choose another folder with out=")
+    differing = [key for key in made_by if _identity(before, key) != _identity(made_by, key)]
     if differing:
+        named = ", ".join(f"{key} (there {_named(before, key)!r}, here {_named(made_by, key)!r})" for key in differing)
         raise UserError(
             f"{folder} was drawn with other settings: {named}. Leave them as they were to go on with that folder, "
             "or choose another one with out="

@@ -46,7 +46,7 @@ def imported(nodes: Iterator[ast.AST]) -> set[str]:
 
 def ours(names: set[str]) -> set[str]:
     """The modules of this package among dotted names."""
-    return {name.removeprefix("dpo_sd.") for name in names} & set(MODULES)
+    return {name.removeprefix("dpo_sd.") for name in names if name.startswith("dpo_sd.")} & set(MODULES)
 
 
 def at_once(node: ast.AST) -> Iterator[ast.AST]:

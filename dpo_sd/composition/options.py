@@ -12,7 +12,7 @@ from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dpo_sd.composition.schema import CONF_DIR, is_readable, typed
 from dpo_sd.errors import UserError
@@ -39,7 +39,12 @@ class TypedFiles(FileConfigSource):
         group = config_path.partition("/")[0] if "/" in config_path else ""
         if group not in ("experiment", "sweep", "hydra"):  # which only say what differs
             try:
-                result.config = typed(result.config, CONTRACTS.get(group))
+                config: Any = result.config
+                defaults = config.pop("defaults", None)  # no setting of the class
+                result.config = config = typed(config, CONTRACTS.get(group))
+                if defaults is not None:
+                    with open_dict(config):
+                        config["defaults"] = defaults
             except UserError as error:
                 raise UserError(f"{Path(self.path) / config_path}.yaml: {error}") from error
         if group in CONTRACTS and result.config and not _chooses(result.config):

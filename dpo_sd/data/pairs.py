@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from dpo_sd.data.samples import by_prompt, find, left_out
 from dpo_sd.data.source import PreparedData, checked_dropout
 from dpo_sd.data.splitting import check_validation, split
 from dpo_sd.errors import UserError
+from dpo_sd.preferences.drawn_with import drawn_with
 from dpo_sd.preferences.outcome import Preference
 from dpo_sd.preferences.pair_folder import image_file, is_uid
 from dpo_sd.preferences.reading import read_preferences
@@ -93,11 +93,8 @@ class Pairs:
 
     def drawn_with(self) -> list[dict[str, Any]] | None:
         """The LoRAs that drew the pictures: path, weight and sha256 of each; None where they come from elsewhere."""
-        try:
-            record = json.loads((self.folder / "generate.json").read_text(encoding="utf-8"))
-            return [{key: lora[key] for key in ("path", "weight", "sha256")} for lora in record["loras"]]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        record = drawn_with(self.folder)
+        return None if record is None else record["loras"]
 
 
 class _Inside:
