@@ -79,6 +79,7 @@ class Shapes(_World):
             raise UserError(f"n_pairs must be at least 1, got {n_pairs}")
         self.n_pairs, self.n_validation, self.seed = n_pairs, n_validation, seed
         self.judge = Oracle(preference, style)
+        self.labeller = self.judge.name
         self.annotator = SimulatedAnnotator(temperature, tie_band, side_bias, flip_rate, seed)
         self.caption_dropout = checked_dropout(caption_dropout)
         self.prompts = split_prompts(seed)
@@ -98,7 +99,7 @@ class Shapes(_World):
         captions = [prompt for prompt, _ in wanted for _ in range(2)]
         seeds = [image_seed(self.seed, prompt, set_index, k) for prompt, set_index in wanted for k in range(2)]
         images = _drawn(model, sampler, cache.folder, captions, seeds, f"drawing {what} pairs")
-        scores = self.judge.judge(images, captions)
+        scores = self.judge.scores(images, captions)
         ties, chosen, rejected, ids, kept = 0, [], [], [], []
         for i, (prompt, _) in enumerate(wanted):
             first, second = 2 * i, 2 * i + 1
@@ -135,6 +136,7 @@ class Renders(_World):
     """
 
     has_pairs: ClassVar[bool] = False
+    labeller: str | None = None
 
     def __init__(
         self,

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from dpo_sd.data.batches import PreparedSamples
     from dpo_sd.data.cache import Cache
     from dpo_sd.data.frames import Framing
-    from dpo_sd.judges.judge import Judge
     from dpo_sd.models.sampling import Sampler
     from dpo_sd.models.stable_diffusion import StableDiffusion
 
@@ -26,12 +25,12 @@ class Source(Protocol):
     Args:
         has_pairs: whether there are rejected pictures beside the chosen ones.
         caption_dropout: share of visits that train on the empty prompt, in [0, 1].
-        judge: of the verdict; None where nobody can judge without people.
+        labeller: name of the judge that labelled the pairs; None for people, or where nobody did.
     """
 
     has_pairs: ClassVar[bool]
     caption_dropout: float
-    judge: Judge | None
+    labeller: str | None
 
     def prepare(self, model: StableDiffusion, sampler: Sampler, framing: Framing, cache: Cache) -> PreparedData:
         """Draws or reads, encodes and keeps what the training will need."""

@@ -34,7 +34,8 @@ def kept(workload: Workload, model: StableDiffusion, found: Found) -> dict[str, 
         # one more for the empty prompt
         parts["prompts"] = (texts + 1) * embedding * width if workload.cache == "all" else 0
     if workload.kept_draws is not None:
-        parts["the reference's errors"] = found.train * 8 * workload.kept_draws  # two float32 for each draw
+        errors = found.train * workload.images_per_sample * workload.kept_draws
+        parts["the reference's errors"] = 4 * errors  # float32
     return parts
 
 

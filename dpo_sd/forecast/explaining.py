@@ -17,7 +17,7 @@ from dpo_sd.forecast.workload import Workload
 DOING = {  # by functions in a traceback: what they do, and how the names of their phases begin
     "prepare": ("encoding the data", "encoding"),
     "draw": ("drawing pictures", "samples"),
-    "_validate": ("the validation", "validation"),
+    "validate": ("the validation", "validation"),
     "training_step": ("the forward pass of an update", "update"),
     "backward": ("the backward pass of an update", "update"),
 }

@@ -52,8 +52,8 @@ def per_sample(forecast: Forecast) -> Operations:
     workload = forecast.workload
     micro_batch = workload.hardware.micro_batch
     update = sum(phase.flops for phase in forecast.of("update")) / micro_batch
-    both = forecast.of("validation")[-1].flops / grid_batch(micro_batch)  # policy and reference
-    reference = both / 2 if workload.loss.needs_pairs else 0.0
+    both = forecast.of("validation")[-1].flops / grid_batch(micro_batch)  # policy, and reference where one is needed
+    reference = both / 2 if workload.loss.needs_reference else 0.0
     image = forecast.of("images")[0].flops / encoded_together(workload.resolution**2)
     text = forecast.of("prompts")[0].flops / PROMPTS
     return Operations(update - reference, reference, both - reference, image * workload.images_per_sample, text)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dpo_sd.callbacks.metrics import Metrics
+from dpo_sd.callbacks.watcher import Run
 from dpo_sd.data.batches import Batch, Latents, PreparedSamples, Prompts, UpdateOrder, Visits, stack
 from dpo_sd.data.datamodule import DataModule
 from dpo_sd.data.source import PreparedData
@@ -136,8 +137,8 @@ class Bench:
         Args:
             known: errors of the reference; None computes them.
         """
-        clock = Clock()
-        trainer = self.trainer(Path(self._folder.name), [Metrics(log_every=1, validate_every=0), clock])
+        clock, metrics = Clock(), Metrics(log_every=1, validate_every=0)
+        trainer = self.trainer(Path(self._folder.name), [metrics, clock])
         module = DiffusionModule(
             self.model, self.loss, self.optimizer, self.case.updates, self.seed, reference_cache=known
         )
@@ -155,6 +156,7 @@ class Bench:
             draws_per_pair=None if known is None else 1,
             num_workers=self.hardware.num_workers,
         )
+        metrics.run = Run(trainer, module, data)
         trainer.fit(module, datamodule=data)
         return clock.seconds
 

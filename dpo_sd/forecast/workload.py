@@ -14,7 +14,7 @@ from dpo_sd.data.batches import Batch
 from dpo_sd.forecast.counting import OWNED
 from dpo_sd.forecast.units import GIB
 from dpo_sd.lora.attaching import LoRA
-from dpo_sd.losses import DiffusionDPOLoss, SFTLoss
+from dpo_sd.losses import Loss
 from dpo_sd.models import quantization
 from dpo_sd.models.families import Family
 from dpo_sd.models.sampling import Sampler
@@ -43,7 +43,7 @@ class Workload:
 
     family: Family
     lora: LoRA
-    loss: SFTLoss | DiffusionDPOLoss
+    loss: Loss
     optimizer: AdamW
     hardware: Hardware
     sampler: Sampler
@@ -71,8 +71,7 @@ class Workload:
     @property
     def kept_draws(self) -> int | None:
         """Draws of a sample whose reference errors are kept; None where the reference runs at every visit."""
-        loss = self.loss
-        return loss.draws_per_pair if isinstance(loss, DiffusionDPOLoss) and loss.reference == "cached" else None
+        return self.loss.draws_per_pair if self.loss.reference == "cached" else None
 
     def build(self, device: str = "meta") -> StableDiffusion:
         """The model with its adapters, as training has it; with random weights where the device is not `meta`."""
