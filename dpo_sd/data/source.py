@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -34,6 +35,31 @@ class Source(Protocol):
     def prepare(self, model: StableDiffusion, sampler: Sampler, framing: Framing, cache: Cache) -> PreparedData:
         """Draws or reads, encodes and keeps what the training will need."""
         ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """Everything that a source has found, before anything is decoded, drawn or encoded.
+
+    Args:
+        train: training samples; the most there can be where that is not known exactly; None where nobody knows.
+        validation: validation samples.
+        both: samples of the two together, which may be the same.
+        prompts: the different prompts where they are known, otherwise the most there can be.
+        report: which samples are used and which are left out, one line each.
+        drawn: images that the model will draw for the run.
+        fetched: whether the dataset is on this computer.
+        kept: whether latents and prompts are kept in the cache folder.
+    """
+
+    train: int | None
+    validation: int
+    both: int
+    prompts: Sequence[str] | int
+    report: list[str]
+    drawn: int = 0
+    fetched: bool = True
+    kept: bool = True
 
 
 @dataclass(frozen=True)
