@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from dpo_sd.data.batches import PreparedSamples
-    from dpo_sd.models.families import Family
+    from dpo_sd.models.families import FamilyName
     from dpo_sd.models.stable_diffusion import StableDiffusion
 
 
@@ -39,7 +39,7 @@ class Case(NamedTuple):
         rounds: in which the ways to train take turns, after one that warms up.
     """
 
-    family: Family
+    family: FamilyName
     resolution: int
     pairs: int
     updates: int
@@ -112,7 +112,6 @@ class Bench:
         import torch
 
         from dpo_sd.forecast.workload import Workload
-        from dpo_sd.models.compilation import compile_blocks
         from dpo_sd.models.sampling import Sampler
 
         self.case = case
@@ -132,10 +131,7 @@ class Bench:
             draws=False,
         )
         torch.manual_seed(cfg.seed)
-        self.model = self.training.build("cpu")  # a GPU takes each part when it is needed
-        self.model.device = self.hardware.device
-        if self.hardware.compile:
-            compile_blocks(self.model.unet)
+        self.model = self.training.build(self.hardware.device, self.hardware.compile)
         self.pixels, self.samples = random_samples(self.model, case)
         self._folder = tempfile.TemporaryDirectory()
 
@@ -283,16 +279,15 @@ class Bench:
         return [stack([visits[visit] for visit in update])[0] for update in order]
 
     def told(self, batch: Any, device: torch.device) -> tuple[Any, dict[str, Any] | None]:
-        """What the UNet is told beside the latents, for both pictures of each pair: hidden states of the prompts
-        (2·pairs, tokens, width), and for SDXL pooled ones and sizes.
+        """Conditioning of the UNet for both images of each pair: hidden states of the prompts (2·pairs, tokens, width),
+        and what the family's UNet is told beside them.
         """
         import torch
 
         hidden, pooled = batch.embeds
-        if pooled is None:
-            return hidden.to(device).repeat(2, 1, 1), None
         ids = torch.cat([batch.chosen_time_ids, batch.rejected_time_ids]).to(device)
-        return hidden.to(device).repeat(2, 1, 1), {"text_embeds": pooled.to(device).repeat(2, 1), "time_ids": ids}
+        both = None if pooled is None else pooled.to(device).repeat(2, 1)
+        return hidden.to(device).repeat(2, 1, 1), self.model.added(both, ids)
 
     def autocast(self) -> Any:
         import torch
@@ -372,16 +367,15 @@ def random_samples(model: StableDiffusion, case: Case) -> tuple[list[torch.Tenso
     import torch
 
     from dpo_sd.data.batches import Latents, PreparedSamples, Prompts
-    from dpo_sd.forecast.workload import POOLED, hidden_shape
 
     n, side, latent = max(case.pairs, 4), case.resolution, case.resolution // model.factor
     pixels = [torch.rand(case.pairs, 3, side, side) * 2 - 1 for _ in range(2)]
-    pooled = torch.randn(2, POOLED) if model.is_xl else None
+    pooled = None if model.pooled_width is None else torch.randn(2, model.pooled_width)
     time_ids = np.tile(np.array([side, side, 0, 0, side, side], np.int32), (n, 1))
     return pixels, PreparedSamples(
         chosen=Latents(torch.randn(n, 4, latent, latent), time_ids),
         rejected=Latents(torch.randn(n, 4, latent, latent), time_ids),
-        prompts=Prompts(["a prompt"], np.zeros(n, int), torch.randn(2, *hidden_shape(model)), pooled),
+        prompts=Prompts(["a prompt"], np.zeros(n, int), torch.randn(2, *model.hidden_shape), pooled),
         label=np.ones(n, np.float32),
         weight=np.ones(n, np.float32),
         sample_ids=np.arange(n),

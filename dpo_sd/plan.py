@@ -125,14 +125,14 @@ def memory_lines(cfg: DictConfig, training: Workload) -> Iterator[str]:
 def composed(cfg: DictConfig) -> Workload:
     """What decides the memory of a composition."""
     from dpo_sd.forecast.workload import Workload
-    from dpo_sd.models.skeletons import on_meta
+    from dpo_sd.models.families import FAMILIES
 
     parts = {group: instantiate(cfg[group]) for group in ("lora", "loss", "optimizer", "hardware", "sampler")}
     parts["optimizer"].check_schedule(cfg.trainer.max_steps)
     return Workload(
         family=cfg.model.name,
         **parts,
-        resolution=instantiate(cfg.framing).resolution or on_meta(cfg.model.name).resolution,
+        resolution=instantiate(cfg.framing).resolution or FAMILIES[cfg.model.name].resolution,
         cache=cfg.cache,
         pairs=cfg.pairs_per_update // (cfg.trainer.devices * cfg.trainer.num_nodes),
         draws=not cfg.callbacks.keys().isdisjoint(("samples", "verdict")),
@@ -237,15 +237,13 @@ def vocabulary(model: Any) -> Path | None:
 
 def kept(cfg: DictConfig, training: Workload, amount: Amount) -> str:
     """What pictures, latents, prompts and errors of the reference take in the cache folder."""
-    from dpo_sd.forecast.workload import POOLED, hidden_shape
-
     assert amount.train is not None
     model, size = training.model, 4 if training.hardware.weights == "float32" else 2
     pictures = amount.both * (2 if training.loss.needs_pairs else 1)
     area, parts = training.resolution**2, {}
     if amount.drawn is None:
         latents = pictures * (2 if cfg.framing.flip else 1) * 4 * area // model.factor**2
-        numbers = math.prod(hidden_shape(model)) + (POOLED if model.is_xl else 0)
+        numbers = math.prod(model.hidden_shape) + (model.pooled_width or 0)
         parts["latents"] = latents * size if cfg.cache != "off" else 0
         parts["prompts"] = (amount.texts + 1) * numbers * size if cfg.cache == "all" else 0
     else:

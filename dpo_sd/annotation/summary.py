@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dpo_sd.models.families import SHIPPED
 from dpo_sd.preferences.events import Event
 from dpo_sd.preferences.outcome import Preference, counting, fold, standing
 from dpo_sd.preferences.pair_folder import Pair
@@ -189,7 +190,7 @@ def train_command(folder: Path) -> str:
     words = ["python", "-m", "dpo_sd.train", "experiment=style_dpo", _override("data.pairs", str(folder))]
     try:
         made_by = json.loads((folder / "generate.json").read_text(encoding="utf-8"))
-        if made_by["model"] != "tiny":  # which the experiment has
+        if made_by["model"] != SHIPPED:  # which the experiment has
             words.append(_override("model", made_by["model"]))
         if len(made_by["loras"]) == 1:
             words.append(_override("lora.init_from", made_by["loras"][0]["path"]))

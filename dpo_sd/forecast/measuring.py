@@ -29,7 +29,7 @@ def measured(training: Workload, device: torch.device) -> int:
     if cuda and training.hardware.memory_gib is not None:
         share = training.hardware.memory_gib * GIB / torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
-    model = training.build("cpu")
+    model = training.build(device)
     module = training.module(model).to(device)
     module.set_training(True)
     batch, half = training.batch(model, training.hardware.micro_batch, device), training.hardware.half

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,14 +19,13 @@ from dpo_sd.forecast.counting import CONTEXT, GIB, OWNED, Alive, Operations, ker
 from dpo_sd.lora.adapters import policy_parameters
 from dpo_sd.lora.attaching import LoRA
 from dpo_sd.losses import DiffusionDPOLoss, SFTLoss
-from dpo_sd.models import quantization
-from dpo_sd.models.families import Family
+from dpo_sd.models.families import FamilyName
+from dpo_sd.models.ready import ready
 from dpo_sd.models.sampling import Sampler
-from dpo_sd.models.skeletons import skeleton
+from dpo_sd.models.skeletons import RandomWeights
 from dpo_sd.models.stable_diffusion import (
     DECODED_PIXELS,
     PROMPTS,
-    Fingerprints,
     StableDiffusion,
     TextEmbeds,
     encoded_together,
@@ -39,7 +37,6 @@ from dpo_sd.training.step import DiffusionModule, needed_networks
 if TYPE_CHECKING:
     from dpo_sd.forecast.counting import Phase
 
-POOLED = 1280  # width of what SDXL is told of a prompt as a whole
 TUNED = {  # settings that may make it fit, with their keys on the command line
     "micro_batch": "hardware.micro_batch",
     "gradient_checkpointing": "hardware.gradient_checkpointing",
@@ -70,7 +67,7 @@ class Workload:
         draws: whether pictures are drawn on the way.
     """
 
-    family: Family
+    family: FamilyName
     lora: LoRA
     loss: SFTLoss | DiffusionDPOLoss
     optimizer: AdamW
@@ -123,34 +120,21 @@ class Workload:
 
     # -------------------------------------------------------------------------------------------------------- the parts
 
-    def build(self, device: str = "meta") -> StableDiffusion:
-        """The model with its adapters; with random weights where the device is not `meta`."""
-        weights = self.hardware.weights
-        with torch.device(device):
-            parts = skeleton(self.family)
-            encoders = [parts[name] for name in ("text_encoder", "text_encoder_2") if name in parts]
-            tokenizers: Any = [partial(_tokens, encoder) for encoder in encoders]
-            unknown = Fingerprints("", "", "")
-            model = StableDiffusion(
-                self.family, parts["unet"], parts["vae"], encoders, tokenizers, parts["scheduler"], unknown, device
-            )
-            quantised = weights in quantization.QUANTISED
-            for parameter in model.unet.parameters():
-                parameter.data = parameter.data.to(torch.bfloat16 if quantised else getattr(torch, weights))
-            if quantised:
-                quantization.quantise(model.unet, weights)  # type: ignore[arg-type]
+    def build(self, device: torch.device | str = "meta", compile: bool = False) -> StableDiffusion:
+        """The model with its adapters; with random weights if the device is not `meta`."""
+        hardware = self.hardware
+        model = ready(RandomWeights(self.family), device, hardware.weights, hardware.gradient_checkpointing, compile)
         self.lora.attach(model)
         if self.cache != "all" and self.hardware.half is not None:
             model.halve_text(self.hardware.half)
-        if self.hardware.gradient_checkpointing:
-            model.unet.enable_gradient_checkpointing()
         return model
 
     def batch(self, model: StableDiffusion, pairs: int, device: torch.device | str = "meta") -> Batch:
         """A batch of pairs, encoded as the cache keeps them."""
         side = self.resolution // model.factor
         rows = lambda *shape: torch.zeros(pairs, *shape, device=device)  # noqa: E731
-        embeds = TextEmbeds(rows(*hidden_shape(model)), rows(POOLED) if model.is_xl else None)
+        pooled = None if model.pooled_width is None else rows(model.pooled_width)
+        embeds = TextEmbeds(rows(*model.hidden_shape), pooled)
         return Batch(
             chosen=rows(4, side, side),
             rejected=rows(4, side, side) if self.loss.needs_pairs else None,
@@ -308,10 +292,11 @@ class Workload:
     def _denoising(self) -> Iterator[Phase]:
         unet = self.model.unet
         empty = partial(torch.empty, self.sampler.batch_size * (2 if self.sampler.guidance > 1 else 1), device="meta")
-        hidden, timesteps = empty(*hidden_shape(self.model)), empty(dtype=torch.int64)
-        told, latents = {"text_embeds": empty(POOLED), "time_ids": empty(6)}, empty(4, *self._drawn)
+        hidden, timesteps = empty(*self.model.hidden_shape), empty(dtype=torch.int64)
+        pooled = None if self.model.pooled_width is None else empty(self.model.pooled_width)
+        added, latents = self.model.added(pooled, empty(6)), empty(4, *self._drawn)
         half = None if unet.dtype == torch.float32 else unet.dtype
-        draw = lambda: unet(latents, timesteps, hidden, added_cond_kwargs=told)  # noqa: E731
+        draw = lambda: unet(latents, timesteps, hidden, added_cond_kwargs=added)  # noqa: E731
         yield self._counted("samples: denoising", self._stays, draw, half)
 
     def _decoding(self) -> Iterator[Phase]:
@@ -410,16 +395,5 @@ def micro_step(module: DiffusionModule, batch: Batch) -> Tensor:
     return module.losses(batch)["loss"].mean()
 
 
-def hidden_shape(model: StableDiffusion) -> tuple[int, int]:
-    """Of the hidden states of a prompt: tokens and width."""
-    return model.text_encoders[0].config.max_position_embeddings, int(model.unet.config["cross_attention_dim"])
-
-
 def _tensors(network: nn.Module) -> Iterator[Tensor]:
     return itertools.chain(network.parameters(), network.buffers())
-
-
-def _tokens(encoder: Any, prompts: list[str], **_: Any) -> SimpleNamespace:
-    """What a tokenizer would give, without its vocabulary."""
-    length = encoder.config.max_position_embeddings
-    return SimpleNamespace(input_ids=torch.zeros(len(prompts), length, dtype=torch.int64, device=encoder.device))
