@@ -64,14 +64,14 @@ def workload(cfg: DictConfig) -> Workload:
         UserError: if the warm-up of the optimiser is as long as the training.
     """
     from dpo_sd.forecast.workload import Workload
-    from dpo_sd.models.skeletons import on_meta
+    from dpo_sd.models.families import FAMILIES
 
     parts = {group: instantiate(cfg[group]) for group in ("lora", "loss", "optimizer", "hardware", "sampler")}
     parts["optimizer"].check_schedule(cfg.trainer.max_steps)
     return Workload(
         family=cfg.model.name,
         **parts,
-        resolution=instantiate(cfg.framing).resolution or on_meta(cfg.model.name).resolution,
+        resolution=instantiate(cfg.framing).resolution or FAMILIES[cfg.model.name].resolution,
         cache=cfg.cache,
         pairs=cfg.pairs_per_update // (cfg.trainer.devices * cfg.trainer.num_nodes),
         draws=not cfg.callbacks.keys().isdisjoint(("samples", "verdict")),

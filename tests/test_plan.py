@@ -19,7 +19,7 @@ from dpo_sd.composition.messages import options
 from dpo_sd.composition.schema import CONF_DIR
 from dpo_sd.forecast.counting import GIB
 from dpo_sd.forecast.workload import Workload
-from dpo_sd.models.families import REPOSITORIES
+from dpo_sd.models.families import FAMILIES
 from dpo_sd.plan import composed
 from dpo_sd.training.hardware import PRESETS, accumulation
 
@@ -85,7 +85,7 @@ def test_every_preset_fits_its_card_and_its_comment_holds_the_planned_peak(confi
 
 
 def test_the_plan_knows_all_models_that_can_be_trained():
-    assert sorted(["tiny", *REPOSITORIES]) == options("model")
+    assert sorted(FAMILIES) == options("model")
 
 
 def test_the_plan_says_peaks_data_cache_and_time_without_writing_anything(plan, tmp_path):

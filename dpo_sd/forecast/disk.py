@@ -6,7 +6,6 @@ import math
 from typing import TYPE_CHECKING
 
 from dpo_sd.forecast.units import size
-from dpo_sd.forecast.workload import POOLED, hidden_shape
 
 if TYPE_CHECKING:
     from dpo_sd.data.source import Found
@@ -29,7 +28,7 @@ def kept(workload: Workload, model: StableDiffusion, found: Found) -> dict[str, 
     if found.kept:
         images = found.both * workload.images_per_sample * (2 if workload.flip else 1)
         texts = found.prompts if isinstance(found.prompts, int) else len(found.prompts)
-        embedding = math.prod(hidden_shape(model)) + (POOLED if model.is_xl else 0)
+        embedding = math.prod(model.hidden_shape) + (model.pooled_width or 0)
         parts["latents"] = images * 4 * area // model.factor**2 * width if workload.cache != "off" else 0
         # one more for the empty prompt
         parts["prompts"] = (texts + 1) * embedding * width if workload.cache == "all" else 0

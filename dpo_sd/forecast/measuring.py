@@ -27,7 +27,7 @@ def measured(workload: Workload, device: torch.device) -> int:
     if cuda and workload.hardware.memory_gib is not None:
         share = workload.hardware.memory_gib * GIB / torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
-    model = workload.build("cpu")
+    model = workload.build(device)
     module = workload.module(model).to(device)
     module.set_training(True)
     batch, half = workload.batch(model, workload.hardware.micro_batch, device), workload.hardware.half

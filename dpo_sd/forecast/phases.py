@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dpo_sd.data.datamodule import grid_batch
 from dpo_sd.forecast.counting import CONTEXT, Alive, Phase, kernels
-from dpo_sd.forecast.workload import POOLED, Workload, hidden_shape, micro_step
+from dpo_sd.forecast.workload import Workload, micro_step
 from dpo_sd.lora.adapters import policy_parameters
 from dpo_sd.models.stable_diffusion import DECODED_PIXELS, PROMPTS, StableDiffusion, encoded_together
 from dpo_sd.training.step import needed_networks
@@ -182,8 +182,9 @@ def _captions_of_samples(workload: Workload, card: OnCard) -> Iterator[Phase]:
 def _denoising(workload: Workload, card: OnCard) -> Iterator[Phase]:
     unet, sampler = card.model.unet, workload.sampler
     empty = partial(torch.empty, sampler.batch_size * (2 if sampler.guidance > 1 else 1), device="meta")
-    hidden, timesteps = empty(*hidden_shape(card.model)), empty(dtype=torch.int64)
-    added, latents = {"text_embeds": empty(POOLED), "time_ids": empty(6)}, empty(4, *_drawn(workload, card.model))
+    hidden, timesteps = empty(*card.model.hidden_shape), empty(dtype=torch.int64)
+    pooled = None if card.model.pooled_width is None else empty(card.model.pooled_width)
+    added, latents = card.model.added(pooled, empty(6)), empty(4, *_drawn(workload, card.model))
     half = None if unet.dtype == torch.float32 else unet.dtype
     draw = partial(unet, latents, timesteps, hidden, added_cond_kwargs=added)
     yield _counted("samples: denoising", card.tensors, draw, workload, half)

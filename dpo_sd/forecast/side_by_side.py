@@ -28,11 +28,11 @@ from dpo_sd.forecast.measuring import measured
 from dpo_sd.forecast.operations import per_sample
 from dpo_sd.forecast.phases import Forecast
 from dpo_sd.forecast.units import GIB
-from dpo_sd.forecast.workload import POOLED, Workload, hidden_shape
+from dpo_sd.forecast.workload import Workload
 from dpo_sd.lora.adapters import policy_parameters, reference
 from dpo_sd.losses import PairErrors
 from dpo_sd.models import compilation
-from dpo_sd.models.families import Family
+from dpo_sd.models.families import FamilyName
 from dpo_sd.models.stable_diffusion import StableDiffusion
 from dpo_sd.training.reference_cache import ReferenceErrors
 from dpo_sd.training.step import DiffusionModule
@@ -53,7 +53,7 @@ class Case(NamedTuple):
         rounds: rounds in which the ways take turns, after one that warms up.
     """
 
-    family: Family
+    family: FamilyName
     resolution: int
     pairs: int
     updates: int
@@ -79,10 +79,7 @@ class Bench:
         self.case, self.workload, self.trainer, self.seed = case, workload, trainer, seed
         self.hardware, self.optimizer, self.loss = workload.hardware, workload.optimizer, workload.loss
         torch.manual_seed(seed)
-        self.model = workload.build("cpu")  # a GPU takes each part when it is needed
-        self.model.device = self.hardware.device
-        if self.hardware.compile:
-            compilation.compile_blocks(self.model.unet)
+        self.model = workload.build(self.hardware.device, self.hardware.compile)  # a GPU takes a part when it is needed
         self.pixels, self.samples = random_samples(self.model, case)
         self._folder = tempfile.TemporaryDirectory()
 
@@ -215,15 +212,13 @@ class BareLoop:
         latents = torch.cat([batch.chosen, batch.rejected]).to(self.device)  # type: ignore[list-item]
         return latents, *self.conditions(batch)
 
-    def conditions(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor] | None]:
+    def conditions(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor | None] | None]:
         """Noise, timesteps, hidden states and SDXL's pooled text and sizes, for chosen and rejected images alike."""
         assert batch.embeds is not None and batch.rejected_time_ids is not None
         hidden, pooled = (None if part is None else part.to(self.device) for part in batch.embeds)
         assert hidden is not None
-        added = None
-        if pooled is not None:
-            ids = torch.cat([batch.chosen_time_ids, batch.rejected_time_ids]).to(self.device)
-            added = {"text_embeds": pooled.repeat(2, 1), "time_ids": ids}
+        ids = torch.cat([batch.chosen_time_ids, batch.rejected_time_ids]).to(self.device)
+        added = self.bench.model.added(None if pooled is None else pooled.repeat(2, 1), ids)
         noise, timesteps = batch.noise.to(self.device), batch.timesteps.to(self.device)
         return noise.repeat(2, 1, 1, 1), timesteps.repeat(2), hidden.repeat(2, 1, 1), added
 
@@ -286,10 +281,10 @@ def random_samples(model: StableDiffusion, case: Case) -> tuple[list[Tensor], Pr
     """Pixels of both sides in [-1, 1], (pairs, 3, H, W) each, and random samples in memory of the same size."""
     n, side, latent = max(case.pairs, 4), case.resolution, case.resolution // model.factor
     pixels = [torch.rand(case.pairs, 3, side, side) * 2 - 1 for _ in range(2)]
-    pooled = torch.randn(2, POOLED) if model.is_xl else None
+    pooled = None if model.pooled_width is None else torch.randn(2, model.pooled_width)
     time_ids = np.tile(np.array([side, side, 0, 0, side, side], np.int32), (n, 1))
     sides = [Latents(torch.randn(n, 4, latent, latent), time_ids) for _ in range(2)]
-    return pixels, _paired(sides, torch.randn(2, *hidden_shape(model)), pooled)
+    return pixels, _paired(sides, torch.randn(2, *model.hidden_shape), pooled)
 
 
 def _paired(sides: Sequence[Latents], hidden: Tensor, pooled: Tensor | None = None) -> PreparedSamples:

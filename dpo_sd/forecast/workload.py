@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,16 +12,14 @@ from dpo_sd.forecast.counting import OWNED
 from dpo_sd.forecast.units import GIB
 from dpo_sd.lora.attaching import LoRA
 from dpo_sd.losses import Loss
-from dpo_sd.models import quantization
-from dpo_sd.models.families import Family
+from dpo_sd.models.families import FamilyName
+from dpo_sd.models.ready import ready
 from dpo_sd.models.sampling import Sampler
-from dpo_sd.models.skeletons import skeleton
-from dpo_sd.models.stable_diffusion import Fingerprints, StableDiffusion, TextEmbeds
+from dpo_sd.models.skeletons import RandomWeights
+from dpo_sd.models.stable_diffusion import StableDiffusion, TextEmbeds
 from dpo_sd.training.hardware import Hardware
 from dpo_sd.training.optimizers import AdamW
 from dpo_sd.training.step import DiffusionModule, needed_networks
-
-POOLED = 1280  # width of the pooled text embedding that SDXL's UNet is given
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class Workload:
         flip: whether each image is encoded in both mirror images.
     """
 
-    family: Family
+    family: FamilyName
     lora: LoRA
     loss: Loss
     optimizer: AdamW
@@ -73,15 +68,13 @@ class Workload:
         """Draws of a sample whose reference errors are kept; None where the reference runs at every visit."""
         return self.loss.draws_per_pair if self.loss.reference == "cached" else None
 
-    def build(self, device: str = "meta") -> StableDiffusion:
+    def build(self, device: torch.device | str = "meta", compile: bool = False) -> StableDiffusion:
         """The model with its adapters, as training has it; with random weights where the device is not `meta`."""
-        with torch.device(device):
-            model = random_base(self.family, self.hardware.weights, device)
+        hardware = self.hardware
+        model = ready(RandomWeights(self.family), device, hardware.weights, hardware.gradient_checkpointing, compile)
         self.lora.attach(model)
         if self.cache != "all" and self.hardware.half is not None:
             model.halve_text(self.hardware.half)
-        if self.hardware.gradient_checkpointing:
-            model.unet.enable_gradient_checkpointing()
         return model
 
     def module(self, model: StableDiffusion) -> DiffusionModule:
@@ -95,7 +88,8 @@ class Workload:
         def rows(*shape: int) -> Tensor:
             return torch.zeros(pairs, *shape, device=device)
 
-        embeds = TextEmbeds(rows(*hidden_shape(model)), rows(POOLED) if model.is_xl else None)
+        pooled = None if model.pooled_width is None else rows(model.pooled_width)
+        embeds = TextEmbeds(rows(*model.hidden_shape), pooled)
         return Batch(
             chosen=rows(4, side, side),
             rejected=rows(4, side, side) if self.loss.needs_pairs else None,
@@ -112,37 +106,6 @@ class Workload:
         )
 
 
-def random_base(family: Family, weights: str, device: str) -> StableDiffusion:
-    """A base of a family's real shapes with random weights, or with none inside `torch.device("meta")`.
-
-    Args:
-        weights: precision of the UNet, as in `Hardware`.
-        device: where the networks work.
-    """
-    parts = skeleton(family)
-    encoders = [parts[name] for name in ("text_encoder", "text_encoder_2") if name in parts]
-    tokenizers: Any = [partial(_tokens, encoder) for encoder in encoders]
-    unknown = Fingerprints("", "", "")
-    unet = parts["unet"]
-    quantised = weights in quantization.QUANTISED
-    for parameter in unet.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16 if quantised else getattr(torch, weights))
-    if quantised:
-        quantization.quantise(unet, weights)
-    return StableDiffusion(family, unet, parts["vae"], encoders, tokenizers, parts["scheduler"], unknown, device)
-
-
 def micro_step(module: DiffusionModule, batch: Batch) -> Tensor:
     """Mean loss of one micro-batch, with its graph."""
     return module.losses(batch)["loss"].mean()
-
-
-def hidden_shape(model: StableDiffusion) -> tuple[int, int]:
-    """Tokens and width of the hidden states that cross-attention reads for one prompt."""
-    return model.text_encoders[0].config.max_position_embeddings, int(model.unet.config["cross_attention_dim"])
-
-
-def _tokens(encoder: Any, prompts: list[str], **_: Any) -> SimpleNamespace:
-    """Tokens as a tokenizer returns them, all zero, without its vocabulary."""
-    length = encoder.config.max_position_embeddings
-    return SimpleNamespace(input_ids=torch.zeros(len(prompts), length, dtype=torch.int64, device=encoder.device))
