@@ -41,7 +41,7 @@ def run(cfg: DictConfig, cases: Sequence[Case]) -> None:
         cases: the claims are those of the last one; the cost of pairs, pixels and rank is shown on the first one.
 
     Raises:
-        UserError: if the machine lacks what the composition asks for, or the loss compares no pairs.
+        UserError: if the machine lacks what the composition asks for, or the loss is not that of Diffusion-DPO.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler of `measured` talks
     check(cfg)
@@ -71,13 +71,15 @@ def run(cfg: DictConfig, cases: Sequence[Case]) -> None:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse what cannot be measured on this machine, before anything heavy is imported.
+    """Refuse what cannot be measured on this machine, before any network is built.
 
     Raises:
         UserError: as `run`.
     """
+    from dpo_sd.losses import DiffusionDPOLoss
+
     instantiate(cfg.hardware).check(preset=HydraConfig.get().runtime.choices.get("hardware"))
-    if not instantiate(cfg.loss).needs_pairs:
+    if not isinstance(instantiate(cfg.loss), DiffusionDPOLoss):
         raise UserError("the benchmark compares ways of Diffusion-DPO: use loss=dpo")
     instantiate(cfg.lora).check()
     instantiate(cfg.optimizer).check(1)

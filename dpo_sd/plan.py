@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 def main(cfg: DictConfig) -> None:
     """Prints memory by phase, settings that fit where these do not, and what happens to the data."""
     from dpo_sd.forecast.disk import disk_line
+    from dpo_sd.forecast.fitting import nearest
     from dpo_sd.forecast.memory import memory_lines
     from dpo_sd.forecast.phases import Forecast
 
@@ -38,7 +39,7 @@ def main(cfg: DictConfig) -> None:
     for line in memory_lines(forecast, cfg.pairs_per_update):
         print(line)
     if not forecast.fits():
-        print(advice(cfg, forecast))
+        print(advice(cfg, forecast, nearest(forecast)))
     if cfg.measure:
         print(comparison(forecast))
     print()
@@ -79,13 +80,17 @@ def workload(cfg: DictConfig) -> Workload:
     )
 
 
-def advice(cfg: DictConfig, forecast: Forecast) -> str:
-    """The nearest settings that fit, one a line; the smallest card that does where there are none."""
-    from dpo_sd.forecast.fitting import nearest, overrides
+def advice(cfg: DictConfig, forecast: Forecast, fitting: Iterable[Forecast]) -> str:
+    """Overrides of settings that fit, one a line; the smallest card that does where a training may have none of them.
+
+    Args:
+        fitting: forecasts that fit, the cheapest first.
+    """
+    from dpo_sd.forecast.fitting import overrides
     from dpo_sd.forecast.memory import smallest_card
 
-    fitting = (overrides(forecast.workload, other.workload) for other in nearest(forecast))
-    if found := [f"\n  {settings}" for settings in fitting if composes(cfg, settings)]:
+    settings = (overrides(forecast.workload, other.workload) for other in fitting)
+    if found := [f"\n  {each}" for each in settings if composes(cfg, each)]:
         return "does not fit: the nearest that does, the cheapest first" + "".join(found)
     return (
         f"does not fit: no setting is known that does (a smaller lora.rank or optimizer=adamw8bit may); "

@@ -70,7 +70,7 @@ def register_files() -> None:
 def own_flags(arguments: list[str]) -> dict[str, str]:
     """The flags of a command line that say where options of the user's own lie, with their values."""
     found = {}
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         flag, equals, value = argument.partition("=")
         if name := {"-cd": "--config-dir", "-cn": "--config-name"}.get(flag, flag if flag in _FLAGS else ""):
             found[name] = value if equals else following

@@ -30,7 +30,7 @@ from dpo_sd.forecast.phases import Forecast
 from dpo_sd.forecast.units import GIB
 from dpo_sd.forecast.workload import Workload
 from dpo_sd.lora.adapters import policy_parameters, reference
-from dpo_sd.losses import PairErrors
+from dpo_sd.losses import DiffusionDPOLoss, PairErrors
 from dpo_sd.models import compilation
 from dpo_sd.models.families import FamilyName
 from dpo_sd.models.stable_diffusion import StableDiffusion
@@ -68,7 +68,7 @@ class Bench:
 
     Args:
         case: size of the measurement.
-        workload: settings of the training, with the case's family, resolution and pairs.
+        workload: settings of a training with Diffusion-DPO, with the case's family, resolution and pairs.
         trainer: makes Lightning's trainer of a run, from the run's folder and its callbacks.
         seed: seed of weights, order, noise and timesteps.
     """
@@ -77,6 +77,7 @@ class Bench:
         self, case: Case, workload: Workload, trainer: Callable[[Path, list[L.Callback]], L.Trainer], seed: int
     ):
         self.case, self.workload, self.trainer, self.seed = case, workload, trainer, seed
+        assert isinstance(workload.loss, DiffusionDPOLoss)
         self.hardware, self.optimizer, self.loss = workload.hardware, workload.optimizer, workload.loss
         torch.manual_seed(seed)
         self.model = workload.build(self.hardware.device, self.hardware.compile)  # a GPU takes a part when it is needed
@@ -185,6 +186,7 @@ class BareLoop:
     def __init__(self, bench: Bench) -> None:
         self.bench, self.model, self.device = bench, bench.model, bench.hardware.device
         self.unet: Any = bench.model.unet
+        self.scheduler: Any = bench.model.noise_scheduler
 
     def updates(self) -> list[float]:
         """Seconds per update, from a new optimiser on."""
@@ -225,7 +227,7 @@ class BareLoop:
     def predictions(self, given: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Predictions of policy and reference, and the noise: (2 * pairs, 4, h, w) each, the chosen images first."""
         latents, noise, timesteps, hidden, added = given
-        noisy = self.model.noise_scheduler.add_noise(latents, noise, timesteps)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
         with torch.no_grad(), reference(self.model):
             frozen = self.unet(noisy, timesteps, hidden, added_cond_kwargs=added).sample
         return self.unet(noisy, timesteps, hidden, added_cond_kwargs=added).sample, frozen, noise
@@ -267,7 +269,7 @@ class PublicWay(BareLoop):
             for encoder in self.model.text_encoders:
                 encoder(self.tokens.to(self.device), output_hidden_states=True)
         noise, timesteps, hidden, added = self.conditions(batch)
-        noisy = self.model.noise_scheduler.add_noise(latents, noise, timesteps)
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
         policy = self.unet(noisy, timesteps, hidden, added_cond_kwargs=added).sample
         with torch.no_grad():
             frozen = self.second(noisy, timesteps, hidden, added_cond_kwargs=added).sample
