@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dpo_sd.files.tensors import read_header
 from dpo_sd.lora.names import canonical, kohya_name, kohya_names, modules_of, sgm_name, underscored
 from dpo_sd.models.families import Family
 from dpo_sd.models.hub import quiet_libraries
@@ -54,10 +55,7 @@ def loader_report(path: str | Path, model: StableDiffusion) -> list[str]:
 
 def keys_of(path: str | Path) -> list[str]:
     """The names of the tensors in a file."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="numpy") as file:
-        return sorted(file.keys())
+    return sorted(read_header(path).names)
 
 
 def diffusers_scales(path: str | Path, model: StableDiffusion) -> dict[str, float]:

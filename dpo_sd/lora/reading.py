@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_sd.errors import UserError
+from dpo_sd.files.tensors import read_header
 from dpo_sd.lora.names import canonical
 from dpo_sd.lora.weights import PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS_NAME, LoRAFile
 from dpo_sd.models.base import PICKLES
@@ -233,8 +234,6 @@ def _locate(path: str | Path) -> Path:
 
 
 def _read_header(path: Path) -> _Header:
-    from safetensors import SafetensorError, safe_open
-
     with open(path, "rb") as file:
         start = file.read(9)
     if not start:
@@ -243,13 +242,12 @@ def _read_header(path: Path) -> _Header:
     if not start.endswith(b"{") and (path.suffix in PICKLES or start.startswith((b"PK\x03\x04", b"\x80"))):
         _refuse_pickle(path)
     try:
-        with safe_open(path, framework="numpy") as file:
-            keys, metadata = sorted(file.keys()), file.metadata() or {}
-            adapters = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-            _check_numbers(adapters, ["", *(f"{network}." for network in ADAPTED)])
-    except (SafetensorError, ValueError, AttributeError) as error:
+        header = read_header(path)
+        adapters = json.loads(header.metadata.get("lora_adapter_metadata", "{}"))
+        _check_numbers(adapters, ["", *(f"{network}." for network in ADAPTED)])
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{path} is corrupt or no safetensors file ({error}): fetch or export it again") from error
-    return _Header(keys, metadata, adapters)
+    return _Header(sorted(header.names), header.metadata, adapters)
 
 
 def _check_numbers(settings: dict[str, Any], prefixes: list[str]) -> None:

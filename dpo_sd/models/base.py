@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_sd.errors import UserError
 from dpo_sd.files.hashes import sha256
+from dpo_sd.files.tensors import HeaderError, read_header
 from dpo_sd.models.families import REPOSITORIES, SHAPES, TINY, WIDTHS, family_of
 from dpo_sd.models.hub import hub_errors, quiet_libraries, snapshot
 from dpo_sd.models.stable_diffusion import Fingerprints, StableDiffusion
@@ -367,12 +366,8 @@ def _family_of_file(file: Path) -> Family | None:
         UserError: when it is no safetensors file, or no whole model.
     """
     try:
-        with open(file, "rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            if length > os.path.getsize(file):
-                raise ValueError("its header is longer than the file")
-            shapes = {key: entry["shape"] for key, entry in json.loads(opened.read(length)).items() if "shape" in entry}
-    except (OSError, ValueError, struct.error, AttributeError, TypeError) as error:
+        shapes = read_header(file).shapes
+    except (OSError, HeaderError) as error:
         raise UserError(f"{file} is no safetensors file, or damaged ({error}): fetch it again") from error
     if any(".lora_" in key or key.startswith("lora_") for key in shapes):
         raise UserError(f"{file} is a LoRA, not a model: give it as lora.init_from, or as loras= of generate")
