@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -15,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from dpo_sd.composition.application import entry_point
 from dpo_sd.composition.checks import check_composition
 from dpo_sd.data.cache import Cache
+from dpo_sd.data.source import Found
 from dpo_sd.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,27 +36,6 @@ CARDS = {
 REACHED = 0.25
 
 
-class Amount(NamedTuple):
-    """How much data there is, as far as that is known before anything is fetched or drawn.
-
-    Args:
-        train, validation: samples; the most there can be where they are not fetched yet, None where nobody knows.
-        both: samples of the two together, which may be the same.
-        texts: different prompts, the most there can be where they are not known.
-        report: what there is to say, one line each.
-        drawn: pictures that the model draws for the run; None where they are read.
-        fetched: whether they come from elsewhere.
-    """
-
-    train: int | None
-    validation: int
-    both: int
-    texts: int
-    report: list[str]
-    drawn: int | None = None
-    fetched: bool = False
-
-
 @entry_point("plan")
 def main(cfg: DictConfig) -> None:
     """Memory by phase, what does fit where this does not, and what happens to the data."""
@@ -71,7 +52,7 @@ def main(cfg: DictConfig) -> None:
     try:
         mistake, amount = None, foreseen(cfg, training)
     except Exception as error:  # raised again below
-        mistake, amount = error, Amount(None, 0, 0, 0, [])
+        mistake, amount = error, Found(None, 0, 0, 0, [])
     for line in amount.report:
         print(f"data     {line}")
     if amount.train is not None:
@@ -175,38 +156,18 @@ def compare(training: Workload) -> None:
 # ------------------------------------------------------------------------------------------------------- data and time
 
 
-def foreseen(cfg: DictConfig, training: Workload) -> Amount:
-    """The samples of the data, what is left out, and truncated prompts.
+def foreseen(cfg: DictConfig, training: Workload) -> Found:
+    """The samples of the data, what is left out, and truncated prompts; nothing is fetched.
 
     Raises:
-        UserError: when a training could not use the data.
+        UserError: if a training could not use the data.
     """
-    from dpo_sd.data.splitting import held_back
-
     source = instantiate(cfg.data)
-    if hasattr(source, "check"):
-        source.check(training.model)
-    if hasattr(source, "foreseen"):
-        found = source.foreseen(Cache(Path(cfg.cache_dir).expanduser()))
-    else:
-        found = getattr(source, "found", None)
-    if found is not None:
-        prompts = sorted({*found.train.prompts, *found.validation.prompts})
-        report = [*found.report, truncated(cfg, prompts)]
-        both = len(found.train) + (len(found.validation) if getattr(source, "validation", 1) else 0)
-        return Amount(len(found.train), len(found.validation), both, len(prompts), report)
-    kind, unknown = _kind(training), ", so ties are not known yet" if source.has_pairs else ""
-    if (drawn := getattr(source, "n_pairs", None) or getattr(source, "n_pictures", None)) is not None:
-        report = [f"{_counted(drawn, kind)}: to be drawn{unknown}"]
-        samples = drawn + source.n_validation
-        pictures = 2 * samples if source.has_pairs else 0
-        return Amount(drawn, source.n_validation, samples, samples, report, drawn=pictures)
-    limit = getattr(source, "max_pairs", None) or getattr(source, "max_images", None)
-    if limit is None:
-        return Amount(None, 0, 0, 0, [f"all there are: to be fetched{unknown}"])
-    apart = held_back(source.validation, limit) if source.validation else 0
-    report = [f"at most {_counted(limit, kind)}, {apart or 'none'} of them held back: to be fetched{unknown}"]
-    return Amount(limit - apart, apart, limit, limit, report, fetched=True)
+    source.check(training.model)
+    found = source.find(Cache(Path(cfg.cache_dir).expanduser()), fetch=False)
+    if isinstance(found.prompts, int):
+        return found
+    return replace(found, report=[*found.report, truncated(cfg, list(found.prompts))])
 
 
 def truncated(cfg: DictConfig, texts: list[str]) -> str:
@@ -235,7 +196,7 @@ def vocabulary(model: Any) -> Path | None:
     return Path(cached).parent if isinstance(cached, str) else None
 
 
-def kept(cfg: DictConfig, training: Workload, amount: Amount) -> str:
+def kept(cfg: DictConfig, training: Workload, amount: Found) -> str:
     """What pictures, latents, prompts and errors of the reference take in the cache folder."""
     from dpo_sd.forecast.workload import POOLED, hidden_shape
 
@@ -243,21 +204,22 @@ def kept(cfg: DictConfig, training: Workload, amount: Amount) -> str:
     model, size = training.model, 4 if training.hardware.weights == "float32" else 2
     pictures = amount.both * (2 if training.loss.needs_pairs else 1)
     area, parts = training.resolution**2, {}
-    if amount.drawn is None:
+    if amount.cached:
         latents = pictures * (2 if cfg.framing.flip else 1) * 4 * area // model.factor**2
         numbers = math.prod(hidden_shape(model)) + (POOLED if model.is_xl else 0)
         parts["latents"] = latents * size if cfg.cache != "off" else 0
-        parts["prompts"] = (amount.texts + 1) * numbers * size if cfg.cache == "all" else 0
+        texts = amount.prompts if isinstance(amount.prompts, int) else len(amount.prompts)
+        parts["prompts"] = (texts + 1) * numbers * size if cfg.cache == "all" else 0
     else:
         parts["drawn pictures"] = amount.drawn * 3 * area
     if cfg.loss.get("reference") == "cached":
         parts["the reference's errors"] = amount.train * 8 * cfg.loss.draws_per_pair
     named = ", ".join(f"{name} {_size(part)}" for name, part in parts.items() if part)
-    fetched = "; the pictures that are fetched not counted" if amount.fetched else ""
+    fetched = "; the pictures that are fetched not counted" if not amount.fetched else ""
     return f"{named or 'nothing'} under {cfg.cache_dir}{fetched}"
 
 
-def time_lines(cfg: DictConfig, training: Workload, amount: Amount) -> Iterator[str]:
+def time_lines(cfg: DictConfig, training: Workload, amount: Found) -> Iterator[str]:
     """How long it takes: from a rate, or on cards that are large enough."""
     from dpo_sd.data.datamodule import GRID
     from dpo_sd.forecast.counting import GIB, OWNED
@@ -275,7 +237,7 @@ def time_lines(cfg: DictConfig, training: Workload, amount: Amount) -> Iterator[
     grid, validations = amount.validation * GRID, 1 + math.ceil(steps / cfg.trainer.validate_every)
     devices = cfg.trainer.devices * cfg.trainer.num_nodes
     parts = {
-        "drawing": (amount.drawn or 0) * training.drawing,
+        "drawing": amount.drawn * training.drawing,
         "encoding": once * amount.both * (2 if cfg.framing.flip else 1),
         "updates": (visits * (operations.policy + each) + first * operations.reference) / devices,
         "validation": grid * (validations * (operations.forward + each) + operations.reference),

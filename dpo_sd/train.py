@@ -24,6 +24,7 @@ from dpo_sd.training.resume import check_same, check_same_run, newest_checkpoint
 if TYPE_CHECKING:
     import lightning as L
 
+    from dpo_sd.data.source import Source
     from dpo_sd.models.stable_diffusion import StableDiffusion
     from dpo_sd.training.reference_cache import ReferenceErrors
 
@@ -54,8 +55,7 @@ def main(cfg: DictConfig) -> float | None:
     checkpoint = newest_checkpoint(resume)
     if checkpoint is not None:
         check_same_run(checkpoint, settings)
-    if hasattr(source, "fetch"):  # a dataset that is of no use is met before weights load
-        source.fetch(cache)
+    source.find(cache, fetch=True)  # data of no use is met before weights load
 
     import torch
 
@@ -79,6 +79,7 @@ def main(cfg: DictConfig) -> float | None:
 
     say(f"run     {run}")
     model = loaded(base, hardware, lora, cfg.seed)
+    source.check(model)
     if checkpoint is not None:
         check_same(checkpoint, "model", model.fingerprint)
     elif trainer.is_global_zero:
@@ -214,11 +215,11 @@ def reference_cache(
     return kept
 
 
-def reference_notes(source: Any, init_from: str | None) -> Iterator[str]:
+def reference_notes(source: Source, init_from: str | None) -> Iterator[str]:
     """What is to be said where pairs were drawn with another LoRA than the training starts from."""
     from dpo_sd.lora.reading import lora_digest
 
-    drawn_with = source.drawn_with() if hasattr(source, "drawn_with") else None
+    drawn_with = source.drawn_with()
     if drawn_with is None:
         return
     named = " + ".join(f"{lora['path']}:{lora['weight']:g}" for lora in drawn_with) or "the base alone"

@@ -20,7 +20,6 @@ from dpo_sd.files.hashes import read_sha256
 from dpo_sd.preferences.events import vote
 from dpo_sd.preferences.log import EventLog
 from dpo_sd.preferences.pair_folder import Pair, pair_id, read_pairs, write_pairs
-from dpo_sd.shapes.captions import split_prompts
 
 
 def make_folder(folder: Path, prompts: Sequence[str], size: int = 64) -> list[Pair]:
@@ -190,15 +189,26 @@ def test_a_folder_of_invoke_trainings_five_keys_is_read(tmp_path):
     assert len(set(prepared(tmp_path)[0].train.sample_ids)) == 7
 
 
-def test_an_oracle_judges_on_prompts_of_the_world_that_are_not_in_the_folder(tmp_path):
-    held_out = split_prompts(0).held_out
-    make_folder(tmp_path, [*held_out[:3], "prompt"])
-    annotate(tmp_path, {"anna": ["image_0"] * 4})
-    data, _ = prepared(tmp_path, judge="centred", style="outlined")
-    assert len(data.held_out_prompts) >= len(held_out) - 3
-    assert set(data.held_out_prompts).isdisjoint(prompts_of(data.train))
-    source = Pairs(str(tmp_path), judge="centred", style="outlined")
-    assert source.judge is not None and source.judge.name == "oracle: centred, in the outlined style"
+def test_the_verdict_is_on_the_folders_own_prompts_that_training_has_not_seen(tmp_path):
+    make_folder(tmp_path, PROMPTS)
+    annotate(tmp_path, {"anna": ["image_0"] * 8})
+    data, _ = prepared(tmp_path, validation=3)
+    assert data.held_out_prompts == sorted(prompts_of(data.validation)) and len(data.held_out_prompts) == 3
+    assert set(data.held_out_prompts) == set(PROMPTS) - set(prompts_of(data.train))
+    found = Pairs(str(tmp_path), validation=3).find(Cache(tmp_path / "cache"), fetch=False)
+    assert found.held_out == data.held_out_prompts
+
+
+def test_what_is_found_is_what_is_prepared_and_the_same_with_and_without_fetching(tmp_path):
+    make_folder(tmp_path / "pairs", PROMPTS)
+    annotate(tmp_path / "pairs", {"anna": ["image_0", "tie", *["image_1"] * 6]})
+    found = [Pairs(str(tmp_path / "pairs")).find(Cache(tmp_path / "cache"), fetch=fetch) for fetch in (False, True)]
+    assert found[0] == found[1] and not (tmp_path / "cache").exists()
+    data, report = prepared(tmp_path / "pairs")
+    assert (found[0].train, found[0].validation, found[0].both) == (len(data.train), len(data.validation), 7)
+    assert found[0].prompts == [prompt for prompt in PROMPTS if prompt != "prompt 1"]
+    assert found[0].report == report[: len(found[0].report)]
+    assert (found[0].fetched, found[0].drawn) == (True, 0)
 
 
 @pytest.mark.parametrize(
@@ -210,19 +220,18 @@ def test_an_oracle_judges_on_prompts_of_the_world_that_are_not_in_the_folder(tmp
         (["image_0"] * 8, {"validation": 0.0}, "validation must be a share above 0"),
         (["image_0"] * 8, {"validation": 0.6}, "validation must be a share above 0 and at most 0.5"),
         (["image_0"] * 8, {"caption_dropout": 2.0}, "caption_dropout must be between 0 and 1"),
-        (["image_0"] * 8, {"judge": "centered"}, "did you mean centred"),
     ],
 )
 def test_what_cannot_be_trained_on_is_refused_before_any_model_loads(tmp_path, choices, settings, message):
     make_folder(tmp_path, PROMPTS)
     annotate(tmp_path, {"anna": choices})
     with pytest.raises(UserError, match=message):
-        Pairs(str(tmp_path), **settings)
+        Pairs(str(tmp_path), **settings).find(Cache(tmp_path / "cache"), fetch=False)
 
 
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
-        Pairs(str(tmp_path / "nowhere"))
+        Pairs(str(tmp_path / "nowhere")).find(Cache(tmp_path / "cache"), fetch=False)
 
 
 def test_pictures_of_another_size_are_brought_to_that_of_the_model_and_it_is_said(tmp_path):

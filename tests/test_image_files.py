@@ -25,9 +25,10 @@ from dpo_sd.data.cache import Cache
 from dpo_sd.data.drawn import encode_images
 from dpo_sd.data.frames import Framing
 from dpo_sd.data.preparing import prepare
-from dpo_sd.data.samples import Found, ImageFiles, Samples, by_prompt, find
+from dpo_sd.data.samples import ImageFiles, Samples, by_prompt
 from dpo_sd.data.source import PreparedData
-from dpo_sd.data.splitting import held_back, split
+from dpo_sd.data.splitting import Split, held_back, split
+from dpo_sd.data.usable import usable
 from dpo_sd.errors import UserError
 from dpo_sd.files.tensors import TensorStore, read_header
 from dpo_sd.models.base import Base
@@ -92,11 +93,9 @@ def make(folder: Path, sizes: Sequence[Any] = ((64, 64),) * 6) -> list[str]:
     return [f"prompt {i}" for i in range(len(sizes))]
 
 
-def look(folder: Path, prompts: Sequence[str], validation: float = 0.2) -> Found:
-    report: list[str] = []
+def look(folder: Path, prompts: Sequence[str], validation: float = 0.2) -> Split:
     chosen, rejected = ([f"{i}-{k}.png" for i in range(len(prompts))] for k in range(2))
-    samples, _ = find(folder, prompts, chosen, rejected, None, None, report)
-    return split(samples, validation, 0, report)
+    return split(usable(folder, prompts, chosen, rejected).samples, validation, 0)
 
 
 def prepared(
@@ -166,8 +165,8 @@ def test_both_pictures_of_a_pair_share_a_size_and_are_told_their_own_original_on
 def test_sizes_and_upscaling_are_reported(model, tmp_path):
     prompts = make(tmp_path, [(200, 100), (64, 64), (32, 32)])
     paths = [f"{i}-0.png" for i in range(3)]
-    samples, _ = find(tmp_path, prompts, paths, None, None, None, [])
-    report = prepare(model, Found(samples, samples), Framing(), Cache(tmp_path / "cache")).report
+    samples = usable(tmp_path, prompts, paths).samples
+    report = prepare(model, Split(samples, samples, []), Framing(), Cache(tmp_path / "cache")).report
     assert report[:2] == [
         "1 training pictures are smaller than the training size and are scaled up",
         "training sizes: 64x64: 2, 80x48: 1",
@@ -185,7 +184,7 @@ def test_weights_are_1_on_average_and_follow_the_number_of_pairs_of_a_prompt(mod
     found = look(tmp_path, ["often"] * 4 + ["once", "other"])
     assert by_prompt(["often"] * 4 + ["once"]).tolist() == [0.25] * 4 + [1]
     weighted = replace(found.train, weight=by_prompt(found.train.prompts))
-    data = prepare(model, Found(weighted, found.validation), Framing(), Cache(tmp_path / "cache"))
+    data = prepare(model, replace(found, train=weighted), Framing(), Cache(tmp_path / "cache"))
     assert data.train.weight.mean() == pytest.approx(1)
 
 
@@ -441,11 +440,9 @@ def test_files_that_are_missing_broken_or_the_same_are_left_out_and_named(tmp_pa
     (tmp_path / "0-0.png").unlink()
     (tmp_path / "1-1.png").write_text("<html>")
     (tmp_path / "2-0.png").write_bytes((tmp_path / "2-1.png").read_bytes())
-    report: list[str] = []
     chosen, rejected = ([f"{i}-{k}.png" for i in range(6)] for k in range(2))
-    samples, rows = find(tmp_path, prompts, chosen, rejected, range(6), None, report)
+    samples, rows, (unreadable, same) = usable(tmp_path, prompts, chosen, rejected, label=range(6))
     assert rows == [3, 4, 5] and samples.prompts == prompts[3:] and samples.label.tolist() == [3, 4, 5]
-    unreadable, same = report
     assert "left out 2 of 6 that cannot be read" in unreadable
     assert "0-0.png does not exist" in unreadable and "1-1.png" in unreadable
     assert same == "left out 1 of 6 whose two pictures are the same file: 2-0.png"
@@ -457,8 +454,7 @@ def test_each_reason_is_of_the_file_that_it_names(tmp_path):
     for i in (0, 2, 3):
         (tmp_path / f"{i}-0.png").unlink()
     (tmp_path / "4-0.png").write_text("<html>")
-    report: list[str] = []
-    samples, rows = find(tmp_path, ["p"] * 6, [f"{i}-0.png" for i in range(6)], None, None, None, report)
+    samples, rows, _ = usable(tmp_path, ["p"] * 6, [f"{i}-0.png" for i in range(6)])
     assert rows == [1, 5]
     assert [
         hashlib.sha256((tmp_path / path).read_bytes()).hexdigest().encode() for path in samples.chosen.paths
@@ -521,7 +517,7 @@ def test_many_pairs_need_little_memory_and_no_time_at_the_second_start(model, tm
         return ImageFiles(tmp_path, ["the only one.bmp"] * n, np.array(digests, "S64"), sizes)
 
     ones = np.ones(n, np.float32)
-    found = split(Samples([f"prompt {i % 500}" for i in range(n)], side("a"), side("b"), ones, ones), 0.1, 0, [])
+    found = split(Samples([f"prompt {i % 500}" for i in range(n)], side("a"), side("b"), ones, ones), 0.1, 0)
     before = resident()
     prepare(pretender, found, Framing(), Cache(tmp_path))  # type: ignore[arg-type]
     start = time.perf_counter()

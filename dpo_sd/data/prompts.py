@@ -10,14 +10,15 @@ from dpo_sd.shapes.captions import split_prompts
 
 
 def read_prompts(prompts: str | Sequence[str], seed: int = 0) -> list[str]:
-    """Prompts of a text file (one a line; blank lines and those that begin with # are none), a list, or "shapes".
+    """Prompts of a text file, a list, or the shapes world, each once, in the order of their first appearance.
 
-    The latter are the training prompts of the shapes world under a seed, as `data=shapes` and `data=renders` have them.
-
-    Each comes once, in the order of its first appearance.
+    Args:
+        prompts: path of a file with one prompt a line, in which blank lines and lines that begin with # are skipped; a
+            list of prompts; or "shapes", for the training prompts that `data=shapes` and `data=renders` have.
+        seed: seed of the latter.
 
     Raises:
-        UserError: when there is no such file, it is no text, or there are no prompts.
+        UserError: if there is no such file, it is no text, or there are no prompts.
     """
     if prompts == "shapes":
         return split_prompts(seed).train
