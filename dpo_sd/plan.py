@@ -45,7 +45,7 @@ def main(cfg: DictConfig) -> None:
     print()
     # a mistake in the data ends the plan, when all else is said
     try:
-        mistake, found = None, foreseen(cfg, forecast.workload, forecast.card.model)
+        mistake, found = None, foreseen(cfg, forecast.card.model)
     except Exception as error:  # raised again below
         mistake, found = error, Found(None, 0, 0, 0, [])
     for line in (*found.report, *truncation(cfg, found)):
@@ -118,37 +118,15 @@ def comparison(forecast: Forecast) -> str:
     return f"measured {really / MIB:.1f} MiB in an update on {device}, planned {share:.3f} of it"
 
 
-def foreseen(cfg: DictConfig, workload: Workload, model: StableDiffusion) -> Found:
+def foreseen(cfg: DictConfig, model: StableDiffusion) -> Found:
     """The samples of the data, as far as they are known before anything is fetched or drawn.
 
     Raises:
         UserError: if a training could not use the data.
     """
-    from dpo_sd.data.splitting import held_back
-
     source = instantiate(cfg.data)
-    if hasattr(source, "check"):
-        source.check(model)
-    if hasattr(source, "foreseen"):
-        samples = source.foreseen(Cache(Path(cfg.cache_dir).expanduser()))
-    else:
-        samples = getattr(source, "found", None)
-    if samples is not None:
-        prompts = sorted({*samples.train.prompts, *samples.validation.prompts})
-        both = len(samples.train) + (len(samples.validation) if getattr(source, "validation", 1) else 0)
-        return Found(len(samples.train), len(samples.validation), both, prompts, samples.report)
-    kind, unknown = workload.sample, ", so ties are not known yet" if source.has_pairs else ""
-    if (drawn := getattr(source, "n_pairs", None) or getattr(source, "n_pictures", None)) is not None:
-        report = [f"{counted(drawn, kind)}: to be drawn{unknown}"]
-        both = drawn + source.n_validation
-        images = 2 * both if source.has_pairs else 0
-        return Found(drawn, source.n_validation, both, both, report, drawn=images, kept=False)
-    limit = getattr(source, "max_pairs", None) or getattr(source, "max_images", None)
-    if limit is None:
-        return Found(None, 0, 0, 0, [f"all there are: to be fetched{unknown}"])
-    apart = held_back(source.validation, limit) if source.validation else 0
-    report = [f"at most {counted(limit, kind)}, {apart or 'none'} of them held back: to be fetched{unknown}"]
-    return Found(limit - apart, apart, limit, limit, report, fetched=False)
+    source.check(model)
+    return source.find(Cache(Path(cfg.cache_dir).expanduser()), fetch=False)
 
 
 def truncation(cfg: DictConfig, found: Found) -> Iterator[str]:

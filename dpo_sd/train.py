@@ -24,6 +24,7 @@ from dpo_sd.training.resume import check_same, check_same_run, newest_checkpoint
 if TYPE_CHECKING:
     from dpo_sd.callbacks.run_record import RunRecord
     from dpo_sd.callbacks.watcher import Run, Watcher
+    from dpo_sd.data.source import Source
     from dpo_sd.models.stable_diffusion import StableDiffusion
     from dpo_sd.training.reference_cache import ReferenceErrors
 
@@ -55,8 +56,7 @@ def main(cfg: DictConfig) -> float | None:
     checkpoint = newest_checkpoint(resume)
     if checkpoint is not None:
         check_same_run(checkpoint, settings)
-    if hasattr(source, "fetch"):  # a dataset that is of no use is met before weights load
-        source.fetch(cache)
+    found = source.find(cache, fetch=True)  # data of no use is met before weights load
 
     import torch
 
@@ -78,9 +78,10 @@ def main(cfg: DictConfig) -> float | None:
 
     say(f"run     {run}")
     model = loaded(base, hardware, lora, cfg.seed)
+    source.check(model)
     size = (sampler.width or model.resolution, sampler.height or model.resolution)
     for watcher in watchers:
-        watcher.check(judge, size, known_prompts(source))
+        watcher.check(judge, size, found.held_out)
     if checkpoint is not None:
         check_same(checkpoint, "model", model.fingerprint)
     elif trainer.is_global_zero:
@@ -169,12 +170,6 @@ def composed_watchers(callbacks: DictConfig) -> list[Watcher]:
     return sorted(watchers.values(), key=lambda watcher: watcher.acts_last)
 
 
-def known_prompts(source: Any) -> list[str]:
-    """Held-out prompts, as far as the source knows them before it prepares its samples."""
-    found = getattr(source, "found", None)
-    return [] if found is None else sorted(set(found.validation.prompts))
-
-
 def resumed(cfg: DictConfig, run: Path) -> str | None:
     """The run to continue: the one that is named, or this job's own where a scheduler starts it again.
 
@@ -229,11 +224,11 @@ def reference_cache(
     return kept
 
 
-def reference_notes(source: Any, init_from: str | None) -> Iterator[str]:
+def reference_notes(source: Source, init_from: str | None) -> Iterator[str]:
     """What is to be said where pairs were drawn with another LoRA than the training starts from."""
     from dpo_sd.lora.finding import lora_digest
 
-    drawn_with = source.drawn_with() if hasattr(source, "drawn_with") else None
+    drawn_with = source.drawn_with()
     if drawn_with is None:
         return
     named = " + ".join(f"{lora['path']}:{lora['weight']:g}" for lora in drawn_with) or "the base alone"

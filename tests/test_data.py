@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image
 from small_model import make_model
 
-from dpo_sd.data import datamodule, shapes
+from dpo_sd.data import datamodule
 from dpo_sd.data.batches import PreparedSamples, Prompts, UpdateOrder, Visit, Visits, stack
 from dpo_sd.data.cache import Cache
 from dpo_sd.data.frames import Framing
@@ -507,19 +507,20 @@ def test_pairs_are_drawn_by_the_reference(tmp_path, networks, start, adapters):
     assert painter.asked
 
 
-def test_a_killed_preparation_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_a_killed_preparation_goes_on_where_it_was(tmp_path):
+    """It keeps 64 images together."""
+
     class Killed(Painter):
         def draw(self, model: Any, prompts: Any, seeds: Any, progress: str | None = None) -> list[Image.Image]:
-            if len(self.asked) >= 16:
+            if len(self.asked) >= 64:
                 raise KeyboardInterrupt
             return super().draw(model, prompts, seeds, progress)
 
-    monkeypatch.setattr(shapes, "CHUNK", 8)
     with pytest.raises(KeyboardInterrupt):
-        prepare(tmp_path, painter=Killed())
+        prepare(tmp_path, painter=Killed(), n_pairs=40)
     painter = Painter()
-    prepare(tmp_path, painter=painter)
-    assert len(painter.asked) == 2 * 15 - 16
+    prepare(tmp_path, painter=painter, n_pairs=40)
+    assert len(painter.asked) == 2 * 43 - 64
 
 
 def test_pictures_in_another_arithmetic_are_drawn_again_and_stay_the_same_samples(tmp_path):
@@ -532,12 +533,30 @@ def test_pictures_in_another_arithmetic_are_drawn_again_and_stay_the_same_sample
     assert again.train.sample_ids.tolist() == data.train.sample_ids.tolist()
 
 
-def test_a_model_of_another_resolution_is_refused_before_it_draws(tmp_path):
-    big, painter = Album(), Painter()
+@pytest.mark.parametrize("source", [Shapes(), Renders()])
+def test_a_model_of_another_resolution_is_refused_before_it_draws(source):
+    big: Any = Album()
+    source.check(big)
     big.resolution = 512
     with pytest.raises(UserError, match=r"pictures of the shapes world have 64 pixels, but .* draws 512"):
-        prepare(tmp_path, painter=painter, model=big)
-    assert not painter.asked
+        source.check(big)
+
+
+def test_what_will_be_drawn_is_known_without_looking_and_nothing_is_written(tmp_path):
+    source = Shapes(n_pairs=400, n_validation=3)
+    found = source.find(Cache(tmp_path / "cache"), fetch=True)
+    assert (found.train, found.validation, found.both, found.drawn) == (400, 3, 403, 806)
+    assert found.prompts == sorted(source.prompts.train + source.prompts.validation[:3])  # 312 serve again
+    assert found.report == ["400 pairs: to be drawn, so ties are not known yet"]
+    assert found.held_out == source.prompts.held_out
+    renders = Renders(n_pictures=1, n_validation=2).find(Cache(tmp_path / "cache"), fetch=False)
+    assert (renders.both, renders.drawn, renders.report) == (3, 0, ["1 picture: to be drawn"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_labels_say_whose_they_are():
+    assert Shapes(preference="large", style="outlined").labeller == "oracle: large, in the outlined style"
+    assert Renders().labeller is None
 
 
 # ------------------------------------------------------------------------------------------------------ rendered styles

@@ -21,7 +21,8 @@ from dpo_sd.data.batches import Visits
 from dpo_sd.data.cache import Cache
 from dpo_sd.data.captions import Captions, ShuffledTags
 from dpo_sd.data.frames import Framing
-from dpo_sd.data.samples import Found
+from dpo_sd.data.source import Found
+from dpo_sd.data.splitting import Split
 from dpo_sd.errors import UserError
 from dpo_sd.models.base import Base
 from dpo_sd.models.sampling import Sampler
@@ -58,25 +59,32 @@ def ten(folder: Path) -> Path:
     return make(folder, {f"{i}.png": f"caption {i}" for i in range(10)})
 
 
-def found(folder: Path, **settings: Any) -> Found:
-    source = Captions(str(folder), **settings)
-    assert source.found is not None
-    return source.found
+def fetched(path: Path, cache: Path, **settings: Any) -> Split:
+    """The samples, as a training would have them."""
+    split = Captions(str(path), **settings).look(Cache(cache), fetch=True)
+    assert isinstance(split, Split)
+    return split
 
 
-def captions(found: Found) -> dict[str, str]:
+def found(folder: Path, **settings: Any) -> Split:
+    """The same of a folder of pictures, for which there is nothing to fetch."""
+    return fetched(folder, Path("nowhere"), **settings)
+
+
+def captions(found: Split) -> dict[str, str]:
     """Caption by picture, of all samples."""
     parts = (found.train, found.validation)
     return {path: prompt for part in parts for path, prompt in zip(part.chosen.paths, part.prompts, strict=True)}
 
 
 def refused(folder: Path, **settings: Any) -> str:
+    """The message, which comes before anything is fetched."""
     with pytest.raises(UserError) as caught:
-        Captions(str(folder), **settings)
+        Captions(str(folder), **settings).find(Cache(Path("nowhere")), fetch=False)
     return str(caught.value)
 
 
-def said(found: Found) -> str:
+def said(found: Split | Found) -> str:
     return "\n".join(found.report)
 
 
@@ -185,7 +193,7 @@ def test_a_file_of_captions_that_cannot_be_read_is_named(name, content, what, tm
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     (folder / "a.png").write_bytes((folder / "1.png").read_bytes())
     with pytest.raises(UserError, match=what):
-        Captions(str(folder))
+        found(folder)
 
 
 def test_settings_that_do_not_fit_the_folder_are_refused(tmp_path):
@@ -271,10 +279,6 @@ def parquet(file: Path, texts: list[str | None], **columns: str) -> Path:
     return file
 
 
-def fetched(path: Path, cache: Path, **settings: Any) -> Found:
-    return Captions(str(path), **settings).fetch(Cache(cache))
-
-
 def test_a_folder_of_parquet_files_is_a_dataset(tmp_path):
     parquet(tmp_path / "set/data/train-00000-of-00001.parquet", [f"caption {i}" for i in range(6)])
     parquet(tmp_path / "set/data/test-00000-of-00001.parquet", ["of the test"] * 2)
@@ -302,22 +306,33 @@ def test_rows_without_caption_are_counted_and_most_of_them_are_refused(tmp_path)
         fetched(parquet(tmp_path / "most.parquet", ["a", None, None, None, "b"]), tmp_path / "cache")
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_images": 3}, {"trigger": "sks", "validation": 0.3}])
-def test_what_is_foreseen_of_a_dataset_is_what_is_fetched(settings, tmp_path):
+def test_a_dataset_that_was_not_read_yet_is_bounded_by_its_rows_and_one_that_was_is_known(tmp_path):
     file = parquet(tmp_path / "set.parquet", ["a", None, "c", "", "e", "f", "g"])
-    source, cache = Captions(str(file), **settings), Cache(tmp_path / "cache")
-    seen = source.foreseen(cache)
-    assert seen is not None and source.found is None and not cache.folder.exists()
-    both = source.fetch(cache)
-    assert sorted([*seen.train.prompts, *seen.validation.prompts]) == sorted(captions(both).values())
-    assert len(seen.train) == len(both.train) and seen.report[0] == both.report[0]
-    assert "pictures are not looked at" in said(seen)
-    assert "max_images" in settings or "image of row 3 of set.parquet" in said(seen)  # it has an empty caption
+    source, cache = Captions(str(file)), Cache(tmp_path / "cache")
+    seen = source.find(cache, fetch=False)
+    assert (seen.train, seen.validation, seen.both, seen.prompts, seen.fetched) == (6, 1, 7, 7, False)
+    assert seen.report == ["at most 7 rows, 1 of them held back: to be read"] and not cache.folder.exists()
+    both = source.find(cache, fetch=True)
+    assert (both.train, both.validation, both.both, both.fetched) == (5, 1, 6, True)
+    assert both.prompts == sorted(["a", "c", "", "e", "f", "g"])
+    assert Captions(str(file)).find(cache, fetch=False) == both
+    assert "at most 3 pictures" in said(Captions(str(file), max_images=3, seed=1).find(cache, fetch=False))
+    assert Captions(str(file), validation=0).find(cache, fetch=False).both == 6  # the grid is of training pictures
 
 
-def test_a_folder_of_pictures_is_foreseen_as_it_was_found(tmp_path):
-    source = Captions(str(ten(tmp_path / "photos")))
-    assert source.foreseen(Cache(tmp_path / "cache")) is source.found
+def test_what_a_dataset_of_no_images_or_one_bounds(tmp_path):
+    one = parquet(tmp_path / "one.parquet", ["a"])
+    seen = Captions(str(one)).find(Cache(tmp_path / "cache"), fetch=False)
+    assert (seen.train, seen.validation, seen.both) == (1, 1, 1)
+    assert seen.report == ["at most 1 row, none of them held back: to be read"]
+    hub = Captions("owner/set", max_images=40, validation=0).find(Cache(tmp_path / "cache"), fetch=False)
+    assert (hub.train, hub.validation, hub.both) == (40, 16, 40)
+
+
+def test_a_folder_of_pictures_is_found_without_fetching(tmp_path):
+    folder = ten(tmp_path / "photos")
+    found = [Captions(str(folder)).find(Cache(tmp_path / "cache"), fetch=fetch) for fetch in (False, True)]
+    assert found[0] == found[1] and (found[0].train, found[0].validation) == (9, 1)
 
 
 def test_a_dataset_is_read_until_there_are_enough(tmp_path):

@@ -189,12 +189,26 @@ def test_a_folder_of_invoke_trainings_five_keys_is_read(tmp_path):
     assert len(set(prepared(tmp_path)[0].train.sample_ids)) == 7
 
 
-def test_a_verdict_is_on_the_folders_own_held_out_prompts(tmp_path):
+def test_the_verdict_is_on_the_folders_own_prompts_that_training_has_not_seen(tmp_path):
     make_folder(tmp_path, PROMPTS)
-    annotate(tmp_path, {"anna": ["image_0"] * len(PROMPTS)})
-    data, _ = prepared(tmp_path)
-    assert set(data.held_out_prompts) == set(prompts_of(data.validation)) < set(PROMPTS)
-    assert set(data.held_out_prompts).isdisjoint(prompts_of(data.train))
+    annotate(tmp_path, {"anna": ["image_0"] * 8})
+    data, _ = prepared(tmp_path, validation=3)
+    assert data.held_out_prompts == sorted(prompts_of(data.validation)) and len(data.held_out_prompts) == 3
+    assert set(data.held_out_prompts) == set(PROMPTS) - set(prompts_of(data.train))
+    found = Pairs(str(tmp_path), validation=3).find(Cache(tmp_path / "cache"), fetch=False)
+    assert found.held_out == data.held_out_prompts
+
+
+def test_what_is_found_is_what_is_prepared_and_the_same_with_and_without_fetching(tmp_path):
+    make_folder(tmp_path / "pairs", PROMPTS)
+    annotate(tmp_path / "pairs", {"anna": ["image_0", "tie", *["image_1"] * 6]})
+    found = [Pairs(str(tmp_path / "pairs")).find(Cache(tmp_path / "cache"), fetch=fetch) for fetch in (False, True)]
+    assert found[0] == found[1] and not (tmp_path / "cache").exists()
+    data, report = prepared(tmp_path / "pairs")
+    assert (found[0].train, found[0].validation, found[0].both) == (len(data.train), len(data.validation), 7)
+    assert found[0].prompts == [prompt for prompt in PROMPTS if prompt != "prompt 1"]
+    assert found[0].report == report[: len(found[0].report)]
+    assert (found[0].fetched, found[0].drawn) == (True, 0)
 
 
 @pytest.mark.parametrize(
@@ -212,12 +226,12 @@ def test_what_cannot_be_trained_on_is_refused_before_any_model_loads(tmp_path, c
     make_folder(tmp_path, PROMPTS)
     annotate(tmp_path, {"anna": choices})
     with pytest.raises(UserError, match=message):
-        Pairs(str(tmp_path), **settings)
+        Pairs(str(tmp_path), **settings).find(Cache(tmp_path / "cache"), fetch=False)
 
 
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
-        Pairs(str(tmp_path / "nowhere"))
+        Pairs(str(tmp_path / "nowhere")).find(Cache(tmp_path / "cache"), fetch=False)
 
 
 def test_pictures_of_another_size_are_brought_to_that_of_the_model_and_it_is_said(tmp_path):

@@ -18,12 +18,13 @@ from PIL import Image
 from torch.testing import assert_close
 
 from dpo_sd.composition.checks import check_settings
+from dpo_sd.composition.resolvers import register
 from dpo_sd.composition.schema import CONF_DIR
 from dpo_sd.data.batches import Visits
 from dpo_sd.data.cache import Cache
 from dpo_sd.data.frames import Framing
 from dpo_sd.data.pickapic import PickAPic
-from dpo_sd.data.samples import Found
+from dpo_sd.data.splitting import Split
 from dpo_sd.errors import UserError
 from dpo_sd.models.base import Base
 from dpo_sd.models.sampling import Sampler
@@ -61,11 +62,14 @@ def parquet(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
     return file
 
 
-def fetched(path: Path, **settings: Any) -> Found:
-    return PickAPic(str(path), **settings).fetch(Cache(path.parent / "cache"))
+def fetched(path: Path, **settings: Any) -> Split:
+    """The samples, as a training would have them."""
+    split = PickAPic(str(path), **settings).look(Cache(path.parent / "cache"), fetch=True)
+    assert isinstance(split, Split)
+    return split
 
 
-def everything(found: Found) -> dict[str, tuple[bytes, bytes, float, float]]:
+def everything(found: Split) -> dict[str, tuple[bytes, bytes, float, float]]:
     """(chosen, rejected, label, weight) by prompt."""
     together = {}
     for part in (found.train, found.validation):
@@ -172,6 +176,7 @@ def test_pairs_may_be_ready_made(tmp_path):
 
 
 def test_a_column_is_one_setting():
+    register()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         cfg = compose("train", ["data=pickapic", "data.columns.chosen=win", "data.columns.rejected=lose"])
     check_settings(cfg)
@@ -184,7 +189,7 @@ def test_columns_that_are_missing_are_named_before_anything_is_read(tmp_path):
 
     def says(**columns: str | None) -> str:
         with pytest.raises(UserError) as caught:
-            PickAPic(str(tmp_path / "a.parquet"), columns=columns)
+            PickAPic(str(tmp_path / "a.parquet"), columns=columns).find(Cache(tmp_path / "cache"), fetch=False)
         return str(caught.value)
 
     assert "no column jpg_1: name it with data.columns.image_1=<column>; it has caption, jpg_0" in says()
@@ -200,7 +205,7 @@ def test_columns_that_are_missing_are_named_before_anything_is_read(tmp_path):
 def test_what_cannot_be_a_dataset_is_refused_before_anything_is_read(tmp_path):
     def says(path: Path | str, **settings: Any) -> str:
         with pytest.raises(UserError) as caught:
-            PickAPic(str(path), **settings)
+            PickAPic(str(path), **settings).find(Cache(tmp_path / "cache"), fetch=False)
         return str(caught.value)
 
     (tmp_path / "page.parquet").write_text("<html>not found</html>")
@@ -217,31 +222,31 @@ def test_what_cannot_be_a_dataset_is_refused_before_anything_is_read(tmp_path):
     assert "caption_dropout" in says(file, caption_dropout=1.5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"ties": True}, {"max_pairs": 4}, {"validation": 0.4, "seed": 3}])
-def test_what_is_foreseen_is_what_is_fetched(settings, tmp_path):
+def test_pairs_that_were_not_read_yet_are_bounded_by_the_rows_and_those_that_were_are_known(tmp_path):
     labels = [1.0, 0.5, None, 0.0]
     rows = [row(n, labels[n % 4], caption=None if n == 5 else f"prompt {n // 2}") for n in range(16)]
-    cache = Cache(tmp_path / "cache")
-    source = PickAPic(str(parquet(tmp_path / "a.parquet", rows)), **settings)
-    seen = source.foreseen(cache)
-    assert seen is not None and source.found is None and not cache.folder.exists()
-    found = source.fetch(cache)
-    for part, same in ((seen.train, found.train), (seen.validation, found.validation)):
-        assert part.prompts == same.prompts and part.label.tolist() == same.label.tolist()
-    assert "pictures are not looked at" in seen.report[1]
-    assert [seen.report[0], *seen.report[2:]] == found.report
+    rows[3] |= {"jpg_1": rows[3]["jpg_0"]}
+    path, cache = str(parquet(tmp_path / "a.parquet", rows)), Cache(tmp_path / "cache")
+    seen = PickAPic(path).find(cache, fetch=False)
+    assert (seen.train, seen.validation, seen.both, seen.prompts, seen.fetched) == (15, 1, 16, 16, False)
+    assert seen.report == ["at most 16 rows, 1 of them held back: to be read, so ties are not known yet"]
+    assert "at most 4 pairs" in PickAPic(path, max_pairs=4).find(cache, fetch=False).report[0]
+    assert not cache.folder.exists()
+    found = PickAPic(path).find(cache, fetch=True)
+    assert (found.train, found.validation, found.both, found.fetched) == (6, 1, 7, True)
+    assert any("left out 1 of 8 whose two pictures are the same file" in line for line in found.report)
+    assert PickAPic(path).find(cache, fetch=False) == found
+    assert (
+        "at most 4 pairs" in PickAPic(path, max_pairs=4, seed=3).find(cache, fetch=False).report[0]
+    )  # another extract
+    assert PickAPic(path, max_pairs=4).find(cache, fetch=False).both == 3
 
 
-def test_the_same_picture_twice_is_foreseen_where_it_was_fetched(tmp_path, monkeypatch):
-    rows = [row(0), row(1, jpg_1=jpeg(2)), row(2)]
-    source, cache = PickAPic(str(parquet(tmp_path / "a.parquet", rows))), Cache(tmp_path / "cache")
-    source.fetch(cache)
-    identity = source.dataset.identity()
-    monkeypatch.setattr(source.dataset, "identity", lambda: identity)
-    monkeypatch.setattr(source.dataset, "files", None)  # as if it were on the Hub
-    seen = source.foreseen(cache)
-    assert seen is not None and len(seen.train) + len(seen.validation) == 2
-    assert any("left out 1 of 3 whose two pictures are the same file" in line for line in seen.report)
+def test_a_dataset_that_is_too_small_is_refused_without_reading_it(tmp_path):
+    for n in range(2):
+        file = parquet(tmp_path / f"{n}.parquet", [row(0)] * n)
+        with pytest.raises(UserError, match=f"has {n} rows, and validation needs a prompt of its own"):
+            PickAPic(str(file)).find(Cache(tmp_path / "cache"), fetch=False)
 
 
 def test_pairs_weigh_one_over_the_pairs_of_their_prompt(tmp_path):

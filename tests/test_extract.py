@@ -24,8 +24,8 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError, Response
 from huggingface_hub.utils import hf_raise_for_status
 
-from dpo_sd.data import extract as module
-from dpo_sd.data.extract import Extract, Tally, picture_bytes
+from dpo_sd.data.extract import Extract, Pick
+from dpo_sd.data.rows import Tally, image_bytes
 from dpo_sd.data.tables import TabularDataset
 from dpo_sd.errors import UserError
 
@@ -33,6 +33,7 @@ from dpo_sd.errors import UserError
 @pytest.fixture(autouse=True)
 def memory(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("DPO_SD_CACHE", str(tmp_path / "memory"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # whatever the environment says
 
 
 def make(folder: Path, files: int = 4, rows: int = 10) -> Path:
@@ -51,7 +52,7 @@ def pick(row: dict[str, Any], where: str) -> dict[str, Any] | str:
     return "seventh" if row["n"] % 7 == 0 else {"n": row["n"], "picture": row["picture"]}
 
 
-def extract(path: Path | str, folder: Path, seed: int = 0, picking: module.Pick = pick, **where: Any) -> Extract:
+def extract(path: Path | str, folder: Path, seed: int = 0, picking: Pick = pick, **where: Any) -> Extract:
     needed = {"data.n": ["n", "number"], "data.picture": ["picture"]}
     return Extract(TabularDataset(str(path), **where), folder, needed, ["gone"], picking, "settings", seed)
 
@@ -96,18 +97,20 @@ def test_a_killed_extraction_goes_on_and_ends_in_the_same_folder(kill_after, tmp
     numbers(extract(path, tmp_path / "whole"))
 
     def work() -> None:
-        append = Extract._append
+        taken = itertools.count()
 
-        def killed(self: Extract, log: Any, entry: dict[str, Any]) -> None:
-            if (entry.get("n") or 0) % 10 == kill_after % 10 and log.tell() > 60 * kill_after:
-                log.write(b'{"file": 0, "ro')
+        def picking(row: dict[str, Any], where: str) -> dict[str, Any] | str:
+            if next(taken) == kill_after:
                 os.kill(os.getpid(), signal.SIGKILL)
-            append(self, log, entry)
+            return pick(row, where)
 
-        Extract._append = killed  # type: ignore[method-assign]
-        numbers(extract(path, tmp_path / "killed"))
+        numbers(extract(path, tmp_path / "killed", picking=picking))
 
     assert run_forked(work, tmp_path).code == -signal.SIGKILL
+    (log,) = (tmp_path / "killed").rglob("rows.jsonl")
+    assert len(log.read_bytes().splitlines()) == kill_after
+    with open(log, "ab") as torn:
+        torn.write(b'{"file": 0, "ro')  # as if it had been killed in the middle of the next line
     assert tree(tmp_path / "killed") != tree(tmp_path / "whole")
     numbers(extract(path, tmp_path / "killed"))
     left = [file for file in tree(tmp_path / "killed") if file.endswith(".partial")]
@@ -123,56 +126,45 @@ def test_a_second_start_reads_the_folder_alone(tmp_path, monkeypatch):
     assert numbers(extract(path, tmp_path / "all")) == every
 
 
-def foreseen(extract: Extract, wanted: int | None = None) -> list[int] | None:
-    rows = extract.foreseen(wanted)
+def there(extract: Extract, wanted: int | None = None) -> list[int] | None:
+    rows = extract.there(wanted)
     return None if rows is None else [entry["n"] for entry in rows if "left_out" not in entry]
 
 
-@pytest.mark.parametrize("wanted", [None, 1, 12])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_local_files_are_foreseen_as_they_would_be_read_and_nothing_is_written(wanted, seed, tmp_path):
-    path = make(tmp_path / "set")
-    before = tree(tmp_path)
-    tally = Tally(named=())
-    rows = extract(path, tmp_path / "cache", seed).foreseen(wanted)
-    assert rows is not None
-    kept = list(tally.kept(rows))
-    assert tree(tmp_path) == before and not (tmp_path / "cache").exists()
-    read = Tally(named=())
-    assert [entry["n"] for entry in kept] == [
-        entry["n"] for entry in read.kept(extract(path, tmp_path / "cache", seed).rows(wanted, "pictures"))
-    ]
-    assert str(tally) == str(read) and len({entry["picture"] for entry in kept}) == len(kept)
-
-
-def test_what_is_foreseen_reads_no_picture_and_no_row_beyond_what_is_wanted(tmp_path):
-    path = make(tmp_path / "set", files=1, rows=30)
-    (file,) = path.rglob("*.parquet")
-    for group in range(10):
-        column = pq.ParquetFile(file).metadata.row_group(group).column(1)
-        data = bytearray(file.read_bytes())
-        data[column.dictionary_page_offset : column.dictionary_page_offset + column.total_compressed_size] = bytes(
-            column.total_compressed_size
-        )
-        file.write_bytes(data)
-
-    def picking(row: dict[str, Any], where: str) -> dict[str, Any] | str:
-        if row["n"] > 6:
-            raise UserError("one row too many")
-        return pick(row, where)
-
-    assert foreseen(extract(path, tmp_path / "cache", picking=picking), 6) == [1, 2, 3, 4, 5, 6]
-    with pytest.raises(UserError, match="one row too many"):
-        foreseen(extract(path, tmp_path / "cache", picking=picking), 7)
-    with pytest.raises(UserError, match="cannot be read"):
-        numbers(extract(path, tmp_path / "cache"), 6)
+def test_rows_that_were_read_are_there_as_long_as_no_more_are_wanted_and_nothing_is_written(tmp_path):
+    path, cache = make(tmp_path / "set"), tmp_path / "cache"
+    assert there(extract(path, cache), 5) is None and not cache.exists()
+    first = numbers(extract(path, cache), 5)
+    (log,) = cache.rglob("rows.jsonl")
+    with open(log, "a") as torn:
+        torn.write('{"file": 0, "ro')
+    before = tree(cache)
+    assert there(extract(path, cache), 5) == first and there(extract(path, cache), 3) == first[:3]
+    assert there(extract(path, cache), 6) is None is there(extract(path, cache))
+    assert there(extract(path, cache, seed=1), 5) is None
+    assert tree(cache) == before
+    everything = numbers(extract(path, cache))
+    assert there(extract(path, cache)) == everything == there(extract(path, cache), 1000)
 
 
 def test_files_need_not_all_have_a_column_that_is_optional(tmp_path):
-    for name, columns in (("a", {"n": [1], "picture": [b"1"], "gone": [1]}), ("b", {"n": [2], "picture": [b"2"]})):
-        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
-    seen = extract(tmp_path, tmp_path / "cache", picking=lambda row, where: {"n": row["n"]})
-    assert sorted(foreseen(seen) or []) == [1, 2]
+    rows = {"n": [1, 2], "picture": [b"picture 1", b"picture 2"]}
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    assert numbers(extract(tmp_path, tmp_path / "cache")) == [1, 2]  # "gone" is nowhere
+
+
+def test_the_rows_of_local_files_are_counted_by_their_metadata_and_those_of_the_hub_are_not(tmp_path):
+    needed = {"data.n": ["n"]}
+    folder = make(tmp_path / "set", files=3, rows=11)
+    for file in folder.rglob("*.parquet"):
+        data = bytearray(file.read_bytes())
+        start = pq.ParquetFile(file).metadata.row_group(0).column(0).data_page_offset
+        data[start : start + 20] = bytes(20)  # what is not read need not be whole
+        file.write_bytes(data)
+    assert TabularDataset(str(folder)).length(needed) == 33
+    assert TabularDataset("owner/set").length(needed) is None
+    with pytest.raises(UserError, match=r"has no column m: name it with data.m=<column>; it has n, picture, more"):
+        TabularDataset(str(folder)).length({"data.m": ["m"]})
 
 
 def test_what_is_kept_is_told_by_content_and_not_by_place(tmp_path):
@@ -194,23 +186,22 @@ def test_rows_that_are_left_out_are_counted_and_named(tmp_path):
     assert str(tally) == f"50 rows read; left out: 8 seventh ({places} …)"
 
 
-def test_when_nothing_can_be_used_that_is_said_before_all_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "FRUITLESS", 10)
-    path = make(tmp_path / "set")
-    with pytest.raises(UserError, match="the first 10 rows are all of no use"):
+def test_when_nothing_can_be_used_that_is_said_before_all_is_read(tmp_path):
+    path = make(tmp_path / "set", rows=300)
+    with pytest.raises(UserError, match="the first 1000 rows are all of no use"):
         numbers(extract(path, tmp_path / "cache", picking=lambda row, where: "of no use"))
 
 
 def test_the_room_is_said_once_it_is_known_and_refused_where_it_is_not_there(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "MEASURED", 4)
-    path = make(tmp_path / "set")
-    numbers(extract(path, tmp_path / "cache"), 20)
-    assert "20 pictures take about" in capsys.readouterr().out
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
-    with pytest.raises(UserError, match=r"20 pictures need about .* cache_dir=<folder>"):
-        numbers(extract(path, tmp_path / "full"), 20)
-    monkeypatch.undo()
-    assert len(numbers(extract(path, tmp_path / "full"), 20)) == 20
+    path = make(tmp_path / "set", rows=20)
+    numbers(extract(path, tmp_path / "cache"), 50)
+    assert "50 pictures take about" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10))
+        with pytest.raises(UserError, match=r"50 pictures need about .* cache_dir=<folder>"):
+            numbers(extract(path, tmp_path / "full"), 50)
+        assert len(numbers(extract(path, tmp_path / "few"), 20)) == 20  # which are not measured
+    assert len(numbers(extract(path, tmp_path / "full"), 50)) == 50
 
 
 def test_a_full_disk_keeps_what_is_complete(tmp_path, monkeypatch):
@@ -222,10 +213,10 @@ def test_a_full_disk_keeps_what_is_complete(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return write_bytes(self, data)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(UserError, match=r"No space left on device.*what is complete is kept"):
-        numbers(extract(path, tmp_path / "cache"))
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(UserError, match=r"No space left on device.*what is complete is kept"):
+            numbers(extract(path, tmp_path / "cache"))
     assert len(list((tmp_path / "cache").rglob("images/*/*"))) == 7
     numbers(extract(path, tmp_path / "cache"))
     numbers(extract(path, tmp_path / "whole"))
@@ -275,13 +266,11 @@ def test_processes_that_want_the_same_wait_for_each_other(tmp_path):
 
 def test_pictures_of_a_dataset_are_bytes_in_one_form_or_another(tmp_path):
     (tmp_path / "a.png").write_bytes(b"there")
-    assert (
-        picture_bytes(b"bytes", "jpg", "row 0") == b"bytes" == picture_bytes({"bytes": b"bytes", "path": "x"}, "", "")
-    )
-    assert picture_bytes({"bytes": None, "path": f"file://{tmp_path}/a.png"}, "jpg", "row 0") == b"there"
-    assert picture_bytes({"bytes": None, "path": None}, "", "") is None is picture_bytes(b"", "", "")
+    assert image_bytes(b"bytes", "jpg", "row 0") == b"bytes" == image_bytes({"bytes": b"bytes", "path": "x"}, "", "")
+    assert image_bytes({"bytes": None, "path": f"file://{tmp_path}/a.png"}, "jpg", "row 0") == b"there"
+    assert image_bytes({"bytes": None, "path": None}, "", "") is None is image_bytes(b"", "", "")
     with pytest.raises(UserError, match="row 3 of a: column url holds str, not pictures"):
-        picture_bytes("https://example.com/a.png", "url", "row 3 of a")
+        image_bytes("https://example.com/a.png", "url", "row 3 of a")
 
 
 # ------------------------------------------------------------------------------------------------------------- the Hub
@@ -319,19 +308,12 @@ def test_a_repository_is_asked_only_for_what_is_not_there_and_stays_at_its_first
     assert json.loads(about.read_text()) == {"path": "owner/set", "split": "train", "commit": "c0ffee"}
 
 
-def test_what_a_repository_holds_is_foreseen_once_it_was_fetched(hub, tmp_path):
+def test_what_was_fetched_of_a_repository_is_known_without_asking(hub, tmp_path):
     cache = tmp_path / "cache"
-    assert foreseen(extract("owner/set", cache), 5) is None and not cache.exists()
-    first = numbers(extract("owner/set", cache), 5)
-    (log,) = cache.rglob("rows.jsonl")
-    with open(log, "a") as torn:
-        torn.write('{"file": 0, "ro')
-    before, asked = tree(cache), list(hub)
-    assert foreseen(extract("owner/set", cache), 5) == first and foreseen(extract("owner/set", cache), 3) == first[:3]
-    assert foreseen(extract("owner/set", cache), 6) is None is foreseen(extract("owner/set", cache))
-    assert tree(cache) == before and hub == asked
-    everything = numbers(extract("owner/set", cache))
-    assert foreseen(extract("owner/set", cache)) == everything == foreseen(extract("owner/set", cache), 1000)
+    assert there(extract("owner/set", cache), 5) is None and not cache.exists()
+    first, asked = numbers(extract("owner/set", cache), 5), list(hub)
+    assert there(extract("owner/set", cache), 5) == first and there(extract("owner/set", cache), 6) is None
+    assert hub == asked
 
 
 def test_columns_and_splits_that_a_repository_lacks_are_named(hub, tmp_path):

@@ -6,6 +6,7 @@ import errno
 import gc
 import hashlib
 import io
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,21 +17,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.ImageFile import ImageFile
 from torch.testing import assert_close
 
-from dpo_sd.data import latents as image_files
 from dpo_sd.data.batches import Visits
 from dpo_sd.data.cache import Cache
 from dpo_sd.data.drawn import encode_images
 from dpo_sd.data.frames import Framing
 from dpo_sd.data.preparing import prepare
-from dpo_sd.data.samples import Found, ImageFiles, Samples, by_prompt, find
+from dpo_sd.data.samples import ImageFiles, Samples, by_prompt
 from dpo_sd.data.source import PreparedData
-from dpo_sd.data.splitting import held_back, split
+from dpo_sd.data.splitting import Split, held_back, split
+from dpo_sd.data.usable import usable
 from dpo_sd.errors import UserError
-from dpo_sd.files import images
-from dpo_sd.files import tensors as store_module
-from dpo_sd.models import stable_diffusion as models_module
+from dpo_sd.files.tensors import TensorStore, read_header
 from dpo_sd.models.base import Base
 from dpo_sd.models.families import FAMILIES
 from dpo_sd.models.stable_diffusion import Fingerprints, StableDiffusion, TextEmbeds, encode_bytes
@@ -94,17 +94,30 @@ def make(folder: Path, sizes: Sequence[Any] = ((64, 64),) * 6) -> list[str]:
     return [f"prompt {i}" for i in range(len(sizes))]
 
 
-def look(folder: Path, prompts: Sequence[str], validation: float = 0.2) -> Found:
-    report: list[str] = []
+def look(folder: Path, prompts: Sequence[str], validation: float = 0.2) -> Split:
     chosen, rejected = ([f"{i}-{k}.png" for i in range(len(prompts))] for k in range(2))
-    samples, _ = find(folder, prompts, chosen, rejected, None, None, report)
-    return split(samples, validation, 0, report)
+    return split(usable(folder, prompts, chosen, rejected).samples, validation, 0)
 
 
 def prepared(
     model: StableDiffusion, folder: Path, prompts: Sequence[str], keep: Any = "all", half: bool = False, **framing: Any
 ) -> PreparedData:
     return prepare(model, look(folder, prompts), Framing(**framing), Cache(folder / "cache", keep, half))
+
+
+class ByFours(Cache):
+    """A cache whose shards hold four tensors."""
+
+    def store(self, what: str) -> TensorStore:
+        return TensorStore(self.folder / f"{what}-fp32", torch.float32, shard_size=4)
+
+
+SIX_SIZES = [(144, 256), (160, 224), (176, 208), (192, 192), (208, 176), (224, 160)]  # each a bucket of 192²
+
+
+def by_fours(model: StableDiffusion, folder: Path, prompts: Sequence[str]) -> PreparedData:
+    """Encodes pairs of `SIX_SIZES`, of which the VAE takes one at a time, into shards of two pairs."""
+    return prepare(model, look(folder, prompts), Framing(resolution=192), ByFours(folder / "cache"))
 
 
 def read(data: PreparedData, prompt: str, side: str = "chosen", flip: bool = False, where: Any = MIDDLE) -> Any:
@@ -153,8 +166,8 @@ def test_both_pictures_of_a_pair_share_a_size_and_are_told_their_own_original_on
 def test_sizes_and_upscaling_are_reported(model, tmp_path):
     prompts = make(tmp_path, [(200, 100), (64, 64), (32, 32)])
     paths = [f"{i}-0.png" for i in range(3)]
-    samples, _ = find(tmp_path, prompts, paths, None, None, None, [])
-    report = prepare(model, Found(samples, samples), Framing(), Cache(tmp_path / "cache")).report
+    samples = usable(tmp_path, prompts, paths).samples
+    report = prepare(model, Split(samples, samples, []), Framing(), Cache(tmp_path / "cache")).report
     assert report[:2] == [
         "1 training pictures are smaller than the training size and are scaled up",
         "training sizes: 64x64: 2, 80x48: 1",
@@ -172,7 +185,7 @@ def test_weights_are_1_on_average_and_follow_the_number_of_pairs_of_a_prompt(mod
     found = look(tmp_path, ["often"] * 4 + ["once", "other"])
     assert by_prompt(["often"] * 4 + ["once"]).tolist() == [0.25] * 4 + [1]
     weighted = replace(found.train, weight=by_prompt(found.train.prompts))
-    data = prepare(model, Found(weighted, found.validation), Framing(), Cache(tmp_path / "cache"))
+    data = prepare(model, replace(found, train=weighted), Framing(), Cache(tmp_path / "cache"))
     assert data.train.weight.mean() == pytest.approx(1)
 
 
@@ -311,36 +324,30 @@ def test_random_crops_and_flips_are_the_same_in_both_pictures_of_a_pair(model, t
 # ------------------------------------------------------------------------------------------------------ what goes wrong
 
 
-@pytest.fixture
-def shards_of_two(monkeypatch) -> None:
-    monkeypatch.setattr(store_module, "SHARD", 2)
-    monkeypatch.setattr(models_module, "ENCODED_PIXELS", 64 * 64)
-
-
-def test_a_killed_encoding_goes_on_where_it_was(model, tmp_path, encoded, shards_of_two, monkeypatch):
-    prompts, counted = make(tmp_path), StableDiffusion.encode_pixels
+def test_a_killed_encoding_goes_on_where_it_was(model, tmp_path, encoded, monkeypatch):
+    prompts, counted = make(tmp_path, SIX_SIZES), StableDiffusion.encode_pixels
 
     def killed(self: Any, pixels: torch.Tensor) -> torch.Tensor:
-        if encoded.pictures >= 7:
+        if encoded.pictures >= 6:
             raise KeyboardInterrupt
         return counted(self, pixels)
 
     with monkeypatch.context() as patch:
         patch.setattr(StableDiffusion, "encode_pixels", killed)
         with pytest.raises(KeyboardInterrupt):
-            prepared(model, tmp_path, prompts)
-    assert encoded.taken() == (7, 0)
-    prepared(model, tmp_path, prompts)
-    assert encoded.taken()[0] == 12 - 6  # the seventh waited for its shard
+            by_fours(model, tmp_path, prompts)
+    assert encoded.taken() == (6, 0)
+    by_fours(model, tmp_path, prompts)
+    assert encoded.taken()[0] == 12 - 4  # the third pair waited for its shard
 
 
-def test_a_full_disk_keeps_what_is_complete_and_says_so(model, tmp_path, encoded, shards_of_two, monkeypatch):
+def test_a_full_disk_keeps_what_is_complete_and_says_so(model, tmp_path, encoded, monkeypatch):
     import safetensors.torch
 
-    prompts, save, written = make(tmp_path), safetensors.torch.save_file, []
+    prompts, save, written = make(tmp_path, SIX_SIZES), safetensors.torch.save_file, []
 
     def fills(tensors: Any, file: Path) -> None:
-        if len(written) == 3:
+        if len(written) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         written.append(file)
         save(tensors, file)
@@ -348,33 +355,34 @@ def test_a_full_disk_keeps_what_is_complete_and_says_so(model, tmp_path, encoded
     with monkeypatch.context() as patch:
         patch.setattr("safetensors.torch.save_file", fills)
         with pytest.raises(UserError, match=r"No space left on device.*what is complete is kept"):
-            prepared(model, tmp_path, prompts)
+            by_fours(model, tmp_path, prompts)
     encoded.taken()
-    prepared(model, tmp_path, prompts)
-    assert encoded.taken()[0] == 12 - 6
+    by_fours(model, tmp_path, prompts)
+    assert encoded.taken()[0] == 12 - 8
 
 
 def test_what_the_disk_cannot_hold_is_refused_before_it_is_begun(model, tmp_path, encoded, monkeypatch):
     prompts = make(tmp_path)
-    usage = image_files.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(image_files.shutil, "disk_usage", lambda place: usage._replace(free=100))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=100))
     with pytest.raises(UserError, match=r"the cache needs .* GiB for \d+ latents, and .* has .* GiB left.*cache=off"):
         prepared(model, tmp_path, prompts)
     assert encoded.taken() == (0, 0)
 
 
-def test_a_damaged_shard_is_said_and_what_it_held_is_encoded_again(model, tmp_path, encoded, shards_of_two):
-    prompts = make(tmp_path)
-    before = prepared(model, tmp_path, prompts)
+def test_a_damaged_shard_is_said_and_what_it_held_is_encoded_again(model, tmp_path, encoded):
+    prompts = make(tmp_path, SIX_SIZES)
+    before = by_fours(model, tmp_path, prompts)
     encoded.taken()
     broken = sorted((tmp_path / "cache" / "latents-fp32").glob("*.safetensors"))[0]
+    held = len(read_header(broken).names)
     broken.write_bytes(broken.read_bytes()[:-5])
-    after = prepared(model, tmp_path, prompts)
-    assert encoded.taken() == (2, 0)
+    after = by_fours(model, tmp_path, prompts)
+    assert encoded.taken() == (held, 0) and 0 < held < 12
     assert any(str(broken) in line and "computed anew" in line for line in after.report)
     for prompt in prompts:
         assert_close(read(after, prompt)[0], read(before, prompt)[0], rtol=1e-4, atol=1e-4)
-    prepared(model, tmp_path, prompts)
+    by_fours(model, tmp_path, prompts)
     assert encoded.taken() == (0, 0)
 
 
@@ -408,13 +416,15 @@ def test_pictures_that_cannot_be_read_to_their_end_are_left_out_and_named(model,
 
 
 def test_without_a_cache_pictures_are_checked_once(model, tmp_path, monkeypatch):
-    prompts = make(tmp_path)
-    monkeypatch.setattr("dpo_sd.files.hashes.RACY", -1.0)
-    decoded: list[Path] = []
-    monkeypatch.setattr(image_files, "load_image", lambda file: decoded.append(file) or images.load_image(file))
-    for _ in range(2):
-        prepared(model, tmp_path, prompts, keep="off")
-        assert len(decoded) == 12
+    prompts, now, decode = make(tmp_path), time.time, ImageFile.load
+    monkeypatch.setattr(time, "time", lambda: now() + 10)  # the files are no longer new
+    decoded: list[str] = []
+    monkeypatch.setattr(ImageFile, "load", lambda image: decoded.append(image.filename) or decode(image))
+    prepared(model, tmp_path, prompts, keep="off")
+    assert len(set(decoded)) == 12
+    decoded.clear()
+    prepared(model, tmp_path, prompts, keep="off")
+    assert decoded == []
 
 
 @pytest.mark.parametrize("keep", ["all", "off"])
@@ -431,11 +441,9 @@ def test_files_that_are_missing_broken_or_the_same_are_left_out_and_named(tmp_pa
     (tmp_path / "0-0.png").unlink()
     (tmp_path / "1-1.png").write_text("<html>")
     (tmp_path / "2-0.png").write_bytes((tmp_path / "2-1.png").read_bytes())
-    report: list[str] = []
     chosen, rejected = ([f"{i}-{k}.png" for i in range(6)] for k in range(2))
-    samples, rows = find(tmp_path, prompts, chosen, rejected, range(6), None, report)
+    samples, rows, (unreadable, same) = usable(tmp_path, prompts, chosen, rejected, label=range(6))
     assert rows == [3, 4, 5] and samples.prompts == prompts[3:] and samples.label.tolist() == [3, 4, 5]
-    unreadable, same = report
     assert "left out 2 of 6 that cannot be read" in unreadable
     assert "0-0.png does not exist" in unreadable and "1-1.png" in unreadable
     assert same == "left out 1 of 6 whose two pictures are the same file: 2-0.png"
@@ -447,8 +455,7 @@ def test_each_reason_is_of_the_file_that_it_names(tmp_path):
     for i in (0, 2, 3):
         (tmp_path / f"{i}-0.png").unlink()
     (tmp_path / "4-0.png").write_text("<html>")
-    report: list[str] = []
-    samples, rows = find(tmp_path, ["p"] * 6, [f"{i}-0.png" for i in range(6)], None, None, None, report)
+    samples, rows, _ = usable(tmp_path, ["p"] * 6, [f"{i}-0.png" for i in range(6)])
     assert rows == [1, 5]
     assert [
         hashlib.sha256((tmp_path / path).read_bytes()).hexdigest().encode() for path in samples.chosen.paths
@@ -500,18 +507,18 @@ def resident() -> float:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
-def test_many_pairs_need_little_memory_and_no_time_at_the_second_start(model, tmp_path, monkeypatch):
+def test_many_pairs_need_little_memory_and_no_time_at_the_second_start(model, tmp_path):
     """Of ten thousand pairs; a hundred thousand are measured in the same way and stay below 100 MB and 5 s."""
-    n, picture, pretender = 10_000, Image.new("RGB", (80, 64), "red"), Pretender(model)
-    monkeypatch.setattr(image_files, "load_image", lambda file: picture)
+    n, pretender = 10_000, Pretender(model)
+    Image.new("RGB", (80, 64), "red").save(tmp_path / "the only one.bmp")
 
     def side(name: str) -> ImageFiles:
         digests = [hashlib.sha256(f"{name} {i}".encode()).hexdigest() for i in range(n)]
         sizes = np.random.default_rng(0).integers(64, 400, (n, 2)).astype(np.int32)
-        return ImageFiles(Path("nowhere"), [f"{i}-{name}.png" for i in range(n)], np.array(digests, "S64"), sizes)
+        return ImageFiles(tmp_path, ["the only one.bmp"] * n, np.array(digests, "S64"), sizes)
 
     ones = np.ones(n, np.float32)
-    found = split(Samples([f"prompt {i % 500}" for i in range(n)], side("a"), side("b"), ones, ones), 0.1, 0, [])
+    found = split(Samples([f"prompt {i % 500}" for i in range(n)], side("a"), side("b"), ones, ones), 0.1, 0)
     before = resident()
     prepare(pretender, found, Framing(), Cache(tmp_path))  # type: ignore[arg-type]
     start = time.perf_counter()

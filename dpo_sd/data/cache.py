@@ -1,4 +1,4 @@
-"""Where encoded images and prompts are kept."""
+"""The cache of encoded images and prompts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Keep = Literal["all", "latents", "off"]
 
 @dataclass(frozen=True)
 class Cache:
-    """Where encoded pictures and prompts are kept, by content, for all runs.
+    """The folder where encoded images and prompts are kept by content, for all runs.
 
     Args:
-        folder: of the cache.
-        keep: "all" encodes pictures and prompts once; "latents" encodes prompts at every step, which training the text
-            encoder and varied captions need; "off" encodes pictures at every step too, which random crops need.
+        folder: the folder itself, made when something is first kept.
+        keep: "all" encodes images and prompts once; "latents" encodes prompts at every step, which training the text
+            encoder and varied captions need; "off" encodes images at every step too, which random crops need.
         half: keeps tensors in half precision instead of single.
     """
 
@@ -31,7 +31,7 @@ class Cache:
         """The part of the cache for latents, or for prompts.
 
         Args:
-            what: its name, the precision of the tensors is added to it.
+            what: name of the part, to which the precision of the tensors is added.
         """
         import torch
 

@@ -24,11 +24,13 @@ def encode_drawn(
     sample_ids: Sequence[int],
     keep: Keep,
 ) -> PreparedSamples:
-    """Samples in memory, of pictures that were just drawn at the model's own size.
+    """Samples in memory, of images that were just drawn at the model's own size.
 
     Args:
-        prompts, chosen, rejected, sample_ids: one of each per sample; single pictures have no rejected ones.
-        keep: as in `Cache`; the pictures are encoded once in any case.
+        prompts: one per sample.
+        chosen, rejected: images, one of each per sample; no rejected ones for single images.
+        sample_ids: ids that key the randomness, one per sample.
+        keep: as in `Cache`; the images are encoded once in any case.
     """
     import numpy as np
 
@@ -40,10 +42,8 @@ def encode_drawn(
     hidden, pooled = model.encode_prompts([*texts, ""]) if keep == "all" else (None, None)
     side = model.resolution
     time_ids = np.tile(np.array([side, side, 0, 0, side, side], np.int32), (n, 1))
-    pictures = zip(chosen, strict=True) if rejected is None else zip(chosen, rejected, strict=True)
-    contents = [
-        sample_id(text, *(each.tobytes() for each in pair)) for text, pair in zip(prompts, pictures, strict=True)
-    ]
+    images = zip(chosen, strict=True) if rejected is None else zip(chosen, rejected, strict=True)
+    contents = [sample_id(text, *(each.tobytes() for each in pair)) for text, pair in zip(prompts, images, strict=True)]
     return PreparedSamples(
         chosen=Latents(encode_images(model, chosen), time_ids),
         rejected=None if rejected is None else Latents(encode_images(model, rejected), time_ids),
@@ -56,7 +56,7 @@ def encode_drawn(
 
 
 def encode_images(model: StableDiffusion, images: Sequence[Image.Image], batch_size: int = 64) -> torch.Tensor:
-    """Latents of pictures of one size: (n, 4, h/8, w/8), fp32 on the CPU, scaled."""
+    """Latents of images of one size: (n, 4, h/8, w/8), fp32 on the CPU, scaled."""
     import numpy as np
     import torch
 

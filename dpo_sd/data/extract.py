@@ -8,15 +8,13 @@ import functools
 import hashlib
 import json
 import os
-import shutil
-from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_sd.errors import UserError
 from dpo_sd.files.atomic import replacing, write_json
+from dpo_sd.files.room import free_bytes, writing
 from dpo_sd.files.tensors import content_key
 from dpo_sd.noise import order
 
@@ -25,34 +23,33 @@ if TYPE_CHECKING:
 
     from dpo_sd.data.tables import Needed, TabularDataset
 
-# of a row and its place, in words: what is kept of it, pictures as bytes; or why it is left out
+# of a row and its place, in words: what is kept of it, images as bytes; or why it is left out
 Pick = Callable[[dict[str, Any], str], dict[str, Any] | str]
 MEASURED = 32  # rows after which it is known how much room the others need
 FRUITLESS = 1000  # rows of which none can be used, after which nothing better is expected
-UNSEEN = b"unread"  # stands for a picture
 
 
 class Extract:
-    """What `pick` takes of the rows of a dataset, as files in a folder.
+    """The part of a dataset that `pick` takes, as files in a folder.
 
     The dataset's files are read in an order that the seed decides, and their rows as they stand. A log gets one line
-    for every row, after its pictures are on the disk, so that a killed extraction goes on at the next row and ends in
+    for every row, after its images are on the disk, so that a killed extraction goes on at the next row and ends in
     the same folder. More rows can be wanted later; the first ones stay the same.
 
     Args:
         dataset: where rows come from.
-        folder: what is kept is in a folder of its own in this one, named by what decides it.
+        above: parent of the folder that the part is kept in, which is named by what decides it.
         needed: columns that `pick` reads.
         optional: columns that it reads where there are such.
-        pick: what is kept of a row.
-        settings: all that `pick` depends on, beside the row.
-        seed: of the order of the dataset's files.
+        pick: decides what is kept of a row.
+        settings: all that `pick` depends on in addition to the row.
+        seed: seed of the order of the dataset's files.
     """
 
     def __init__(
         self,
         dataset: TabularDataset,
-        folder: Path,
+        above: Path,
         needed: Needed,
         optional: Sequence[str],
         pick: Pick,
@@ -60,40 +57,43 @@ class Extract:
         seed: int,
     ):
         self.dataset, self.needed, self.optional, self.pick, self.seed = dataset, needed, optional, pick, seed
-        self._above, self._settings = folder, settings
+        self._above, self._settings = above, settings
 
     @functools.cached_property
     def folder(self) -> Path:
-        """Of what is kept; its name depends on the content of local files, which are read for it."""
+        """Where the part is kept; its name depends on the content of local files, which are read for it."""
         identity = self.dataset.identity()
         return self._above / content_key(kind="extract 1", dataset=identity, settings=self._settings, seed=self.seed)
 
     @property
     def images(self) -> Path:
+        """Where the images are."""
         return self.folder / "images"
 
     @property
     def log(self) -> Path:
+        """The file with a line for every row."""
         return self.folder / "rows.jsonl"
 
     @property
     def about(self) -> Path:
+        """The file that says which dataset it is, and which commit of it."""
         return self.folder / "of.json"
 
     def rows(self, wanted: int | None, what: str) -> Iterator[dict[str, Any]]:
-        """What was kept of the rows, until `wanted` of them are there, and in between what was left out.
+        """The rows that were kept, until `wanted` of them are there, and in between those that were left out.
 
-        A kept row has what `pick` returned, with paths below `images` for pictures; one that was left out has
+        A kept row has what `pick` returned, with paths below `images` for images; one that was left out has
         `left_out`, why, and `where`. Only what is missing is read from the dataset.
 
         Args:
-            wanted: None means all rows.
-            what: rows are called in messages.
+            wanted: rows to keep at most; None means all.
+            what: name of the rows in messages.
 
         Raises:
-            UserError: when the dataset cannot be read, nothing in it can be used, or there is no room.
+            UserError: if the dataset cannot be read, nothing in it can be used, or there is no room.
         """
-        with _writing(self.folder):
+        with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = open(self.folder / "lock", "w")  # noqa: SIM115 - closed below
         with lock:
@@ -104,28 +104,11 @@ class Extract:
                 self._go_on(begun, wanted, what)
         return _first(self._entries(), wanted)
 
-    def foreseen(self, wanted: int | None) -> Iterator[dict[str, Any]] | None:
-        """What `rows` would give, with nothing written and no network; None where that would have to be fetched.
-
-        Local files are read but for their pictures: each is taken to be there, with its place in words for a path.
-
-        Raises:
-            UserError: as `rows`.
-        """
-        if self.dataset.files is not None:
-            return _first(self._glimpsed(self.dataset.files), wanted)
+    def there(self, wanted: int | None) -> Iterator[dict[str, Any]] | None:
+        """The same if it has all been read before, otherwise None; nothing is written and no network asked."""
+        if not self._above.exists():  # local files need not be read to know the folder's name
+            return None
         return _first(self._entries(), wanted) if self._begun().suffices(wanted) else None
-
-    def _glimpsed(self, files: Sequence[Path]) -> Iterator[dict[str, Any]]:
-        def pick(values: dict[str, Any], where: str) -> dict[str, Any] | str:
-            taken = self.pick(values, where)
-            if isinstance(taken, str):
-                return taken
-            return {name: f"{name} of {where}" if value is UNSEEN else value for name, value in taken.items()}
-
-        texts = _Texts(files, {*self.optional}.union(*self.needed.values()))
-        with self.dataset._reading():
-            yield from self._picked(pick, texts, [file.name for file in files], _Begun())
 
     def _begun(self) -> _Begun:
         kept = file = row = 0
@@ -151,12 +134,12 @@ class Extract:
         """The commit that was read first, so that all rows are of one state of the dataset."""
         if not self.about.exists():
             commit = self.dataset.commit()
-            with _writing(self.folder):
+            with writing(self.folder):
                 write_json(self.about, {"path": self.dataset.path, "split": self.dataset.split, "commit": commit})
         return json.loads(self.about.read_text(encoding="utf-8"))["commit"]
 
     def _go_on(self, begun: _Begun, wanted: int | None, what: str) -> None:
-        """Reads from there on, as many as are wanted."""
+        """Reads from there on until so many rows are kept."""
         from tqdm import tqdm
 
         kept = begun.kept
@@ -166,9 +149,9 @@ class Extract:
         with (
             open(self.log, "ab", buffering=0) as log,
             tqdm(total=total, initial=kept, desc=f"reading {what}", unit=what.removesuffix("s")) as bar,
-            self.dataset._reading(),
+            self.dataset.reading(),
         ):
-            for entry in self._picked(self.pick, stream, names, begun):
+            for entry in self._picked(stream, names, begun):
                 if "left_out" not in entry:
                     entry = self._written(entry, room)
                     kept += 1
@@ -178,11 +161,11 @@ class Extract:
                     return
             self._append(log, {"end": True})
 
-    def _picked(self, pick: Pick, stream: Any, names: list[str], begun: _Begun) -> Iterator[dict[str, Any]]:
-        """Place of each row from there on, and what is kept of it, or why it is left out."""
+    def _picked(self, stream: IterableDataset, names: list[str], begun: _Begun) -> Iterator[dict[str, Any]]:
+        """The place of each row from there on, and what is kept of it or why it is left out."""
         nothing = begun.kept == 0
-        for read, (entry, values, where) in enumerate(self._unread(stream, names, begun.file, begun.row), start=1):
-            taken = pick(values, where)
+        for read, (entry, values, where) in enumerate(self._unread(stream, names, begun), start=1):
+            taken = self.pick(values, where)
             if not isinstance(taken, str):
                 nothing = False
                 yield entry | taken
@@ -192,24 +175,24 @@ class Extract:
             yield entry | {"left_out": taken, "where": where}
 
     def _unread(
-        self, stream: Any, names: list[str], first_file: int, first_row: int
+        self, stream: IterableDataset, names: list[str], begun: _Begun
     ) -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
-        """The rows from there on: place, values, and place in words."""
+        """Place, values, and place in words of each row from there on."""
         files = order(self.seed, 0, stream.num_shards)
-        for file in range(first_file, len(files)):
-            part, skipped = stream.shard(len(files), files[file]), first_row if file == first_file else 0
+        for file in range(begun.file, len(files)):
+            part, skipped = stream.shard(len(files), files[file]), begun.row if file == begun.file else 0
             name = names[files[file]] if len(names) == len(files) else f"part {files[file]}"
             for row, values in enumerate(part.skip(skipped) if skipped else part, start=skipped):
                 yield {"file": file, "row": row}, values, f"row {row} of {name}"
 
     def _append(self, log: Any, entry: dict[str, Any]) -> None:
         line = json.dumps(entry).encode() + b"\n"
-        with _writing(self.folder):
+        with writing(self.folder):
             if log.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _written(self, taken: dict[str, Any], room: _Room) -> dict[str, Any]:
-        """The same with paths for pictures, which are on the disk then."""
+        """The entry with paths for images, which are on the disk then."""
         size, entry = 0, {}
         for key, value in taken.items():
             if isinstance(value, bytes):
@@ -218,7 +201,7 @@ class Extract:
                 file = self.images / entry[key]
                 size += len(value)
                 if not file.exists():
-                    with _writing(self.folder), replacing(file) as temporary:
+                    with writing(self.folder), replacing(file) as temporary:
                         temporary.write_bytes(value)
             else:
                 entry[key] = value
@@ -227,7 +210,13 @@ class Extract:
 
 
 class _Begun(NamedTuple):
-    """How far a log has come: rows kept, and the row of the file that follows."""
+    """How far a log has come.
+
+    Args:
+        kept: rows that were kept.
+        file, row: place of the next row to read, in the order of reading.
+        ended: whether there is none.
+    """
 
     kept: int = 0
     file: int = 0
@@ -249,34 +238,6 @@ def _first(entries: Iterable[dict[str, Any]], wanted: int | None) -> Iterator[di
             return
 
 
-class _Texts:
-    """Local parquet files as a stream of rows whose pictures stay unread, with `UNSEEN` in their place.
-
-    Args:
-        files: one shard each.
-        wanted: columns, those of them that a file has.
-    """
-
-    def __init__(self, files: Sequence[Path], wanted: Container[str]):
-        self.files, self.wanted, self.num_shards = files, wanted, len(files)
-
-    def shard(self, num_shards: int, index: int) -> Iterator[dict[str, Any]]:
-        import pyarrow.parquet as pq
-        from pyarrow.types import is_binary, is_large_binary, is_struct
-
-        with pq.ParquetFile(self.files[index]) as file:
-            texts, unseen = [], {}
-            for column in file.schema_arrow:
-                if column.name not in self.wanted:
-                    continue
-                if is_binary(column.type) or is_large_binary(column.type) or is_struct(column.type):
-                    unseen[column.name] = UNSEEN
-                else:
-                    texts.append(column.name)
-            for batch in file.iter_batches(columns=texts):
-                yield from (row | unseen for row in batch.to_pylist())
-
-
 class _Room:
     """Measures the first rows, then says how much the others need, and refuses what the disk cannot hold."""
 
@@ -290,7 +251,7 @@ class _Room:
         self.n, self.size = self.n + 1, self.size + size
         if self.n != MEASURED or self.rows is None or self.rows <= MEASURED:
             return
-        needed, free = self.size / self.n * (self.rows - self.n), shutil.disk_usage(self.folder).free
+        needed, free = self.size / self.n * (self.rows - self.n), free_bytes(self.folder)
         tqdm.write(f"data    {self.rows} {self.what} take about {needed / 2**30:.2g} GiB in {self.folder}")
         if needed > free:
             raise UserError(
@@ -299,19 +260,8 @@ class _Room:
             )
 
 
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written ({error}): make room, or choose another place with cache_dir=<folder>; "
-            "what is complete is kept"
-        ) from error
-
-
 def _cut_torn_line(log: Path) -> None:
-    """Takes away what a killed process has left of a line."""
+    """Removes the part of a line that a killed process has left."""
     if log.exists():
         with open(log, "rb+") as file:
             end = file.seek(0, os.SEEK_END)
@@ -327,57 +277,3 @@ def _length(rows: IterableDataset) -> int | None:
 
 def _smaller(first: int | None, second: int | None) -> int | None:
     return min((n for n in (first, second) if n), default=None)
-
-
-def picture_bytes(value: Any, column: str, where: str) -> bytes | None:
-    """The bytes of a picture as a dataset holds it; None where there is none.
-
-    Args:
-        value: bytes, or `{"bytes": …, "path": …}` with bytes or with a path on the Hub.
-
-    Raises:
-        UserError: when it is no picture.
-    """
-    if isinstance(value, dict) and value.keys() >= {"bytes", "path"}:
-        if value["bytes"] is None and "://" in (value["path"] or ""):
-            import fsspec
-
-            with fsspec.open(value["path"], "rb") as file:
-                return file.read()  # type: ignore[union-attr]
-        value = value["bytes"]
-    if value is not None and not isinstance(value, bytes):
-        raise UserError(f"{where}: column {column} holds {type(value).__name__}, not pictures")
-    return value or None
-
-
-class Tally:
-    """Tells rows that were kept from those that were left out, and counts the latter.
-
-    Args:
-        named: reasons whose first five rows are named.
-    """
-
-    def __init__(self, named: Sequence[str]):
-        self.named = named
-        self.read = 0
-        self.left_out: Counter[str] = Counter()
-        self.places: dict[str, list[str]] = {}
-
-    def kept(self, entries: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        for entry in entries:
-            self.read += 1
-            if "left_out" not in entry:
-                yield entry
-                continue
-            reason = entry["left_out"]
-            self.left_out[reason] += 1
-            if reason in self.named and self.left_out[reason] <= 5:
-                self.places.setdefault(reason, []).append(entry["where"])
-
-    def __str__(self) -> str:
-        """`120 rows read; left out: 12 tied, 2 without a caption (row 5 of a.parquet; row 9 of a.parquet)`"""
-        said = []
-        for reason, n in self.left_out.most_common():
-            places = "; ".join(self.places.get(reason, [])) + (" …" if reason in self.places and n > 5 else "")
-            said.append(f"{n} {reason}" + (f" ({places})" if places else ""))
-        return f"{self.read} rows read" + (f"; left out: {', '.join(said)}" if said else "")

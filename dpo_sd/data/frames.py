@@ -1,4 +1,4 @@
-"""How pictures of any size become tensors of few sizes: aspect-ratio buckets, scaling, cropping, flipping."""
+"""Framing: images of any size become tensors of few sizes by buckets, scaling, cropping and flipping."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ WIDEST = 2.0  # longer side over shorter side of the most extreme bucket
 
 
 class Frame(NamedTuple):
-    """The part of a scaled picture that is trained on.
+    """The part of a scaled image that is trained on.
 
     Args:
-        width, height: of the part, in pixels.
-        scaled_width, scaled_height: of the whole picture after scaling, in pixels.
-        left, top: corner of the part in the scaled picture, in pixels.
+        width, height: size of the part, in pixels.
+        scaled_width, scaled_height: size of the whole image after scaling, in pixels.
+        left, top: corner of the part in the scaled image, in pixels.
     """
 
     width: int
@@ -42,19 +42,19 @@ class Frame(NamedTuple):
 
 
 class Framing:
-    """How pictures are brought to size.
+    """Settings of how images are brought to size.
 
     Args:
-        resolution: side in pixels of a square that has the area of every bucket; None takes what the model was trained
-            for.
+        resolution: side in pixels of a square that has the area of every bucket; None takes the one that the model was
+            trained for.
         buckets: keeps aspect ratios up to 2:1 by aspect-ratio buckets (NovelAI 2022); otherwise the middle square is
             taken.
-        flip: mirrors a picture at half of its visits; both pictures of a pair alike.
-        random_crop: cuts another part at every visit, instead of the middle; at the same place in both pictures of a
+        flip: mirrors an image at half of its visits; both images of a pair alike.
+        random_crop: cuts another part at every visit, instead of the middle; at the same place in both images of a
             pair. It needs cache=off.
 
     Raises:
-        UserError: when the resolution is out of range.
+        UserError: if the resolution is out of range.
     """
 
     def __init__(
@@ -76,68 +76,69 @@ class Framing:
         return sorted(found | {(resolution, resolution)}, key=lambda size: size[0] / size[1])
 
 
-def nearest_sizes(sizes: Sequence[tuple[int, int]], pictures: np.ndarray) -> np.ndarray:
-    """Which bucket has the aspect ratio nearest to that of the pictures, their geometric mean: (n,), int16.
+def nearest_sizes(sizes: Sequence[tuple[int, int]], images: np.ndarray) -> np.ndarray:
+    """The number of the bucket whose aspect ratio is nearest to the geometric mean of the images': (n,), int16.
 
     Args:
         sizes: widths and heights of the buckets; of two that are equally near the larger one is taken.
-        pictures: widths and heights of the pictures that share a bucket, (n, pictures, 2).
+        images: widths and heights of the images that share a bucket, (n, images, 2).
     """
     larger_first = sorted(range(len(sizes)), key=lambda number: -math.prod(sizes[number]))
     ratios = np.array([math.log(sizes[number][0] / sizes[number][1]) for number in larger_first])
-    nearest = np.empty(len(pictures), np.int16)
-    for start in range(0, len(pictures), 4096):  # the table of distances stays small
+    nearest = np.empty(len(images), np.int16)
+    for start in range(0, len(images), 4096):  # the table of distances stays small
         part = slice(start, start + 4096)
-        wanted = np.log(pictures[part, :, 0] / pictures[part, :, 1]).mean(axis=1)
+        wanted = np.log(images[part, :, 0] / images[part, :, 1]).mean(axis=1)
         nearest[part] = np.array(larger_first)[np.abs(ratios - wanted[:, None]).argmin(axis=1)]
     return nearest
 
 
-def frames(pictures: np.ndarray, sizes: np.ndarray, where: tuple[float, float] = MIDDLE) -> np.ndarray:
-    """Pictures scaled until they cover their buckets, and the parts that fill these: (n, 6), int32, as in `Frame`.
+def frames(images: np.ndarray, sizes: np.ndarray, where: tuple[float, float] = MIDDLE) -> np.ndarray:
+    """The parts that fill the buckets of images that are scaled until they cover them: (n, 6), int32, as in `Frame`.
 
     Args:
-        pictures, sizes: widths and heights of the pictures and of their buckets in pixels, (n, 2).
+        images, sizes: widths and heights of the images and of their buckets in pixels, (n, 2).
         where: how far right and down the part lies, each in [0, 1].
     """
-    scale = (sizes / pictures).max(axis=1, keepdims=True)
-    scaled = np.maximum(np.rint(pictures * scale), sizes)
+    scale = (sizes / images).max(axis=1, keepdims=True)
+    scaled = np.maximum(np.rint(images * scale), sizes)
     return np.concatenate([sizes, scaled, np.rint((scaled - sizes) * where)], axis=1).astype(np.int32)
 
 
-def time_ids(pictures: np.ndarray, framed: np.ndarray) -> np.ndarray:
+def time_ids(images: np.ndarray, framed: np.ndarray) -> np.ndarray:
     """SDXL's micro-conditioning (Podell et al. 2023, arXiv:2307.01952, §2.2): original height and width, top and left
     corner of the crop, height and width of the target, in pixels; (n, 6), int32.
 
     Args:
-        pictures: widths and heights, (n, 2).
-        framed: as `frames` gives them, (n, 6).
+        images: widths and heights in pixels, (n, 2).
+        framed: rows as `frames` gives them, (n, 6).
     """
-    return np.concatenate([pictures[:, ::-1], framed[:, [5, 4, 1, 0]]], axis=1).astype(np.int32)
+    return np.concatenate([images[:, ::-1], framed[:, [5, 4, 1, 0]]], axis=1).astype(np.int32)
 
 
-def pixels(picture: Image.Image, framed: Frame, flip: bool = False) -> Tensor:
-    """The framed part of an RGB picture: (3, height, width), uint8."""
+def pixels(image: Image.Image, framed: Frame, flip: bool = False) -> Tensor:
+    """The framed part of an RGB image: (3, height, width), uint8."""
     import torch
     from PIL import Image
 
-    if picture.size != (framed.scaled_width, framed.scaled_height):
-        picture = picture.resize((framed.scaled_width, framed.scaled_height), Image.Resampling.LANCZOS)
-    picture = picture.crop((framed.left, framed.top, framed.left + framed.width, framed.top + framed.height))
+    if image.size != (framed.scaled_width, framed.scaled_height):
+        image = image.resize((framed.scaled_width, framed.scaled_height), Image.Resampling.LANCZOS)
+    image = image.crop((framed.left, framed.top, framed.left + framed.width, framed.top + framed.height))
     if flip:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class Frames:
-    """The size that each sample is trained at, and the part of each picture that fills it.
+    """The size that each sample is trained at, and the part of each of its images that fills it.
 
     Args:
-        model: whose UNet takes the sizes.
-        samples, framing: which and how.
+        model: model whose UNet takes the sizes.
+        samples: the samples.
+        framing: how they are brought to size.
 
     Raises:
-        UserError: when the UNet cannot take the resolution.
+        UserError: if the UNet cannot take the resolution.
     """
 
     def __init__(self, model: StableDiffusion, samples: Samples, framing: Framing):
@@ -160,11 +161,14 @@ class Frames:
         self._sides = samples.sides
 
     def of(self, side: ImageFiles, row: int, where: tuple[float, float] = MIDDLE) -> Frame:
-        """The part of a picture that is trained on."""
+        """The part of an image that is trained on."""
         return Frame(*frames(side.sizes[row : row + 1], self.sizes[row : row + 1], where)[0].tolist())
 
     def keys(self, side: ImageFiles) -> np.ndarray:
-        """What the latents of a side are kept under: of all rows and, where pictures are mirrored, of all again."""
+        """The keys of the latents of a side in the cache: of all rows and, where images are mirrored, of all again.
+
+        A key is the hash of the VAE, the flip, the image (64 ASCII digits) and the frame (six numbers of four bytes).
+        """
         images, framed = side.sha256.tobytes(), frames(side.sizes, self.sizes).astype("<i4").tobytes()
         keys = bytearray()
         for flip in self.flips:
@@ -175,9 +179,9 @@ class Frames:
         return np.frombuffer(keys, f"S{KEY}")
 
     def time_ids(self, side: ImageFiles) -> np.ndarray:
-        """What SDXL is told of the sizes of a side: (n, 6), int32."""
+        """SDXL's micro-conditioning on the sizes of a side: (n, 6), int32."""
         return time_ids(side.sizes, frames(side.sizes, self.sizes))
 
     def upscaled(self) -> int:
-        """Pictures that are smaller than their size in some direction."""
+        """How many images are smaller than their size in some direction."""
         return int(sum((side.sizes < self.sizes).any(axis=1).sum() for side in self._sides))

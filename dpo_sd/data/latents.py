@@ -1,11 +1,10 @@
-"""Image files encoded into latents, or read at every step."""
+"""Image files encoded into latents, each once, into the cache."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import os
-import shutil
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,67 +14,32 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dpo_sd.data.cache import Cache
-from dpo_sd.data.frames import Frame, pixels, time_ids
+from dpo_sd.data.frames import Frame, pixels
 from dpo_sd.errors import UserError
-from dpo_sd.files.hashes import remembered
 from dpo_sd.files.images import load_image
+from dpo_sd.files.room import free_bytes
 from dpo_sd.models.stable_diffusion import encode_bytes, encoded_together
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dpo_sd.data.frames import Frames
-    from dpo_sd.data.samples import ImageFiles, Samples
+    from dpo_sd.data.samples import Samples
     from dpo_sd.files.tensors import TensorStore
     from dpo_sd.models.stable_diffusion import StableDiffusion
 
-READERS = 8  # threads that decode pictures while the VAE works, at most one for each core
-
-
-class Pixels:
-    """Pictures that the training step encodes by itself.
-
-    Args:
-        side: the files.
-        frames: their sizes.
-    """
-
-    def __init__(self, side: ImageFiles, frames: Frames):
-        self.side, self.frames = side, frames
-
-    def read(self, row: int, flip: bool, where: tuple[float, float]) -> tuple[Tensor, Tensor]:
-        import torch
-
-        framed = self.frames.of(self.side, row, where)
-        picture = load_image(self.side.folder / self.side.paths[row])
-        (ids,) = time_ids(self.side.sizes[row : row + 1], np.array([framed]))
-        return pixels(picture, framed, flip), torch.from_numpy(ids).float()
-
-
-def undecodable(samples: Samples, what: str) -> dict[int, str]:
-    """Why samples cannot be decoded, by row: found once and remembered, and not in the middle of a training."""
-    from tqdm import tqdm
-
-    problems: dict[int, str] = {}
-    for side in samples.sides:
-        files = (side.folder / path for path in side.paths)
-        found = remembered(files, "decoded 1", _decoding_problem)
-        for row, problem in enumerate(tqdm(found, f"checking {what} pictures", len(samples), unit="picture", delay=2)):
-            if problem:
-                problems.setdefault(row, problem)
-    return problems
-
-
-def _decoding_problem(file: str) -> str:
-    try:
-        load_image(Path(file))
-        return ""
-    except UserError as error:
-        return str(error)
+READERS = 8  # threads that decode images while the VAE works, at most one for each core
 
 
 class _Job(NamedTuple):
-    """One latent to be made."""
+    """One latent to be made.
+
+    Args:
+        key: place in the store.
+        file: the image.
+        framed: the part of it that is encoded.
+        flip: mirrors it first.
+    """
 
     key: bytes
     file: Path
@@ -83,6 +47,7 @@ class _Job(NamedTuple):
     flip: bool
 
     def read(self) -> Tensor | UserError:
+        """Its pixels, (3, h, w), uint8, or why they cannot be read."""
         try:
             return pixels(load_image(self.file), self.framed, self.flip)
         except UserError as error:
@@ -92,8 +57,12 @@ class _Job(NamedTuple):
 class _Jobs:
     """Latents to be made, in the order of their sizes; as columns, since there can be millions.
 
+    A place numbers the latents of all samples: side by side, within a side first the plain ones and then, where images
+    are mirrored, the mirrored ones, within these row by row. So with n samples and f flips (1 or 2) a place is
+    (side · f + flip) · n + row.
+
     Args:
-        store: what is in it need not be made.
+        store: latents that are in it need not be made.
     """
 
     def __init__(self, samples: Samples, frames: Frames, store: TensorStore):
@@ -101,42 +70,52 @@ class _Jobs:
         self.keys = np.concatenate([frames.keys(side) for side in samples.sides])
         _, first = np.unique(self.keys, return_index=True)
         first = np.sort(first)[store.lacks(self.keys[np.sort(first)])]
-        self.places = first[np.argsort(frames.numbers[first % len(samples)], kind="stable")]
+        self.places = first[np.argsort(frames.numbers[self._rows(first)], kind="stable")]
 
     def __len__(self) -> int:
         return len(self.places)
 
+    def _rows(self, places: np.ndarray) -> np.ndarray:
+        return places % len(self.samples)
+
     def latent_pixels(self) -> int:
-        sizes = self.frames.sizes[self.places % len(self.samples)]
+        """Pixels of all latents together."""
+        sizes = self.frames.sizes[self._rows(self.places)]
         return int((sizes // self.frames.factor).astype(np.int64).prod(axis=1).sum())
 
     def batches(self) -> Iterator[list[_Job]]:
-        """Jobs of one size each."""
-        numbers = self.frames.numbers[self.places % len(self.samples)]
+        """Jobs of one size each, as many as the VAE encodes together."""
+        numbers = self.frames.numbers[self._rows(self.places)]
         for members in np.split(self.places, np.flatnonzero(np.diff(numbers)) + 1):
             if not len(members):
                 continue
-            area = math.prod(self.frames.sizes[members[0] % len(self.samples)].tolist())
-            size = encoded_together(area)
+            size = encoded_together(math.prod(self.frames.sizes[members[0] % len(self.samples)].tolist()))
             for start in range(0, len(members), size):
                 yield [self._job(int(place)) for place in members[start : start + size]]
 
     def _job(self, place: int) -> _Job:
-        n = len(self.samples)
-        side = self.samples.sides[place // (n * len(self.frames.flips))]
-        row, flip = place % n, bool(place // n % len(self.frames.flips))
-        return _Job(self.keys[place], side.folder / side.paths[row], self.frames.of(side, row), flip)
+        above, row = divmod(place, len(self.samples))
+        number, flip = divmod(above, len(self.frames.flips))
+        side = self.samples.sides[number]
+        return _Job(self.keys[place], side.folder / side.paths[row], self.frames.of(side, row), bool(flip))
 
-    def rows(self, problems: dict[bytes, str]) -> dict[int, str]:
-        """The samples that need what could not be made, and why it could not."""
-        places = np.flatnonzero(np.isin(self.keys, np.array(list(problems)))) if problems else ()
-        return {int(place) % len(self.samples): problems[self.keys[place]] for place in places}
+    def affected(self, problems: dict[bytes, str]) -> dict[int, str]:
+        """The samples that need a latent that could not be made, and why it could not, by row."""
+        places = np.flatnonzero(np.isin(self.keys, np.array(list(problems)))) if problems else np.empty(0, int)
+        return {int(row): problems[self.keys[place]] for place, row in zip(places, self._rows(places), strict=True)}
 
 
 def encode_latents(
-    model: StableDiffusion, samples: Samples, frames: Frames, cache: Cache, what: str
+    model: StableDiffusion, samples: Samples, frames: Frames, cache: Cache, part: str
 ) -> tuple[TensorStore, dict[int, str]]:
-    """The store with all latents in it, and why samples could not be encoded, by row."""
+    """The store with all latents in it, and why samples could not be encoded, by row.
+
+    Args:
+        part: name of the samples in the progress bar.
+
+    Raises:
+        UserError: if the disk cannot hold the latents.
+    """
     import torch
     from tqdm import tqdm
 
@@ -147,7 +126,7 @@ def encode_latents(
     with (
         torch.inference_mode(),
         model.working(model.vae),
-        tqdm(total=len(jobs), desc=f"encoding {what} pictures", unit="picture", disable=not jobs) as bar,
+        tqdm(total=len(jobs), desc=f"encoding {part} pictures", unit="picture", disable=not jobs) as bar,
     ):
         for batch, tensors in _read_ahead(jobs.batches()):
             whole = []
@@ -162,28 +141,26 @@ def encode_latents(
                     store.put(key.decode(), latent)
             bar.update(len(batch))
     store.flush()
-    return store, jobs.rows(problems)
+    return store, jobs.affected(problems)
 
 
 def _read_ahead(batches: Iterator[list[_Job]]) -> Iterator[tuple[list[_Job], list[Tensor | UserError]]]:
-    """Each batch with its pictures; the next one is read while the last one is worked on."""
+    """Each batch with its images; the next one is read while the last one is worked on."""
     with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as readers:
         waiting: deque[tuple[list[_Job], list[Future]]] = deque()
         for batch in itertools.chain(batches, [None]):
             if batch is not None:
                 waiting.append((batch, [readers.submit(job.read) for job in batch]))
             while len(waiting) > 1 or (batch is None and waiting):
-                done, pictures = waiting.popleft()
-                yield done, [picture.result() for picture in pictures]
+                done, images = waiting.popleft()
+                yield done, [image.result() for image in images]
 
 
 def _check_room(store: TensorStore, n: int, latent_pixels: int) -> None:
-    """Refuses to begin what the disk cannot hold."""
-    needed = 4 * latent_pixels * store.dtype.itemsize
-    place = next(folder for folder in (store.folder, *store.folder.parents) if folder.exists())
-    free = shutil.disk_usage(place).free
+    """Refuses to begin an encoding that the disk cannot hold."""
+    needed, free = 4 * latent_pixels * store.dtype.itemsize, free_bytes(store.folder)
     if needed > free:
         raise UserError(
-            f"the cache needs {needed / 2**30:.2g} GiB for {n} latents, and {place} has {free / 2**30:.2g} GiB "
+            f"the cache needs {needed / 2**30:.2g} GiB for {n} latents, and {store.folder} has {free / 2**30:.2g} GiB "
             "left: make room, choose another place with cache_dir=<folder>, or use cache=off"
         )

@@ -1,4 +1,4 @@
-"""Pairs of pictures in a folder, with what people prefer, as training data."""
+"""Pairs of images in a folder, with what people prefer, as training data."""
 
 from __future__ import annotations
 
@@ -6,40 +6,35 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from dpo_sd.data.cache import Cache
-from dpo_sd.data.preparing import prepare
-from dpo_sd.data.samples import by_prompt, find, left_out
-from dpo_sd.data.source import PreparedData, checked_dropout
-from dpo_sd.data.splitting import check_validation, split
+from dpo_sd.data.file_source import FileSource
+from dpo_sd.data.samples import Samples, by_prompt
+from dpo_sd.data.source import checked_dropout
+from dpo_sd.data.splitting import Split, check_validation, split
+from dpo_sd.data.usable import left_out, usable
 from dpo_sd.errors import UserError
 from dpo_sd.preferences.drawn_with import drawn_with
 from dpo_sd.preferences.outcome import Preference
 from dpo_sd.preferences.pair_folder import image_file, is_uid
 from dpo_sd.preferences.reading import read_preferences
 
-if TYPE_CHECKING:
-    from dpo_sd.data.frames import Framing
-    from dpo_sd.models.sampling import Sampler
-    from dpo_sd.models.stable_diffusion import StableDiffusion
 
-
-class Pairs:
+class Pairs(FileSource):
     """A pair folder as `python -m dpo_sd.annotate` leaves it, or any folder with a `metadata.jsonl` of that kind.
 
     Args:
         pairs: the folder.
-        validation: share of the prompts held back for the validation grid, in (0, 0.5] and at most 128, or how many.
+        validation: share of the prompts held back for the validation grid, in (0, 0.5] and at most 128, or a number.
         soft_labels: where several people voted, P(chosen is better) is their share; otherwise the majority decides.
         ties: trains on ties too, with P = 1/2.
         weight_by_prompt: weighs each pair by one over the number of pairs with its prompt.
         caption_dropout: share of visits that train on the empty prompt, in [0, 1].
-        seed: of the split into training and validation.
+        seed: seed of the split into training and validation.
 
     Raises:
-        UserError: when a setting is out of range, the folder cannot be read, nothing in it is decided, or there is only
-            one prompt.
+        UserError: if a setting is out of range.
     """
 
     has_pairs: ClassVar[bool] = True
@@ -57,39 +52,44 @@ class Pairs:
     ):
         check_validation(validation)
         self.caption_dropout = checked_dropout(caption_dropout)
-        self.folder, self.seed = Path(pairs).expanduser(), seed
+        self.folder, self.validation, self.seed = Path(pairs).expanduser(), validation, seed
+        self.soft_labels, self.ties, self.weight_by_prompt = soft_labels, ties, weight_by_prompt
+
+    def look(self, cache: Cache, fetch: bool) -> Split:
+        """The decided pairs of the folder.
+
+        Raises:
+            UserError: if the folder cannot be read, nothing in it is decided, or there is only one prompt.
+        """
         preferences = read_preferences(self.folder)
-        report = [f"{self.folder}: {counted(preferences)}"]
-        wanted = ("image_0", "image_1", "tie") if ties else ("image_0", "image_1")
-        usable = [preference for preference in preferences if preference.status in wanted]
-        if not usable:
+        wanted = ("image_0", "image_1", "tie") if self.ties else ("image_0", "image_1")
+        decided = [preference for preference in preferences if preference.status in wanted]
+        if not decided:
             raise UserError(
-                f"{self.folder} has no {'decided or tied' if ties else 'decided'} pair ({counted(preferences)}): "
+                f"{self.folder} has no {'decided or tied' if self.ties else 'decided'} pair ({counted(preferences)}): "
                 f"choose the better pictures with python -m dpo_sd.annotate pairs={self.folder}"
             )
-        flipped = [preference.status == "image_1" for preference in usable]
-        names = [(p.pair.image_0, p.pair.image_1) for p in usable]
-        prompts = [p.pair.prompt for p in usable]
-        samples, rows = find(
+        flipped = [preference.status == "image_1" for preference in decided]
+        names = [(p.pair.image_0, p.pair.image_1) for p in decided]
+        prompts = [p.pair.prompt for p in decided]
+        found = usable(
             self.folder,
             prompts,
             chosen=[name[flip] for name, flip in zip(names, flipped, strict=True)],
             rejected=[name[not flip] for name, flip in zip(names, flipped, strict=True)],
-            label=[_label(p, soft_labels) for p in usable],
-            weight=by_prompt(prompts) if weight_by_prompt else None,
-            report=report,
+            label=[_label(p, self.soft_labels) for p in decided],
+            weight=by_prompt(prompts) if self.weight_by_prompt else None,
             resolve=_Inside(self.folder),
         )
-        if not rows:
-            raise UserError(f"no decided pair of {self.folder} can be read: {report[-1]}")
-        changed = _changed(samples, [usable[row] for row in rows])
-        left_out("with a picture that has changed since it was judged", list(changed.values()), len(usable), report)
-        samples = samples.without(changed)
-        self.found = split(samples, validation, seed, report)
-
-    def prepare(self, model: StableDiffusion, sampler: Sampler, framing: Framing, cache: Cache) -> PreparedData:
-        """Reads and encodes the pictures."""
-        return prepare(model, self.found, framing, cache)
+        if not found.rows:
+            raise UserError(f"no decided pair of {self.folder} can be read: {'; '.join(found.left_out)}")
+        changed = _changed(found.samples, [decided[row] for row in found.rows])
+        report = [
+            f"{self.folder}: {counted(preferences)}",
+            *found.left_out,
+            *left_out("with a picture that has changed since it was judged", list(changed.values()), len(decided)),
+        ]
+        return split(found.samples.without(changed), self.validation, self.seed, report)
 
     def drawn_with(self) -> list[dict[str, Any]] | None:
         """The LoRAs that drew the pictures: path, weight and sha256 of each; None where they come from elsewhere."""
@@ -98,7 +98,7 @@ class Pairs:
 
 
 class _Inside:
-    """`image_file` for many files of a folder: the folders in it are looked at once."""
+    """Resolves many paths of a folder as `image_file` does, but looks at each folder in it only once."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -114,8 +114,8 @@ class _Inside:
         return checked
 
 
-def _changed(samples: Any, preferences: Sequence[Preference]) -> dict[int, str]:
-    """Pictures whose bytes are not those that were judged, by row."""
+def _changed(samples: Samples, preferences: Sequence[Preference]) -> dict[int, str]:
+    """The image of each sample whose bytes are not those that were judged, by row."""
     changed = {}
     for row, preference in enumerate(preferences):
         pair = preference.pair
@@ -134,7 +134,7 @@ def _label(preference: Preference, soft: bool) -> float:
 
 
 def counted(preferences: Sequence[Preference]) -> str:
-    """What the votes come to, in words: `412 pairs: 380 decided, 20 tie, 12 skipped`."""
+    """How many pairs have which outcome: `412 pairs: 380 decided, 20 tie, 12 skipped`."""
     counts = Counter("decided" if p.status in ("image_0", "image_1") else p.status for p in preferences)
     named = ", ".join(f"{n} {status.replace('_', ' ')}" for status, n in counts.most_common())
     return f"{len(preferences)} pairs" + (f": {named}" if named else "")

@@ -1,24 +1,21 @@
-"""Pick-a-Pic, and any dataset with two pictures, a caption and a label, as training data."""
+"""Pick-a-Pic, and any dataset with two images, a caption and a label, as training data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from dpo_sd.data.cache import Cache
-from dpo_sd.data.extract import Extract, Tally, picture_bytes
-from dpo_sd.data.preparing import prepare
-from dpo_sd.data.samples import Found, by_prompt, find
-from dpo_sd.data.source import PreparedData, checked_dropout
-from dpo_sd.data.splitting import check_validation, split
+from dpo_sd.data.extract import Extract
+from dpo_sd.data.file_source import FileSource
+from dpo_sd.data.rows import Tally, image_bytes
+from dpo_sd.data.samples import by_prompt
+from dpo_sd.data.source import Found, checked_dropout
+from dpo_sd.data.splitting import Split, at_most, check_validation, split
 from dpo_sd.data.tables import TabularDataset
+from dpo_sd.data.usable import usable
 from dpo_sd.errors import UserError
-
-if TYPE_CHECKING:
-    from dpo_sd.data.frames import Framing
-    from dpo_sd.models.sampling import Sampler
-    from dpo_sd.models.stable_diffusion import StableDiffusion
 
 COLUMNS = {
     "caption": "caption",
@@ -30,10 +27,10 @@ COLUMNS = {
     "chosen": None,
     "rejected": None,
 }
-TIED, UNLABELLED, UNCAPTIONED, PICTURELESS = "tied", "without a label", "without a caption", "without a picture"
+TIED, UNLABELLED, UNCAPTIONED, IMAGELESS = "tied", "without a label", "without a caption", "without a picture"
 
 
-class PickAPic:
+class PickAPic(FileSource):
     """Pairs of Pick-a-Pic v2 (Kirstain et al. 2023, arXiv:2305.01569), or of a dataset like it, by streaming.
 
     What is used is kept as files in the cache folder; nothing else is fetched. The dataset's files are read in an
@@ -46,18 +43,18 @@ class PickAPic:
             `python -m dpo_sd.annotate export=` writes.
         split: which part of it.
         revision: branch, tag or commit of a repository; None takes its main branch.
-        max_pairs: how many pairs are taken at most, ties left out and rows without a label not counted; None takes all.
+        max_pairs: most pairs that are taken, ties left out and rows without a label not counted; None takes all.
         ties: trains on ties too, with P(chosen is better) = 1/2.
         weight_by_prompt: weighs each pair by one over the number of pairs with its prompt, counted in what is taken.
         columns: names of the dataset's columns, where they are others: `caption`; `image_0` and `image_1` with
             `label_0`, which is 1, 0 or 0.5, and where there are such `label_1` and `has_label`; or instead of all these
             `chosen` and `rejected`, where pairs are ready-made.
-        validation: share of the prompts held back for the validation grid, in (0, 0.5] and at most 128, or how many.
+        validation: share of the prompts held back for the validation grid, in (0, 0.5] and at most 128, or a number.
         caption_dropout: share of visits that train on the empty prompt, in [0, 1].
-        seed: of the order of the files, and of the split into training and validation.
+        seed: seed of the order of the files, and of the split into training and validation.
 
     Raises:
-        UserError: when a setting is out of range, a local path holds no parquet files, or they lack a column.
+        UserError: if a setting is out of range, or there is no such folder or file.
     """
 
     has_pairs: ClassVar[bool] = True
@@ -85,40 +82,29 @@ class PickAPic:
         self.columns = _checked_columns(columns)
         self.needed, self.optional = _wanted_columns(self.columns)
         self.dataset = TabularDataset(path, split, revision)
-        self.dataset.check(self.needed)
-        self.found: Found | None = None  # once it is fetched
 
-    def fetch(self, cache: Cache) -> Found:
+    def look(self, cache: Cache, fetch: bool) -> Split | Found:
         """The pairs, streamed into the cache folder as far as they are not there.
 
         Raises:
-            UserError: when the dataset cannot be read, a label or a column is no such thing, or too few pairs are left.
+            UserError: if the dataset cannot be read, lacks a column, holds something else in a column, or has too few
+                pairs that can be used.
         """
-        if self.found is None:
-            extract = self._extract(cache)
-            self.found = self._find(extract.rows(self.max_pairs, "pairs"), extract.images)
-        return self.found
-
-    def foreseen(self, cache: Cache) -> Found | None:
-        """The pairs as `fetch` would find them, with no picture read and nothing written; None before they are fetched.
-
-        Raises:
-            UserError: as `fetch`.
-        """
-        rows = self._extract(cache).foreseen(self.max_pairs)
-        return None if rows is None else self._find(rows, None)
-
-    def prepare(self, model: StableDiffusion, sampler: Sampler, framing: Framing, cache: Cache) -> PreparedData:
-        """Streams and encodes what is not in the cache yet."""
-        return prepare(model, self.fetch(cache), framing, cache)
-
-    def _extract(self, cache: Cache) -> Extract:
+        there = self.dataset.length(self.needed)
         settings = [{name: column for name, column in self.columns.items() if column}, self.ties]
         folder = cache.folder / "pickapic"
-        return Extract(self.dataset, folder, self.needed, self.optional, self._pick, settings, self.seed)
+        extract = Extract(self.dataset, folder, self.needed, self.optional, self._pick, settings, self.seed)
+        rows = extract.rows(self.max_pairs, "pairs") if fetch else extract.there(self.max_pairs)
+        if rows is not None:
+            return self._found(rows, extract.images)
+        if there is not None and there < 2:
+            raise UserError(
+                f"{self.dataset.path} has {there} rows, and validation needs a prompt of its own: add pairs"
+            )
+        return at_most(there, self.max_pairs, "pairs", self.validation, ", so ties are not known yet")
 
-    def _find(self, rows: Iterable[dict[str, Any]], images: Path | None) -> Found:
-        tally = Tally(named=(UNCAPTIONED, PICTURELESS))
+    def _found(self, rows: Iterable[dict[str, Any]], images: Path) -> Split:
+        tally = Tally(named=(UNCAPTIONED, IMAGELESS))
         prompts, chosen, rejected, label = [], [], [], []
         for row in tally.kept(rows):
             prompts.append(row["prompt"])
@@ -126,14 +112,14 @@ class PickAPic:
             rejected.append(row["rejected"])
             label.append(row["label"])
         ties = f"; {label.count(0.5)} of the {len(label)} pairs are ties" if self.ties else ""
-        report = [f"{self.dataset.path}, {self.dataset.split}: {tally}{ties}"]
+        line = f"{self.dataset.path}, {self.dataset.split}: {tally}{ties}"
         if not prompts:
-            raise UserError(f"{report[0]}; no pair is left: see data.columns" + ("" if self.ties else " and data.ties"))
+            raise UserError(f"{line}; no pair is left: see data.columns" + ("" if self.ties else " and data.ties"))
         weight = by_prompt(prompts) if self.weight_by_prompt else None
-        samples, kept = find(images, prompts, chosen, rejected, label, weight, report)
-        if not kept:
-            raise UserError(f"no pair of {self.dataset.path} can be used: {report[-1]}")
-        return split(samples, self.validation, self.seed, report)
+        found = usable(images, prompts, chosen, rejected, label, weight)
+        if not found.rows:
+            raise UserError(f"no pair of {self.dataset.path} can be used: {'; '.join(found.left_out)}")
+        return split(found.samples, self.validation, self.seed, [line, *found.left_out])
 
     def _pick(self, row: dict[str, Any], where: str) -> dict[str, Any] | str:
         columns = self.columns
@@ -152,13 +138,13 @@ class PickAPic:
             raise UserError(f"{where}: column {columns['caption']} holds {type(prompt).__name__}, not text")
         if not (prompt or "").strip():
             return UNCAPTIONED
-        chosen, rejected = (picture_bytes(row[str(column)], str(column), where) for column in (first, second))
+        chosen, rejected = (image_bytes(row[str(column)], str(column), where) for column in (first, second))
         if chosen is None or rejected is None:
-            return PICTURELESS
+            return IMAGELESS
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "label": label}
 
     def _label(self, row: dict[str, Any], where: str) -> float | None:
-        """1, 0 or 0.5 for image_0; None where nobody judged."""
+        """P(image_0 is better): 1, 0 or 0.5; None where nobody judged."""
         name, other = str(self.columns["label_0"]), self.columns["label_1"]
         label, opposite = row[name], row.get(other) if other else None
         if label is None or row.get(self.columns["has_label"] or "") is False:
@@ -186,7 +172,7 @@ def _checked_columns(columns: dict[str, str | None]) -> dict[str, str | None]:
 
 
 def _wanted_columns(columns: dict[str, str | None]) -> tuple[dict[str, list[str]], list[str]]:
-    """Columns that must be there by the settings that name them, and those that are read where they are."""
+    """Columns that must be there, by the setting that names each, and columns that are read where they are there."""
     optional = [name for name in ("label_1", "has_label") if columns[name] == COLUMNS[name]]
     needed = [name for name in COLUMNS if columns[name] and name not in optional]  # also those that the user has named
     if columns["chosen"]:

@@ -10,14 +10,16 @@ from dpo_sd.shapes.captions import split_prompts
 
 
 def read_prompts(prompts: str | Sequence[str], seed: int = 0) -> list[str]:
-    """Prompts of a text file (one a line; blank lines and those after a # are none), a list or the shapes world.
+    """Prompts of a text file, a list or the shapes world, each once, in the order of their first appearance.
 
-    "shapes" are the training prompts of the shapes world under a seed, as `data=shapes` and `data=renders` have them;
-    "shapes:held_out" are those that neither has, for training or validation. Each prompt comes once, in the order of
-    its first appearance.
+    Args:
+        prompts: path of a file with one prompt a line, in which blank lines and lines that begin with # are skipped; a
+            list of prompts; "shapes", for the training prompts that `data=shapes` and `data=renders` have; or
+            "shapes:held_out", for those that neither has for training or validation.
+        seed: seed of the split of the latter two.
 
     Raises:
-        UserError: when there is no such file, it is no text, or there are no prompts.
+        UserError: if there is no such file, it is no text, or there are no prompts.
     """
     if prompts == "shapes":
         return split_prompts(seed).train

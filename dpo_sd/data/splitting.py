@@ -1,24 +1,63 @@
-"""Training and validation with disjoint prompts or images."""
+"""Training and validation with disjoint prompts, or disjoint images."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
-from dpo_sd.data.samples import Found, Samples
+from dpo_sd.data.samples import Samples
+from dpo_sd.data.source import Found
 from dpo_sd.errors import UserError
 from dpo_sd.noise import order
 
 ENOUGH = 128  # prompts for a validation grid; more would cost more than the training where pairs are many
+GRID_IMAGES = 16  # training images in the grid, where none are held back
 
 
-def split(samples: Samples, validation: float, seed: int, report: list[str], what: str = "pairs") -> Found:
+@dataclass(frozen=True)
+class Split:
+    """Samples for training and for validation.
+
+    Args:
+        train, validation: samples with disjoint prompts or, of single images, with disjoint images.
+        report: what is used and what is left out, one line each.
+        held_back: whether the validation samples are kept from training; otherwise they are some of those of `train`.
+    """
+
+    train: Samples
+    validation: Samples
+    report: list[str]
+    held_back: bool = True
+
+    @property
+    def prompts(self) -> list[str]:
+        """The different prompts."""
+        return sorted({*self.train.prompts, *self.validation.prompts})
+
+    @property
+    def held_out(self) -> list[str]:
+        """The prompts that only validation has, or all of its prompts where it has no others than training."""
+        prompts = set(self.validation.prompts)
+        return sorted(prompts - set(self.train.prompts) or prompts)
+
+    def found(self) -> Found:
+        """How much that is."""
+        both = len(self.train) + (len(self.validation) if self.held_back else 0)
+        return Found(len(self.train), len(self.validation), both, self.prompts, self.report, self.held_out)
+
+
+def split(samples: Samples, validation: float, seed: int, report: Sequence[str] = (), what: str = "pairs") -> Split:
     """Training and validation with disjoint prompts.
 
     Args:
-        validation: as in `held_back`, of the prompts.
+        validation: share or number of the prompts, as in `held_back`.
+        report: lines that go before the one on the numbers of samples.
+        what: the samples, in the plural.
 
     Raises:
-        UserError: when there are not two prompts, and as `held_back`.
+        UserError: if there are not two prompts, and as `held_back`.
     """
     prompts = sorted(set(samples.prompts))
     if len(prompts) < 2:
@@ -28,17 +67,48 @@ def split(samples: Samples, validation: float, seed: int, report: list[str], wha
         )
     shuffled = [prompts[i] for i in order(seed, 0, len(prompts))]
     apart = set(shuffled[: held_back(validation, len(prompts))])
-    is_held_back = np.array([prompt in apart for prompt in samples.prompts])
-    found = Found(samples.take(np.flatnonzero(~is_held_back)), samples.take(np.flatnonzero(is_held_back)), report)
-    report.append(
-        f"training: {len(found.train)} {what} on {len(prompts) - len(apart)} prompts; "
-        f"validation: {len(found.validation)} on {len(apart)} others"
-    )
-    return found
+    train, held = _parts(samples, np.array([prompt in apart for prompt in samples.prompts]))
+    counted = f"training: {len(train)} {what} on {len(prompts) - len(apart)} prompts; "
+    return Split(train, held, [*report, f"{counted}validation: {len(held)} on {len(apart)} others"])
+
+
+def split_images(samples: Samples, validation: float, seed: int, report: Sequence[str] = ()) -> Split:
+    """Training and validation with different images; with none held back, validation is on some of those of training.
+
+    Args:
+        validation: 0, or share or number of the images as in `held_back`.
+        report: lines that go before the one on the numbers of samples.
+
+    Raises:
+        UserError: as `held_back`.
+    """
+    images = np.unique(samples.chosen.sha256)
+    shuffled = images[order(seed, 0, len(images))]
+    if validation == 0 or len(images) == 1:
+        grid = samples.take(np.flatnonzero(np.isin(samples.chosen.sha256, shuffled[:GRID_IMAGES])))
+        line = (
+            f"training: {len(samples)} pictures, none held back: the validation grid is of {len(grid)} of them, "
+            "and does not show whether the training learns them by heart"
+        )
+        return Split(samples, grid, [*report, line], held_back=False)
+    apart = shuffled[: held_back(validation, len(images))]
+    train, held = _parts(samples, np.isin(samples.chosen.sha256, apart))
+    return Split(train, held, [*report, f"training: {len(train)} pictures; validation: {len(held)} others"])
+
+
+def _parts(samples: Samples, is_held_back: np.ndarray) -> tuple[Samples, Samples]:
+    return samples.take(np.flatnonzero(~is_held_back)), samples.take(np.flatnonzero(is_held_back))
 
 
 def check_validation(validation: float, most: int | None = None) -> None:
-    """Refuse what is neither a share nor a number, and more than half of what there is at most, if that is known."""
+    """Refuses a value that is neither a share nor a number, or more than half of the data.
+
+    Args:
+        most: prompts or images there can be, if that is known.
+
+    Raises:
+        UserError: if it is so.
+    """
     if not (0 < validation <= 0.5 or (validation >= 1 and validation == int(validation))):
         raise UserError(
             f"validation must be a share above 0 and at most 0.5, or how many, from 1 on, got {validation:g}"
@@ -48,13 +118,13 @@ def check_validation(validation: float, most: int | None = None) -> None:
 
 
 def held_back(validation: float, n: int) -> int:
-    """How many of n prompts or pictures are for validation, at least one.
+    """How many of n prompts or images are for validation, at least one.
 
     Args:
-        validation: a share, in (0, 0.5], that is taken as far as `ENOUGH`; or how many, from 1 to half of them.
+        validation: a share, in (0, 0.5], that is taken as far as `ENOUGH`; or a number, from 1 to n // 2.
 
     Raises:
-        UserError: when it is more than half of them.
+        UserError: if it is more than half of them.
     """
     if validation < 1:
         return max(1, min(ENOUGH, int(validation * n)))
@@ -63,25 +133,24 @@ def held_back(validation: float, n: int) -> int:
     return int(validation)
 
 
-GRID_PICTURES = 16  # of the training pictures, where none are held back
-
-
-def split_pictures(samples: Samples, validation: float, seed: int, report: list[str]) -> Found:
-    """Training and validation with different pictures; with no share held back, validation is on those of the training.
+def at_most(rows: int | None, wanted: int | None, what: str, validation: float, unknown: str = "") -> Found:
+    """How much there can be in a dataset of which nothing has been read yet.
 
     Args:
-        validation: 0, or as in `held_back`, of the pictures.
+        rows: rows that the dataset has; None where that is not known.
+        wanted: samples that are taken at most; None takes all.
+        what: the samples, in the plural.
+        validation: 0, or share or number as in `held_back`.
+        unknown: what else only reading will show, in words that end a sentence.
+
+    Raises:
+        UserError: as `held_back`.
     """
-    pictures = np.unique(samples.chosen.sha256)
-    shuffled = pictures[order(seed, 0, len(pictures))]
-    if validation == 0 or len(pictures) == 1:
-        shown = np.flatnonzero(np.isin(samples.chosen.sha256, shuffled[:GRID_PICTURES]))
-        report.append(
-            f"training: {len(samples)} pictures, none held back: the validation grid is of {len(shown)} of them, "
-            "and does not show whether the training learns them by heart"
-        )
-        return Found(samples, samples.take(shown), report)
-    is_held_back = np.isin(samples.chosen.sha256, shuffled[: held_back(validation, len(pictures))])
-    found = Found(samples.take(np.flatnonzero(~is_held_back)), samples.take(np.flatnonzero(is_held_back)), report)
-    report.append(f"training: {len(found.train)} pictures; validation: {len(found.validation)} others")
-    return found
+    most = min((n for n in (rows, wanted) if n is not None), default=None)
+    coming = f"to be {'fetched' if rows is None else 'read'}{unknown}"
+    if most is None:
+        return Found(None, 0, 0, 0, [f"all there are: {coming}"], fetched=False)
+    apart = held_back(validation, most) if validation and most > 1 else 0
+    counted = ("rows" if most == rows else what).removesuffix("s" if most == 1 else "")
+    line = f"at most {most} {counted}, {apart or 'none'} of them held back: {coming}"
+    return Found(most - apart, apart or min(GRID_IMAGES, most), most, most, [line], fetched=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_sd.errors import UserError
 from dpo_sd.files.hashes import sha256
+from dpo_sd.models.hub import hub_errors, no_consent, not_there
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -23,36 +25,41 @@ class TabularDataset:
 
     Args:
         path: `owner/name`, folder or file.
-        split: which part.
+        split: name of the part to read.
         revision: branch, tag or commit of a repository; None takes its main branch as it is when it is first read.
 
     Raises:
-        UserError: when it cannot be one, there is no such split, or a file is no parquet file.
+        UserError: if it can be no dataset.
     """
 
     def __init__(self, path: str, split: str = "train", revision: str | None = None):
         self.path, self.split, self.revision = path, split, revision
-        local = Path(path).expanduser()
-        self.files: list[Path] | None = None  # on the Hub, they are known once it is asked
-        if local.exists():
+        self._local = Path(path).expanduser()
+        if self._local.exists():
             if revision is not None:
                 raise UserError(f"{path} is on this computer and has no revision={revision}: leave it out")
-            self.files = self._local_files(local)
-            self._schemas = {file: _schema(file) for file in self.files}
         elif not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
             raise UserError(
                 f"{path}: there is no such folder or file, and a dataset on the Hub is written owner/name, "
                 "as yuvalkirstain/pickapic_v2"
             )
 
-    def _local_files(self, local: Path) -> list[Path]:
-        if local.is_file():
-            return [local]
-        if not any(local.rglob("*.parquet")):
-            raise UserError(f"{local} holds no parquet file")
+    @functools.cached_property
+    def files(self) -> list[Path] | None:
+        """The parquet files of the split; None on the Hub, where they are known once it is asked.
+
+        Raises:
+            UserError: if a local folder has none, or no such split.
+        """
+        if not self._local.exists():
+            return None
+        if self._local.is_file():
+            return [self._local]
+        if not any(self._local.rglob("*.parquet")):
+            raise UserError(f"{self._local} holds no parquet file")
         from datasets import load_dataset_builder
 
-        files = load_dataset_builder("parquet", data_dir=str(local)).config.data_files or {}
+        files = load_dataset_builder("parquet", data_dir=str(self._local)).config.data_files or {}
         self._check_split(files)
         return [Path(file) for file in files[self.split]]
 
@@ -63,20 +70,26 @@ class TabularDataset:
                 f"{self.path} has no split {self.split}: it has {', '.join(splits)}; write data.split=<one of them>"
             )
 
-    def check(self, needed: Needed) -> None:
-        """Refuses a local dataset in which a column is missing; one on the Hub is checked when it is read.
+    def length(self, needed: Needed) -> int | None:
+        """Rows of local files, by their metadata alone; None on the Hub, where nothing is asked.
 
         Args:
             needed: columns.
 
         Raises:
-            UserError: when one is missing, naming those that there are.
+            UserError: if a file is no parquet file, or a column is missing, naming those that there are.
         """
-        for file in self.files or []:
-            check_columns(needed, self._schemas[file], str(file))
+        if self.files is None:
+            return None
+        rows = 0
+        for file in self.files:
+            columns, n = _metadata(file)
+            check_columns(needed, columns, str(file))
+            rows += n
+        return rows
 
     def identity(self) -> list[str | None]:
-        """What tells it from other datasets: of local files their content, wherever they lie."""
+        """The values that tell it from other datasets: for local files their hashes, wherever they lie."""
         if self.files is None:
             return [self.path, self.split, self.revision]
         return [sha256(file) for file in self.files]
@@ -85,28 +98,28 @@ class TabularDataset:
         """The commit that the revision means now; None for local files.
 
         Raises:
-            UserError: when the Hub cannot be reached, or has no such dataset.
+            UserError: if the Hub cannot be reached, or has no such dataset.
         """
         if self.files is not None:
             return None
         from huggingface_hub import HfApi
 
-        with self._reading():
+        with self.reading():
             return HfApi().dataset_info(self.path, revision=self.revision, timeout=10).sha
 
     def stream(self, needed: Needed, optional: Sequence[str], commit: str | None) -> tuple[IterableDataset, list[str]]:
-        """Its rows, pictures undecoded, and the names of its files.
+        """Its rows, images undecoded, and the names of its files.
 
         Args:
             needed, optional: columns; those of the latter that are there are read too.
-            commit: of a repository.
+            commit: hash of a repository's commit.
 
         Raises:
-            UserError: when it cannot be read, or a column is missing.
+            UserError: if it cannot be read, or a column is missing.
         """
         from datasets import load_dataset_builder
 
-        with self._reading():
+        with self.reading():
             if self.files is None:
                 builder = load_dataset_builder(self.path, revision=commit)
             else:
@@ -124,41 +137,44 @@ class TabularDataset:
             ]
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Turns what goes wrong into one line that says what to do."""
+    def reading(self) -> Iterator[None]:
+        """Turns errors of reading into one line that says what to do.
+
+        Raises:
+            UserError: if something goes wrong inside.
+        """
         from datasets.exceptions import DatasetNotFoundError
-        from huggingface_hub import constants
-        from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
         from pyarrow import ArrowException
 
-        try:
-            yield
-        except UserError:
-            raise
-        except RevisionNotFoundError as error:
-            raise UserError(f"{self.path} has no revision {self.revision} on the Hub") from error
-        except (RepositoryNotFoundError, DatasetNotFoundError) as error:
-            if isinstance(error, GatedRepoError) or "is a gated dataset" in str(error):
-                why = f"{self.path} asks for consent: accept its terms on its page, then hf auth login"
-            else:
-                why = f"the Hub has no public dataset {self.path}: check its name, or hf auth login"
-            raise UserError(why) from error
-        except (HTTPError, ArrowException, OSError, ValueError) as error:
-            message = next(iter(str(error).splitlines()), type(error).__name__)
-            if self.files is not None:
-                raise UserError(f"{self.path} cannot be read: {message}") from error
-            why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the Hub cannot be read ({message})"
-            raise UserError(
-                f"{self.path}: {why}; start again with a network, which goes on where this ended, or give a local "
-                "folder of parquet files as data.path"
-            ) from error
+        with hub_errors(self.path, "dataset ", self.revision, self._unreadable):
+            try:
+                yield
+            except DatasetNotFoundError as error:
+                gated = "is a gated dataset" in str(error)
+                raise (no_consent(self.path) if gated else not_there(self.path, "dataset ")) from error
+            except ArrowException as error:
+                raise ValueError(error) from error
+
+    def _unreadable(self, error: Exception, offline: bool) -> str:
+        message = next(iter(str(error).splitlines()), type(error).__name__)
+        if self.files is not None:
+            return f"{self.path} cannot be read: {message}"
+        why = "HF_HUB_OFFLINE is set" if offline else f"the Hub cannot be read ({message})"
+        return (
+            f"{self.path}: {why}; start again with a network, which goes on where this ended, or give a local "
+            "folder of parquet files as data.path"
+        )
 
 
 def check_columns(needed: Needed, there: Sequence[str], where: str) -> None:
-    """Refuses what lacks a column.
+    """Refuses a table that lacks a column.
+
+    Args:
+        there: names of its columns.
+        where: name of the table, for the message.
 
     Raises:
-        UserError: naming the columns that there are, and the setting that names another.
+        UserError: if one is missing, naming the columns that there are, and the setting that names another.
     """
     for setting, columns in needed.items():
         if not set(columns) & set(there):
@@ -168,12 +184,13 @@ def check_columns(needed: Needed, there: Sequence[str], where: str) -> None:
             )
 
 
-def _schema(file: Path) -> list[str]:
-    """Names of the columns of a parquet file."""
+def _metadata(file: Path) -> tuple[list[str], int]:
+    """Names of the columns, and number of rows, of a parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_schema(file).names
+        metadata = pq.read_metadata(file)
+        return metadata.schema.to_arrow_schema().names, metadata.num_rows
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{file} is no parquet file, or it is damaged: {str(error).splitlines()[0]}") from error

@@ -1,4 +1,4 @@
-"""Prompts, and what the text encoders make of them."""
+"""Prompts, and their embeddings by the text encoders."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ if TYPE_CHECKING:
 
 
 def encode_texts(
-    model: StableDiffusion, texts: Sequence[str], rows: Sequence[int], cache: Cache, report: list[str]
-) -> Prompts:
-    """Prompts with what the text encoders make of them, kept in the cache unless the step is to ask them itself.
+    model: StableDiffusion, texts: Sequence[str], rows: Sequence[int], cache: Cache
+) -> tuple[Prompts, list[str]]:
+    """Prompts with their embeddings, and lines for the report on damage in the cache.
+
+    The embeddings are kept in the cache, or left out where the step asks the text encoders itself.
 
     Args:
-        texts: each once.
-        rows: which of them each sample has.
-        report: gets a line for what the cache held and cannot be read.
+        texts: prompts, each once.
+        rows: the number in `texts` of each sample's prompt.
     """
     import numpy as np
     from tqdm import tqdm
@@ -30,7 +31,7 @@ def encode_texts(
     from dpo_sd.files.tensors import content_key
 
     if cache.keep != "all":
-        return Prompts(texts, np.asarray(rows), None)
+        return Prompts(texts, np.asarray(rows), None), []
     stores = [cache.store("hidden"), *([cache.store("pooled")] if model.family.pooled else [])]
     wanted = [*texts, ""]
     encoder = [model.fingerprints.text, adapter_key(model, "policy", "text_encoder")]  # a LoRA may change it too
@@ -47,9 +48,9 @@ def encode_texts(
             bar.update(len(part))
     for store in stores:
         store.flush()
-        report += store.notes
     hidden, *pooled = (store.rows(keys) for store in stores)
-    return Prompts(texts, np.asarray(rows), hidden, pooled[0] if pooled else None)
+    notes = [note for store in stores for note in store.notes]
+    return Prompts(texts, np.asarray(rows), hidden, pooled[0] if pooled else None), notes
 
 
 def too_long(model: StableDiffusion, prompts: Sequence[str]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Tensors on disk by what they were made from, in shards that appear whole or not at all."""
+"""Tensors in safetensors files: what a file's header says, and a store of tensors by what they were made from."""
 
 from __future__ import annotations
 
@@ -8,24 +8,86 @@ import math
 import os
 import struct
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from dpo_sd.errors import UserError
 from dpo_sd.files.atomic import replacing
+from dpo_sd.files.room import writing
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-SHARD = 256  # tensors: what a killed run has to compute again at most
-OPEN = 64  # shards that are kept open for reading
 KEY = 24  # hexadecimal digits
+# bytes of a number by its name in safetensors; newer kinds are not measured
+_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
+_BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 _DAMAGE = (ValueError, struct.error, AttributeError, TypeError, KeyError, IndexError, RecursionError)
+
+
+class HeaderError(ValueError):
+    """No safetensors file, or a damaged one; the text says why and does not name the file."""
+
+
+class Header(NamedTuple):
+    """The beginning of a safetensors file, with one entry per tensor in each mapping.
+
+    Args:
+        shapes: sizes of each tensor by its name, in the order of the header.
+        dtypes: safetensors' name of the kind of numbers, "F32" for example.
+        offsets: where the bytes of each tensor begin in the file.
+        metadata: texts by key; empty where the file has none.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    offsets: dict[str, int]
+    metadata: dict[str, str]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors, in the order of the header."""
+        return list(self.shapes)
+
+
+def read_header(file: str | Path) -> Header:
+    """The header of a safetensors file, checked against the file's size; no tensor is read.
+
+    Raises:
+        HeaderError: if it is no safetensors file, or one that is cut short or inconsistent.
+        OSError: if it cannot be read.
+    """
+    with open(file, "rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
+        try:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            if length > size:
+                raise ValueError("its header is longer than the file")
+            return _header(json.loads(opened.read(length)), 8 + length, size)
+        except _DAMAGE as error:
+            raise HeaderError(str(error)) from error
+
+
+def _header(entries: dict[str, Any], start: int, size: int) -> Header:
+    metadata = entries.pop("__metadata__", None) or {}
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata holds more than texts")
+    shapes = {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
+    dtypes = {name: str(entry["dtype"]) for name, entry in entries.items()}
+    end = 0  # of the tensors that were looked at, in bytes behind the header
+    for (begins, ends), name in sorted((entry["data_offsets"], name) for name, entry in entries.items()):
+        length = _BYTES.get(dtypes[name], 0) * math.prod(shapes[name])
+        if begins != end or ends < begins or (dtypes[name] in _BYTES and ends - begins != length):
+            raise ValueError(f"the place of {name} is not that of its numbers")
+        end = ends
+    if start + end != size:
+        raise ValueError("it is cut short" if start + end > size else "it goes on behind its last tensor")
+    return Header(shapes, dtypes, {name: start + entry["data_offsets"][0] for name, entry in entries.items()}, metadata)
 
 
 def content_key(**made_from: Any) -> str:
@@ -34,51 +96,58 @@ def content_key(**made_from: Any) -> str:
 
 
 class TensorStore:
-    """A folder of safetensors files that together hold one tensor per key, all of one precision.
+    """A folder of safetensors files (shards) that together hold one tensor per key, all of one precision.
 
-    Several runs may read and write it at once: a file, once there, never changes.
+    Several runs may read and write it at once: a shard appears whole or not at all, and never changes.
 
     Args:
         folder: made when something is first kept.
-        dtype: of the tensors.
+        dtype: precision of the tensors.
+        shard_size: tensors per shard, which a killed run has to compute again at most.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype):
-        self.folder, self.dtype = folder, dtype
+    def __init__(self, folder: Path, dtype: torch.dtype, shard_size: int = 256):
+        self.folder, self.dtype, self.shard_size = folder, dtype, shard_size
         self.notes: list[str] = []
         self._waiting: dict[str, Tensor] = {}
         self._stale = False  # whether the index lacks what was written since
         self._read_index()
 
     def _read_index(self) -> None:
-        """Where every key lies, as sorted columns: Python objects would not do for millions."""
+        """Reads where every key lies into columns that are sorted by key: objects would not do for millions.
+
+        Row i of the index says that key `_keys[i]` lies in shard number `_shards[i]`, an index into `files`, from byte
+        `_offsets[i]` on, and has shape number `_shape_numbers[i]`, an index into `shapes`.
+        """
         self.files: list[Path] = []
-        keys, shards, offsets, numbers = [], [], [], []
+        columns = [_columns([]), np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int16)]
+        parts = [[column] for column in columns]
         known: dict[tuple[int, ...], int] = {}
         for file in sorted(self.folder.glob("*.safetensors")):
-            try:
-                start, header = _header(file)
-                shapes = [tuple(map(int, entry["shape"])) for entry in header.values()]
-                offsets.append(np.array([entry["data_offsets"][0] for entry in header.values()], np.int64) + start)
-            except OSError as error:
-                self.notes.append(f"{file} cannot be read ({error}): what it held is computed anew")
+            if (header := self._header(file)) is None:
                 continue
-            except _DAMAGE as error:
-                self.notes.append(f"{file} is damaged ({error}): it is deleted, and what it held is computed anew")
-                with suppress(OSError):
-                    file.unlink()
-                continue
-            keys.append(np.array([key.encode() for key in header], f"S{KEY}"))
-            shards.append(np.full(len(header), len(self.files), np.int32))
-            numbers.append(np.array([known.setdefault(shape, len(known)) for shape in shapes], np.int16))
+            numbers = [known.setdefault(shape, len(known)) for shape in header.shapes.values()]
+            names = [name.encode() for name in header.names]
+            read = (names, [len(self.files)] * len(numbers), list(header.offsets.values()), numbers)
+            for part, column, values in zip(parts, columns, read, strict=True):
+                part.append(np.array(values, column.dtype))
             self.files.append(file)
         self.shapes, self._stale = list(known), False
-        together = np.concatenate([np.empty(0, f"S{KEY}"), *keys])
-        order = np.argsort(together, kind="stable")
-        self._keys = together[order]
-        self._shards = np.concatenate([np.empty(0, np.int32), *shards])[order]
-        self._offsets = np.concatenate([np.empty(0, np.int64), *offsets])[order]
-        self._shape_numbers = np.concatenate([np.empty(0, np.int16), *numbers])[order]
+        keys, *others = map(np.concatenate, parts)
+        order = np.argsort(keys, kind="stable")
+        self._keys, self._shards, self._offsets, self._shape_numbers = (part[order] for part in (keys, *others))
+
+    def _header(self, file: Path) -> Header | None:
+        """The header of a shard; None, with a note, where it cannot be read or is damaged and deleted."""
+        try:
+            return read_header(file)
+        except HeaderError as error:
+            self.notes.append(f"{file} is damaged ({error}): it is deleted, and what it held is computed anew")
+            with suppress(OSError):
+                file.unlink()
+        except OSError as error:
+            self.notes.append(f"{file} cannot be read ({error}): what it held is computed anew")
+        return None
 
     def lacks(self, keys: Sequence[str] | np.ndarray) -> np.ndarray:
         """Whether nothing is kept under each key: (n,), bool."""
@@ -94,17 +163,17 @@ class TensorStore:
         return np.where(self._keys[places] == wanted, places, -1)
 
     def put(self, key: str, tensor: Tensor) -> None:
-        """Keeps a tensor; it is on disk after the next `flush` or when `SHARD` of them wait.
+        """Keeps a tensor; it is on disk after the next `flush` or when `shard_size` of them wait.
 
         Raises:
-            UserError: when there is no room on the disk; what was written before stays.
+            UserError: if there is no room on the disk; what was written before stays.
         """
         self._waiting[key] = tensor.detach().to("cpu", self.dtype).contiguous().clone()
-        if len(self._waiting) >= SHARD:
+        if len(self._waiting) >= self.shard_size:
             self._write()
 
     def flush(self) -> None:
-        """Writes what waits; it can be read afterwards.
+        """Writes the tensors that wait; they can be read afterwards.
 
         Raises:
             UserError: as `put`.
@@ -120,21 +189,15 @@ class TensorStore:
 
         name = hashlib.sha256("".join(sorted(self._waiting)).encode()).hexdigest()[:KEY]
         file = self.folder / f"{name}.safetensors"
-        try:
-            with replacing(file) as temporary:
-                save_file(self._waiting, temporary)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{file} cannot be written ({error}): make room, or choose another place with cache_dir=<folder>; "
-                "what is complete is kept"
-            ) from error
+        with writing(file, SafetensorError), replacing(file) as temporary:
+            save_file(self._waiting, temporary)
         self._waiting, self._stale = {}, True
 
     def rows(self, keys: Sequence[str] | np.ndarray) -> StoredTensors:
         """The tensors under these keys, in this order, to be read from disk one by one.
 
         Raises:
-            KeyError: when one is missing; `flush` comes before.
+            KeyError: if one is missing; `flush` comes before.
         """
         places = self._places(_columns(keys))
         if (places < 0).any():
@@ -147,6 +210,12 @@ class StoredTensors:
     """A sequence of tensors on disk; it holds 14 bytes for each, and reads without mapping files into memory.
 
     Made by `TensorStore.rows`.
+
+    Args:
+        files, shapes: shards, and shapes, that the columns count.
+        dtype: precision of all tensors.
+        shards, offsets, shape_numbers: columns as in the store's index, one row per tensor.
+        most_open: shards that are open for reading at once.
     """
 
     def __init__(
@@ -157,8 +226,9 @@ class StoredTensors:
         shards: np.ndarray,
         offsets: np.ndarray,
         shape_numbers: np.ndarray,
+        most_open: int = 64,
     ):
-        self.files, self.shapes, self.dtype = files, shapes, dtype
+        self.files, self.shapes, self.dtype, self.most_open = files, shapes, dtype, most_open
         self.shards, self.offsets, self.shape_numbers = shards, offsets, shape_numbers
         self._open: OrderedDict[int, int] = OrderedDict()  # descriptors by shard, the latest used last
 
@@ -175,9 +245,6 @@ class StoredTensors:
             raise UserError(f"{self.files[self.shards[row]]} is cut short: delete it, and its tensors are made anew")
         return torch.frombuffer(bytearray(data), dtype=self.dtype).reshape(shape)
 
-    def shape(self, row: int) -> tuple[int, ...]:
-        return self.shapes[self.shape_numbers[row]]
-
     def _descriptor(self, shard: int) -> int:
         if shard in self._open:
             self._open.move_to_end(shard)
@@ -186,31 +253,17 @@ class StoredTensors:
                 self._open[shard] = os.open(self.files[shard], os.O_RDONLY)
             except FileNotFoundError as error:
                 raise UserError(f"{self.files[shard]} was deleted while it was in use: start again") from error
-            if len(self._open) > OPEN:
+            if len(self._open) > self.most_open:
                 os.close(self._open.popitem(last=False)[1])
         return self._open[shard]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Mapping[str, Any]:
         return self.__dict__ | {"_open": OrderedDict()}  # another process opens the files itself
 
     def __del__(self) -> None:
-        for descriptor in getattr(self, "_open", {}).values():
+        for descriptor in self.__dict__.get("_open", {}).values():
             os.close(descriptor)
 
 
 def _columns(keys: Sequence[str] | np.ndarray) -> np.ndarray:
     return np.asarray(keys).astype(f"S{KEY}")
-
-
-def _header(file: Path) -> tuple[int, dict[str, Any]]:
-    """Where the data of a safetensors file begins, and its entries by key."""
-    with open(file, "rb") as opened:
-        (length,) = struct.unpack("<Q", opened.read(8))
-        if length > os.path.getsize(file):
-            raise ValueError("its header is longer than the file")
-        header = json.loads(opened.read(length))
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if 8 + length + end > os.path.getsize(file):
-        raise ValueError("it is cut short")
-    return 8 + length, header

@@ -25,7 +25,7 @@ def kept(workload: Workload, model: StableDiffusion, found: Found) -> dict[str, 
     parts = {}
     if found.drawn:
         parts["drawn pictures"] = found.drawn * 3 * area
-    if found.kept:
+    if found.cached:
         images = found.both * workload.images_per_sample * (2 if workload.flip else 1)
         texts = found.prompts if isinstance(found.prompts, int) else len(found.prompts)
         embedding = math.prod(model.hidden_shape) + (model.pooled_width or 0)

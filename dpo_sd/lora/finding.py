@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_sd.errors import UserError
+from dpo_sd.files import tensors
 from dpo_sd.lora.names import KEYS
 from dpo_sd.lora.weights import PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS_NAME
 from dpo_sd.models.families import NETWORKS
@@ -121,8 +122,6 @@ def peft_config(folder: Path) -> dict[str, Any]:
 
 def read_header(path: Path) -> Header:
     """The header of a safetensors file; raises UserError if it is none, or a pickle."""
-    from safetensors import SafetensorError, safe_open
-
     with open(path, "rb") as file:
         start = file.read(9)
     if not start:
@@ -131,13 +130,12 @@ def read_header(path: Path) -> Header:
     if not start.endswith(b"{") and (path.suffix in PICKLES or start.startswith((b"PK\x03\x04", b"\x80"))):
         _refuse_pickle(path)
     try:
-        with safe_open(path, framework="numpy") as file:
-            keys, metadata = sorted(file.keys()), file.metadata() or {}
-            adapters = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-            _check_numbers(adapters, ["", *(f"{network}." for network in NETWORKS)])
-    except (SafetensorError, ValueError, AttributeError) as error:
+        header = tensors.read_header(path)
+        adapters = json.loads(header.metadata.get("lora_adapter_metadata", "{}"))
+        _check_numbers(adapters, ["", *(f"{network}." for network in NETWORKS)])
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{path} is corrupt or no safetensors file ({error}): fetch or export it again") from error
-    return Header(keys, metadata, adapters)
+    return Header(sorted(header.names), header.metadata, adapters)
 
 
 def _check_numbers(settings: dict[str, Any], prefixes: list[str]) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_sd.errors import UserError
+from dpo_sd.files.tensors import HeaderError, read_header
 from dpo_sd.models.families import FAMILIES, family_of_file, family_of_unet
 
 if TYPE_CHECKING:
@@ -91,13 +90,9 @@ def _family_of_file(file: Path) -> FamilyName | None:
     return family_of_file(shapes, widths.pop())
 
 
-def _shapes(file: Path) -> dict[str, list[int]]:
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in a safetensors file, by name."""
     try:
-        with open(file, "rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            if length > os.path.getsize(file):
-                raise ValueError("its header is longer than the file")
-            return {key: entry["shape"] for key, entry in json.loads(opened.read(length)).items() if "shape" in entry}
-    except (OSError, ValueError, struct.error, AttributeError, TypeError) as error:
+        return read_header(file).shapes
+    except (OSError, HeaderError) as error:
         raise UserError(f"{file} is no safetensors file, or damaged ({error}): fetch it again") from error
