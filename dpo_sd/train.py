@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_sd.composition.application import entry_point
+from dpo_sd.composition.options import own_flags
 from dpo_sd.data.cache import Cache
 from dpo_sd.errors import UserError
 from dpo_sd.training import cluster
@@ -24,135 +24,202 @@ from dpo_sd.training.resume import check_same, check_same_run, newest_checkpoint
 if TYPE_CHECKING:
     from dpo_sd.callbacks.run_record import RunRecord
     from dpo_sd.callbacks.watcher import Run, Watcher
-    from dpo_sd.data.source import Source
+    from dpo_sd.data.datamodule import DataModule
+    from dpo_sd.data.source import Found, PreparedData, Source
+    from dpo_sd.forecast.workload import Workload
+    from dpo_sd.judges.judge import Judge
+    from dpo_sd.lora.attaching import LoRA
+    from dpo_sd.losses import Loss
+    from dpo_sd.models.base import Base
     from dpo_sd.models.stable_diffusion import StableDiffusion
+    from dpo_sd.training.hardware import Hardware
     from dpo_sd.training.reference_cache import ReferenceErrors
+    from dpo_sd.training.step import DiffusionModule
 
 log = logging.getLogger(__name__)
+
+
+class Parts(NamedTuple):
+    """The objects of a composition, all of them light: values are checked, and nothing is loaded."""
+
+    hardware: Hardware
+    loss: Loss
+    lora: LoRA
+    sampler: Any
+    framing: Any
+    optimizer: Any
+    source: Source
+    base: Base
+    judge: Judge | None
+    cache: Cache
 
 
 @entry_point("train", resumable=True)
 def main(cfg: DictConfig) -> float | None:
     """One run from its composition; returns the win rate of its verdict, for sweeps that search.
 
-    What is cheap is built first, so that a mistake is met before any weights load.
+    Cheap parts come first, so that a mistake is met before any weights load.
     """
-    run = Path(HydraConfig.get().runtime.output_dir)
-    settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    choices = HydraConfig.get().runtime.choices
-
-    hardware = instantiate(cfg.hardware)
-    hardware.check(cfg.trainer.devices, preset=choices.get("hardware"))
-    loss, lora, sampler, framing, optimizer, source, base = (
-        instantiate(cfg[group]) for group in ("loss", "lora", "sampler", "framing", "optimizer", "data", "model")
-    )
-    judge = instantiate(cfg.judge) if cfg.judge else None
-    lora.check()
-    cache = Cache(Path(cfg.cache_dir).expanduser(), cfg.cache, half=hardware.weights != "float32")
-    optimizer.check(cfg.trainer.max_steps)
-    resume = resumed(cfg, run)
-    world_size = cfg.trainer.devices * cfg.trainer.num_nodes
-    accumulation = hardware.accumulation(cfg.pairs_per_update, world_size)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    parts = composed(cfg)
+    accumulation = parts.hardware.accumulation(cfg.pairs_per_update, processes(cfg))
+    resume = resumed(cfg, folder)
     checkpoint = newest_checkpoint(resume)
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
     if checkpoint is not None:
         check_same_run(checkpoint, settings)
-    found = source.find(cache, fetch=True)  # data of no use is met before weights load
-
-    import torch
+    found = parts.source.find(parts.cache, fetch=True)  # data of no use is met before weights load
 
     from dpo_sd.callbacks.metrics import Metrics
     from dpo_sd.callbacks.run_record import RunRecord
     from dpo_sd.callbacks.watcher import Run
-    from dpo_sd.data.datamodule import DataModule
     from dpo_sd.forecast.explaining import explained
-    from dpo_sd.forecast.workload import Workload
-    from dpo_sd.models import compilation
-    from dpo_sd.training.provenance import device_name
-    from dpo_sd.training.step import DiffusionModule, needed_networks
     from dpo_sd.training.trainer import make_trainer
 
-    record = RunRecord(run, settings, list(HydraConfig.get().overrides.task))
+    record = RunRecord(folder, settings, list(HydraConfig.get().overrides.task))
     metrics = Metrics(cfg.trainer.log_every, cfg.trainer.validate_every)
     watchers = [metrics, *composed_watchers(cfg.callbacks), record]
-    trainer = make_trainer(cfg, hardware, run, accumulation, watchers)
+    trainer = make_trainer(cfg, parts.hardware, folder, accumulation, watchers)
+    say(f"run     {folder}")
+    model = loaded(parts, cfg.seed)
+    check_model(parts, model, found, watchers)
+    with continuable(folder), explained(workload(cfg, parts, model), partial(going_on, folder)):
+        data = prepared(parts, model, record, resume, checkpoint, trainer.is_global_zero)
+        say(update_line(cfg, parts, accumulation, len(data.train)))
+        if trainer.is_global_zero:
+            record.add(**identity(cfg, parts, model, data))
+        module, datamodule = step(cfg, parts, model, data, trainer.global_rank, checkpoint is not None)
+        module.identity = {"settings": settings, "data": data.fingerprint, "model": model.fingerprint}
+        run = Run(trainer, module, datamodule, parts.judge)
+        for watcher in watchers:
+            watcher.run = run
+            if promise := watcher.promise(run):
+                say(promise)
+        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    return conclude(run, watchers, record)
 
-    say(f"run     {run}")
-    model = loaded(base, hardware, lora, cfg.seed)
-    source.check(model)
-    size = (sampler.width or model.resolution, sampler.height or model.resolution)
+
+def composed(cfg: DictConfig) -> Parts:
+    """The parts of a training, checked as far as that is cheap.
+
+    Raises:
+        UserError: if a value is out of range, or the machine, a LoRA file or the optimiser's package is not there.
+    """
+    hardware = instantiate(cfg.hardware)
+    hardware.check(cfg.trainer.devices, preset=HydraConfig.get().runtime.choices.get("hardware"))
+    groups = ("loss", "lora", "sampler", "framing", "optimizer", "data", "model")
+    judge = instantiate(cfg.judge) if cfg.judge else None
+    cache = Cache(Path(cfg.cache_dir).expanduser(), cfg.cache, half=hardware.weights != "float32")
+    parts = Parts(hardware, *(instantiate(cfg[group]) for group in groups), judge, cache)
+    parts.lora.check()
+    parts.optimizer.check(cfg.trainer.max_steps)
+    return parts
+
+
+def processes(cfg: DictConfig) -> int:
+    """How many processes train together, one on each device."""
+    return cfg.trainer.devices * cfg.trainer.num_nodes
+
+
+def check_model(parts: Parts, model: StableDiffusion, found: Found, watchers: Sequence[Watcher]) -> None:
+    """Refuses a model that the data, or a watcher such as the verdict with its judge, can do nothing with.
+
+    Raises:
+        UserError: if it cannot be used.
+    """
+    parts.source.check(model)
+    size = (parts.sampler.width or model.resolution, parts.sampler.height or model.resolution)
     for watcher in watchers:
-        watcher.check(judge, size, found.held_out)
+        watcher.check(parts.judge, size, found.held_out)
+
+
+def prepared(
+    parts: Parts, model: StableDiffusion, record: RunRecord, resume: str | None, checkpoint: Path | None, first: bool
+) -> PreparedData:
+    """The encoded data, said line by line; with a checkpoint, it and the model are those of the checkpoint.
+
+    The record begins once nothing can be refused any more; `first` says whether this process writes it.
+    """
     if checkpoint is not None:
         check_same(checkpoint, "model", model.fingerprint)
-    elif trainer.is_global_zero:
+    elif first:
         record.begin()
-    takes = Workload(
-        model.name,
-        lora,
-        loss,
-        optimizer,
-        hardware,
-        sampler,
-        framing.resolution or model.resolution,
-        cfg.cache,
-        cfg.pairs_per_update // world_size,
-    )
-    with continuable(run), explained(takes, partial(going_on, run)):
-        data = source.prepare(model, sampler, framing, cache)
-    for line in [*data.report, *reference_notes(source, lora.init_from)]:
+    data = parts.source.prepare(model, parts.sampler, parts.framing, parts.cache)
+    for line in [*data.report, *reference_notes(parts.source, parts.lora.init_from)]:
         say(f"data    {line}")
     if checkpoint is not None:
         check_same(checkpoint, "data", data.fingerprint)
         say(f"resume  {checkpoint}")
-        if trainer.is_global_zero:
+        if first:
             record.begin()
     elif resume:
         say(f"resume  {resume} has no checkpoint yet: starting it again from its first update")
-    micro = f"{accumulation} x {hardware.micro_batch}" + (f" on {world_size} devices" if world_size > 1 else "")
-    passes = cfg.pairs_per_update * cfg.trainer.max_steps / len(data.train)
-    each = f"{cfg.pairs_per_update} {'pairs' if source.has_pairs else 'pictures'} ({micro})"
-    say(f"update  {each}, {cfg.trainer.max_steps} updates, which is {passes:.3g} passes over the data")
-    if trainer.is_global_zero:
-        record.add(
-            device=device_name(hardware.accelerator),
-            model={"name": model.name, "path": cfg.model.path, "fingerprint": model.fingerprint},
-            data=data.fingerprint,
-            parents=[lora.init_from] if lora.init_from else [],
-        )
+    return data
 
-    if cfg.cache != "all" and hardware.half is not None:
-        model.halve_text(hardware.half)
+
+def workload(cfg: DictConfig, parts: Parts, model: StableDiffusion) -> Workload:
+    """Settings of the run that decide what it takes of a card."""
+    from dpo_sd.forecast.workload import Workload
+
+    return Workload(
+        model.name,
+        parts.lora,
+        parts.loss,
+        parts.optimizer,
+        parts.hardware,
+        parts.sampler,
+        parts.framing.resolution or model.resolution,
+        cfg.cache,
+        cfg.pairs_per_update // processes(cfg),
+    )
+
+
+def update_line(cfg: DictConfig, parts: Parts, accumulation: int, n: int) -> str:
+    """Line on the updates of a run: their micro-batches and passes over n training samples."""
+    on = f" on {processes(cfg)} devices" if processes(cfg) > 1 else ""
+    micro = f"{accumulation} x {parts.hardware.micro_batch}{on}"
+    passes = cfg.pairs_per_update * cfg.trainer.max_steps / n
+    each = f"{cfg.pairs_per_update} {'pairs' if parts.source.has_pairs else 'pictures'} ({micro})"
+    return f"update  {each}, {cfg.trainer.max_steps} updates, which is {passes:.3g} passes over the data"
+
+
+def identity(cfg: DictConfig, parts: Parts, model: StableDiffusion, data: PreparedData) -> dict[str, Any]:
+    """Entries of run.json that tell on what and from what a run learns."""
+    from dpo_sd.training.provenance import device_name
+
+    return {
+        "device": device_name(parts.hardware.accelerator),
+        "model": {"name": model.name, "path": cfg.model.path, "fingerprint": model.fingerprint},
+        "data": data.fingerprint,
+        "parents": [parts.lora.init_from] if parts.lora.init_from else [],
+    }
+
+
+def step(
+    cfg: DictConfig, parts: Parts, model: StableDiffusion, data: PreparedData, rank: int, resumed: bool
+) -> tuple[DiffusionModule, DataModule]:
+    """The training step, and the batches that it takes."""
+    from dpo_sd.data.datamodule import DataModule
+    from dpo_sd.training.step import DiffusionModule, needed_networks
+
+    if cfg.cache != "all" and parts.hardware.half is not None:
+        model.halve_text(parts.hardware.half)
     encodes = needed_networks(model, cfg.cache)
-    kept = reference_cache(cfg, hardware, model, loss, data, cache, trainer.global_rank, checkpoint is not None)
-    module = DiffusionModule(model, loss, optimizer, cfg.trainer.max_steps, cfg.seed, encodes, kept)
-    module.identity = {"settings": settings, "data": data.fingerprint, "model": model.fingerprint}
-    datamodule = DataModule(
+    kept = reference_cache(cfg, parts, model, data, rank, resumed)
+    module = DiffusionModule(model, parts.loss, parts.optimizer, cfg.trainer.max_steps, cfg.seed, encodes, kept)
+    module.set_training(True)  # the adapters' dropout; the base has none
+    return module, DataModule(
         data,
-        source,
-        sampler,
+        parts.source,
+        parts.sampler,
         pairs_per_update=cfg.pairs_per_update,
-        micro_batch=hardware.micro_batch,
+        micro_batch=parts.hardware.micro_batch,
         seed=cfg.seed,
         num_train_timesteps=model.noise_scheduler.config["num_train_timesteps"],
         factor=model.factor,
-        draws_per_pair=loss.draws_per_pair,
-        num_workers=hardware.num_workers,
+        draws_per_pair=parts.loss.draws_per_pair,
+        num_workers=parts.hardware.num_workers,
     )
-    module.set_training(True)  # the adapters' dropout; the base has none
-    watched = Run(trainer, module, datamodule, judge)
-    for watcher in watchers:
-        watcher.run = watched
-        if promise := watcher.promise(watched):
-            say(promise)
-    with continuable(run), explained(takes, partial(going_on, run)):
-        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-    if kept is not None:
-        counts = torch.tensor([kept.hits, kept.asked], device=trainer.strategy.root_device)
-        hits, asked = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
-        say(f"loss    {hits} of {asked} errors of the reference were read and not computed")
-    if hardware.compile:
-        say(f"compile {compilation.graphs()} graphs for {compilation.blocks(model.unet)} blocks of the UNet")
-    return conclude(watched, watchers, record)
 
 
 def composed_watchers(callbacks: DictConfig) -> list[Watcher]:
@@ -174,7 +241,7 @@ def resumed(cfg: DictConfig, run: Path) -> str | None:
     """The run to continue: the one that is named, or this job's own where a scheduler starts it again.
 
     Raises:
-        UserError: when the folder holds a run that nobody asked to continue.
+        UserError: if the folder holds a run that nobody asked to continue.
     """
     if cfg.resume is not None or not (run / "run.json").exists():
         return cfg.resume
@@ -185,20 +252,21 @@ def resumed(cfg: DictConfig, run: Path) -> str | None:
     return None
 
 
-def loaded(base: Any, hardware: Any, lora: Any, seed: int) -> StableDiffusion:
+def loaded(parts: Parts, seed: int) -> StableDiffusion:
     """The model as the hardware is to have it, with its adapters."""
     from dpo_sd.models.ready import ready
 
-    model = ready(base, hardware.device, hardware.weights, hardware.gradient_checkpointing, hardware.compile, say)
-    say(f"lora    {lora.attach(model, seed)}")
+    hardware = parts.hardware
+    model = ready(parts.base, hardware.device, hardware.weights, hardware.gradient_checkpointing, hardware.compile, say)
+    say(f"lora    {parts.lora.attach(model, seed)}")
     return model
 
 
 def reference_cache(
-    cfg: DictConfig, hardware: Any, model: Any, loss: Any, data: Any, cache: Cache, rank: int, resumed: bool
+    cfg: DictConfig, parts: Parts, model: StableDiffusion, data: PreparedData, rank: int, resumed: bool
 ) -> ReferenceErrors | None:
-    """Where the errors of the reference are kept, under all that they depend on but the pair and the draw."""
-    if loss.reference == "live":
+    """The errors of the reference, kept under all that they depend on but the pair and the draw."""
+    if parts.loss.reference == "live" or parts.loss.draws_per_pair is None:
         return None
     from dpo_sd.files.tensors import content_key
     from dpo_sd.lora.adapters import adapter_key
@@ -208,16 +276,16 @@ def reference_cache(
         kind="reference errors 1",
         model=model.fingerprint,
         lora=adapter_key(model, "reference"),
-        arithmetic=hardware.arithmetic,
-        weighting=loss.min_snr_gamma,
+        arithmetic=parts.hardware.arithmetic,
+        weighting=parts.loss.min_snr_gamma,
         seed=cfg.seed,
         caption_dropout=cfg.data.get("caption_dropout"),
         framing=OmegaConf.to_container(cfg.framing, resolve=True),
-        cache=[cache.keep, cache.half],
+        cache=[parts.cache.keep, parts.cache.half],
     )
-    folder = cache.folder / "reference" / key
-    images = 2 if loss.needs_pairs else 1
-    kept = ReferenceErrors(folder, data.train.contents, loss.draws_per_pair, rank, resumed, images)
+    folder = parts.cache.folder / "reference" / key
+    images = 2 if parts.loss.needs_pairs else 1
+    kept = ReferenceErrors(folder, data.train.contents, parts.loss.draws_per_pair, rank, resumed, images)
     others = sum(other != folder for other in folder.parent.glob("*"))
     unread = f"; {others} kept of another base, reference, seed, precision or framing: not read" if others else ""
     say(f"loss    {kept.filled:.0%} of the reference's errors are known from earlier runs{unread}")
@@ -225,7 +293,7 @@ def reference_cache(
 
 
 def reference_notes(source: Source, init_from: str | None) -> Iterator[str]:
-    """What is to be said where pairs were drawn with another LoRA than the training starts from."""
+    """Note for pairs that were drawn with another LoRA than the training starts from."""
     from dpo_sd.lora.finding import lora_digest
 
     drawn_with = source.drawn_with()
@@ -246,15 +314,13 @@ def continuable(run: Path) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as end:  # Lightning makes the one the other
-        own_groups = [
-            f"--config-dir {argument}" for flag, argument in itertools.pairwise(sys.argv) if flag == "--config-dir"
-        ]
-        say(f"stopped; continue with\n  {' '.join(['python -m dpo_sd.train', *own_groups, f'resume={run}'])}")
+        own = [f"{flag} {value}" for flag, value in own_flags(sys.argv[1:]).items() if flag == "--config-dir"]
+        say(f"stopped; continue with\n  {' '.join(['python -m dpo_sd.train', *own, f'resume={run}'])}")
         raise KeyboardInterrupt from end
 
 
 def going_on(run: Path, overrides: str) -> str:
-    """What a run that ended early has kept, and the command that continues it."""
+    """Words on the checkpoint that a run has kept which ended early, and on the command that continues it."""
     checkpoint = newest_checkpoint(str(run))
     kept = "there is no checkpoint yet" if checkpoint is None else f"{checkpoint} is kept"
     return f"{kept}; go on with\n  python -m dpo_sd.train resume={run} {overrides}".rstrip()
@@ -266,6 +332,7 @@ def conclude(run: Run, watchers: Sequence[Watcher], record: RunRecord) -> float 
     Raises:
         Exception: if a watcher failed with one, after all that the run has come to is written and said.
     """
+    say_counts(run)
     if not run.is_global_zero:
         return None
     summary = record.finish(run, watchers)
@@ -280,6 +347,21 @@ def conclude(run: Run, watchers: Sequence[Watcher], record: RunRecord) -> float 
         if watcher.failure is not None:
             raise watcher.failure
     return summary["verdict"]["win_rate"] if summary["verdict"] else None
+
+
+def say_counts(run: Run) -> None:
+    """Says how often the reference was read and not computed, and how many graphs were compiled; all processes call."""
+    import torch
+
+    from dpo_sd.models import compilation
+
+    kept, strategy = run.module.reference_cache, run.trainer.strategy
+    if kept is not None:
+        counts = torch.tensor([kept.hits, kept.asked], device=strategy.root_device)
+        hits, asked = strategy.reduce(counts, reduce_op="sum").tolist()
+        say(f"loss    {hits} of {asked} errors of the reference were read and not computed")
+    if graphs := compilation.graphs():
+        say(f"compile {graphs} graphs for {compilation.blocks(run.module.unet)} blocks of the UNet")
 
 
 def say(text: str) -> None:
