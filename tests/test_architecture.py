@@ -130,7 +130,7 @@ def test_composing_imports_nothing_heavy(name):
 @pytest.mark.parametrize(
     "name",
     [
-        *("losses", "models.base", "models.sampling", "lora.attaching", "lora.reading"),
+        *("losses", "models.base", "models.sampling", "models.ready", "lora.attaching", "lora.finding"),
         *("training.optimizers", "training.hardware", "data.shapes", "data.pairs", "data.pickapic", "data.captions"),
     ],
 )

@@ -168,7 +168,7 @@ def test_wandb_is_offline_unless_logged_in(monkeypatch, tmp_path):
         (
             ["loss.betta=1"],
             "loss.betta: no such setting; did you mean loss.beta? "
-            "(loss=dpo has: beta, label_smoothing, min_snr_gamma, reference, draws_per_pair)",
+            "(loss=dpo has: beta, label_smoothing, min_snr_gamma, reference, draws_per_pair, beta_convention)",
         ),
         (["max_steps=3"], "max_steps: no such setting; did you mean trainer.max_steps?"),
         (["losss=dpo"], "losss: no such setting; did you mean loss?"),

@@ -20,7 +20,6 @@ from dpo_sd.files.hashes import read_sha256
 from dpo_sd.preferences.events import vote
 from dpo_sd.preferences.log import EventLog
 from dpo_sd.preferences.pair_folder import Pair, pair_id, read_pairs, write_pairs
-from dpo_sd.shapes.captions import split_prompts
 
 
 def make_folder(folder: Path, prompts: Sequence[str], size: int = 64) -> list[Pair]:
@@ -190,15 +189,12 @@ def test_a_folder_of_invoke_trainings_five_keys_is_read(tmp_path):
     assert len(set(prepared(tmp_path)[0].train.sample_ids)) == 7
 
 
-def test_an_oracle_judges_on_prompts_of_the_world_that_are_not_in_the_folder(tmp_path):
-    held_out = split_prompts(0).held_out
-    make_folder(tmp_path, [*held_out[:3], "prompt"])
-    annotate(tmp_path, {"anna": ["image_0"] * 4})
-    data, _ = prepared(tmp_path, judge="centred", style="outlined")
-    assert len(data.held_out_prompts) >= len(held_out) - 3
+def test_a_verdict_is_on_the_folders_own_held_out_prompts(tmp_path):
+    make_folder(tmp_path, PROMPTS)
+    annotate(tmp_path, {"anna": ["image_0"] * len(PROMPTS)})
+    data, _ = prepared(tmp_path)
+    assert set(data.held_out_prompts) == set(prompts_of(data.validation)) < set(PROMPTS)
     assert set(data.held_out_prompts).isdisjoint(prompts_of(data.train))
-    source = Pairs(str(tmp_path), judge="centred", style="outlined")
-    assert source.judge is not None and source.judge.name == "oracle: centred, in the outlined style"
 
 
 @pytest.mark.parametrize(
@@ -210,7 +206,6 @@ def test_an_oracle_judges_on_prompts_of_the_world_that_are_not_in_the_folder(tmp
         (["image_0"] * 8, {"validation": 0.0}, "validation must be a share above 0"),
         (["image_0"] * 8, {"validation": 0.6}, "validation must be a share above 0 and at most 0.5"),
         (["image_0"] * 8, {"caption_dropout": 2.0}, "caption_dropout must be between 0 and 1"),
-        (["image_0"] * 8, {"judge": "centered"}, "did you mean centred"),
     ],
 )
 def test_what_cannot_be_trained_on_is_refused_before_any_model_loads(tmp_path, choices, settings, message):

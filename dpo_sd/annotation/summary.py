@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dpo_sd.errors import override
+from dpo_sd.models.families import SHIPPED
 from dpo_sd.preferences.drawn_with import drawn_with
 from dpo_sd.preferences.events import Event
 from dpo_sd.preferences.outcome import Preference, counting, fold, standing
@@ -188,7 +189,7 @@ def train_command(folder: Path) -> str:
     that did."""
     words = ["python", "-m", "dpo_sd.train", "experiment=style_dpo", override("data.pairs", str(folder))]
     made_by = drawn_with(folder)
-    if made_by and made_by["model"] != "tiny":  # which the experiment has
+    if made_by and made_by["model"] != SHIPPED:  # which the experiment has
         words.append(override("model", made_by["model"]))
     if made_by and len(made_by["loras"]) == 1:
         words.append(override("lora.init_from", made_by["loras"][0]["path"]))

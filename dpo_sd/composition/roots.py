@@ -22,13 +22,13 @@ class Train:
     lora: Any = MISSING
     data: Any = MISSING
     loss: Any = MISSING
+    judge: Any = MISSING
     optimizer: Any = MISSING
     trainer: Any = MISSING
     callbacks: Any = field(default_factory=dict)
     logger: Any = field(default_factory=dict)
     sampler: Any = MISSING
     framing: Any = MISSING
-    judge: Any = MISSING
     hardware: Any = MISSING
 
 

@@ -118,6 +118,14 @@ def _is_to_be_typed(target: str, contract: str | None) -> bool:
     return True
 
 
+def is_readable(target: str) -> bool:
+    """Whether the source of a class can be found: not that of a library's, nor of one that is not there."""
+    try:
+        return next(_lineage(target), None) is not None
+    except UserError:
+        return False
+
+
 def is_a(target: str, contract: str) -> bool:
     """Whether a class is another one or has it among its ancestors; both by their dotted paths."""
     return any(definition.target == contract for definition in _lineage(target))
@@ -297,6 +305,8 @@ def _plain(hint: Any) -> Any:
     if origin is Literal:
         return type(args[0])
     if origin in (Union, UnionType):
+        if any(get_origin(arg) in (list, tuple, dict) for arg in args):
+            return Any  # OmegaConf has no unions with containers
         return Union[tuple(_plain(arg) for arg in args)]  # noqa: UP007 - the members are computed
     return list[_plain(args[0])] if origin in (list, tuple) else hint
 

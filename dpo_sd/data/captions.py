@@ -22,7 +22,6 @@ from dpo_sd.data.splitting import check_validation, split_pictures
 from dpo_sd.data.tables import TabularDataset, check_columns
 from dpo_sd.errors import UserError
 from dpo_sd.files.images import ENDINGS
-from dpo_sd.judges.judge import Judge
 from dpo_sd.noise import order
 
 if TYPE_CHECKING:
@@ -62,6 +61,7 @@ class Captions:
     """
 
     has_pairs: ClassVar[bool] = False
+    labeller: str | None = None
 
     def __init__(
         self,
@@ -85,7 +85,6 @@ class Captions:
         self.validation, self.max_images, self.seed = validation, max_images, seed
         self.image_column, self.text_column = image_column, text_column
         self.caption_dropout = checked_dropout(caption_dropout)
-        self.judge: Judge | None = None
         self.dataset: TabularDataset | None = None
         self.found: Found | None = None  # of a dataset, once it is fetched
         folder = Path(path).expanduser()

@@ -18,7 +18,6 @@ from dpo_sd.preferences.drawn_with import drawn_with
 from dpo_sd.preferences.outcome import Preference
 from dpo_sd.preferences.pair_folder import image_file, is_uid
 from dpo_sd.preferences.reading import read_preferences
-from dpo_sd.shapes.captions import split_prompts
 
 if TYPE_CHECKING:
     from dpo_sd.data.frames import Framing
@@ -36,9 +35,6 @@ class Pairs:
         ties: trains on ties too, with P = 1/2.
         weight_by_prompt: weighs each pair by one over the number of pairs with its prompt.
         caption_dropout: share of visits that train on the empty prompt, in [0, 1].
-        judge: taste of the oracle that judges the verdict, a name in `dpo_sd.shapes.oracle.UTILITIES`, for pictures of
-            the shapes world; None where only people can judge.
-        style: that the oracle reads the pictures in; None means flat.
         seed: of the split into training and validation.
 
     Raises:
@@ -47,6 +43,7 @@ class Pairs:
     """
 
     has_pairs: ClassVar[bool] = True
+    labeller: str | None = None
 
     def __init__(
         self,
@@ -56,19 +53,10 @@ class Pairs:
         ties: bool = False,
         weight_by_prompt: bool = False,
         caption_dropout: float = 0.0,
-        judge: str | None = None,
-        style: str | None = None,
         seed: int = 0,
     ):
         check_validation(validation)
         self.caption_dropout = checked_dropout(caption_dropout)
-        if style is not None and judge is None:
-            raise UserError(f"style={style} is what a judge reads the pictures in: give judge as well, or leave it out")
-        self.judge = None
-        if judge is not None:
-            from dpo_sd.judges.oracle import Oracle
-
-            self.judge = Oracle(judge, style or "flat")
         self.folder, self.seed = Path(pairs).expanduser(), seed
         preferences = read_preferences(self.folder)
         report = [f"{self.folder}: {counted(preferences)}"]
@@ -101,8 +89,7 @@ class Pairs:
 
     def prepare(self, model: StableDiffusion, sampler: Sampler, framing: Framing, cache: Cache) -> PreparedData:
         """Reads and encodes the pictures."""
-        held_out = split_prompts(self.seed).held_out if self.judge is not None else None
-        return prepare(model, self.found, framing, cache, held_out)
+        return prepare(model, self.found, framing, cache)
 
     def drawn_with(self) -> list[dict[str, Any]] | None:
         """The LoRAs that drew the pictures: path, weight and sha256 of each; None where they come from elsewhere."""

@@ -14,7 +14,6 @@ from dpo_sd.data.source import PreparedData, checked_dropout
 from dpo_sd.data.splitting import check_validation, split
 from dpo_sd.data.tables import TabularDataset
 from dpo_sd.errors import UserError
-from dpo_sd.judges.judge import Judge
 
 if TYPE_CHECKING:
     from dpo_sd.data.frames import Framing
@@ -62,6 +61,7 @@ class PickAPic:
     """
 
     has_pairs: ClassVar[bool] = True
+    labeller: str | None = None
 
     def __init__(
         self,
@@ -82,7 +82,6 @@ class PickAPic:
         self.max_pairs, self.ties, self.weight_by_prompt = max_pairs, ties, weight_by_prompt
         self.validation, self.seed = validation, seed
         self.caption_dropout = checked_dropout(caption_dropout)
-        self.judge: Judge | None = None
         self.columns = _checked_columns(columns)
         self.needed, self.optional = _wanted_columns(self.columns)
         self.dataset = TabularDataset(path, split, revision)

@@ -10,17 +10,19 @@ from dpo_sd.shapes.captions import split_prompts
 
 
 def read_prompts(prompts: str | Sequence[str], seed: int = 0) -> list[str]:
-    """Prompts of a text file (one a line; blank lines and those that begin with # are none), a list, or "shapes".
+    """Prompts of a text file (one a line; blank lines and those after a # are none), a list or the shapes world.
 
-    The latter are the training prompts of the shapes world under a seed, as `data=shapes` and `data=renders` have them.
-
-    Each comes once, in the order of its first appearance.
+    "shapes" are the training prompts of the shapes world under a seed, as `data=shapes` and `data=renders` have them;
+    "shapes:held_out" are those that neither has, for training or validation. Each prompt comes once, in the order of
+    its first appearance.
 
     Raises:
         UserError: when there is no such file, it is no text, or there are no prompts.
     """
     if prompts == "shapes":
         return split_prompts(seed).train
+    if prompts == "shapes:held_out":
+        return split_prompts(seed).held_out
     if isinstance(prompts, str):
         file = Path(prompts).expanduser()
         if not file.is_file():
@@ -33,6 +35,8 @@ def read_prompts(prompts: str | Sequence[str], seed: int = 0) -> list[str]:
         except (UnicodeDecodeError, OSError) as error:
             raise UserError(f"prompts={prompts} is no text in UTF-8 ({error}): save it as such") from error
         found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    elif not isinstance(prompts, Sequence):
+        raise UserError(f"prompts must be a text file or a list of prompts, got {prompts!r}")
     else:
         if others := [prompt for prompt in prompts if type(prompt) not in (str, int, float)]:
             raise UserError(f"prompts: {others[0]!r:.100} is no prompt: give texts, in quotes where they hold a comma")

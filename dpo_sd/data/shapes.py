@@ -79,6 +79,7 @@ class Shapes(_World):
             raise UserError(f"n_pairs must be at least 1, got {n_pairs}")
         self.n_pairs, self.n_validation, self.seed = n_pairs, n_validation, seed
         self.judge = Oracle(preference, style)
+        self.labeller = self.judge.name
         self.annotator = SimulatedAnnotator(temperature, tie_band, side_bias, flip_rate, seed)
         self.caption_dropout = checked_dropout(caption_dropout)
         self.prompts = split_prompts(seed)
@@ -135,6 +136,7 @@ class Renders(_World):
     """
 
     has_pairs: ClassVar[bool] = False
+    labeller: str | None = None
 
     def __init__(
         self,

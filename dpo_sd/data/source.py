@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from dpo_sd.data.batches import PreparedSamples
     from dpo_sd.data.cache import Cache
     from dpo_sd.data.frames import Framing
-    from dpo_sd.judges.judge import Judge
     from dpo_sd.models.sampling import Sampler
     from dpo_sd.models.stable_diffusion import StableDiffusion
 
@@ -25,16 +25,41 @@ class Source(Protocol):
     Args:
         has_pairs: whether there are rejected pictures beside the chosen ones.
         caption_dropout: share of visits that train on the empty prompt, in [0, 1].
-        judge: of the verdict; None where nobody can judge without people.
+        labeller: name of the judge that labelled the pairs; None for people, or where nobody did.
     """
 
     has_pairs: ClassVar[bool]
     caption_dropout: float
-    judge: Judge | None
+    labeller: str | None
 
     def prepare(self, model: StableDiffusion, sampler: Sampler, framing: Framing, cache: Cache) -> PreparedData:
         """Draws or reads, encodes and keeps what the training will need."""
         ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """Everything that a source has found, before anything is decoded, drawn or encoded.
+
+    Args:
+        train: training samples; the most there can be where that is not known exactly; None where nobody knows.
+        validation: validation samples.
+        both: samples of the two together, which may be the same.
+        prompts: the different prompts where they are known, otherwise the most there can be.
+        report: which samples are used and which are left out, one line each.
+        drawn: images that the model will draw for the run.
+        fetched: whether the dataset is on this computer.
+        kept: whether latents and prompts are kept in the cache folder.
+    """
+
+    train: int | None
+    validation: int
+    both: int
+    prompts: Sequence[str] | int
+    report: list[str]
+    drawn: int = 0
+    fetched: bool = True
+    kept: bool = True
 
 
 @dataclass(frozen=True)
