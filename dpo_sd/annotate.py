@@ -1,4 +1,4 @@
-"""Opens the annotation app on a pair folder: `python -m dpo_sd.annotate pairs=pairs/style`."""
+"""Command that opens the annotation app on a pair folder: `python -m dpo_sd.annotate pairs=pairs/style`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dpo_sd.composition.application import entry_point
 
 @entry_point("annotate")
 def main(cfg: DictConfig) -> None:
-    """Annotates the folder `pairs`, or merges other logs into its own, or exports what is decided."""
+    """Annotates the folder `pairs`, or merges other logs into its own, or exports the decided pairs."""
     folder = Path(cfg.pairs).expanduser()
     if cfg.merge or cfg.export is not None:
         from dpo_sd.preferences.log import merge

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from dpo_sd.errors import UserError
-from dpo_sd.files.images import ENDINGS, MAX_PIXELS, facts, load_image
+from dpo_sd.files.images import ENDINGS, MAX_PIXELS, facts, load_image, save_png
 
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "avif": "AVIF", "bmp": "BMP", "gif": "GIF", "tiff": "TIFF"}
@@ -26,7 +26,7 @@ def memory(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("DPO_SD_CACHE", str(tmp_path / "memory"))
 
 
-def noise_picture(width: int = 48, height: int = 32) -> Image.Image:
+def noise_image(width: int = 48, height: int = 32) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -82,7 +82,7 @@ def test_a_picture_stands_upright_and_so_does_its_size(ending, orientation, tmp_
 
 def test_no_picture_is_decoded_to_know_its_size(tmp_path, monkeypatch):
     """Pillow's own look for the EXIF of a PNG decodes it: half an hour for ten thousand large ones."""
-    files = [kept(noise_picture(), tmp_path / f"a.{ending}") for ending in FORMATS]
+    files = [kept(noise_image(), tmp_path / f"a.{ending}") for ending in FORMATS]
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("decoded"))
     assert [known[1:] for known in facts(files)] == [(48, 32, "")] * len(files)
 
@@ -159,7 +159,7 @@ def test_jpegs_that_are_progressive_subsampled_or_carry_a_profile_are_read(tmp_p
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp", "avif", "bmp", "gif", "tiff"])
 @pytest.mark.parametrize("share", [0.5, 0.9])
 def test_a_picture_that_is_cut_short_is_no_half_picture(share, ending, tmp_path):
-    data = kept(noise_picture(200, 200), tmp_path / f"whole.{ending}").read_bytes()
+    data = kept(noise_image(200, 200), tmp_path / f"whole.{ending}").read_bytes()
     file = tmp_path / f"cut.{ending}"
     file.write_bytes(data[: int(share * len(data))])
     assert problem(file).startswith(f"image {file} ")
@@ -168,7 +168,7 @@ def test_a_picture_that_is_cut_short_is_no_half_picture(share, ending, tmp_path)
 def test_damage_at_any_place_is_one_message_or_none(tmp_path):
     rng = np.random.default_rng(0)
     for ending in FORMATS:
-        data = kept(noise_picture(), tmp_path / f"whole.{ending}").read_bytes()
+        data = kept(noise_image(), tmp_path / f"whole.{ending}").read_bytes()
         for number in range(40):
             broken = bytearray(data)
             for place in rng.integers(0, len(data) if number % 2 else 64, 8):
@@ -244,3 +244,26 @@ def test_a_text_that_unpacks_to_gigabytes_is_refused(tmp_path):
     file = tmp_path / "a.png"
     file.write_bytes(buffer.getvalue()[:33] + chunk + buffer.getvalue()[33:])
     assert str(file) in problem(file)
+
+
+def test_a_saved_image_is_read_back_as_it_was(tmp_path):
+    image = noise_image()
+    save_png(image, tmp_path / "new" / "step=000000.png")
+    assert Image.open(tmp_path / "new" / "step=000000.png").tobytes() == image.tobytes()
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["step=000000.png"]
+
+
+def test_a_failed_write_leaves_the_former_image(tmp_path, monkeypatch):
+    file = tmp_path / "sheet.png"
+    save_png(Image.new("RGB", (64, 64), "red"), file)
+    former = file.read_bytes()
+
+    def full(self: Image.Image, place: Path, **options: str) -> None:
+        place.write_bytes(b"half an image")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_png(Image.new("RGB", (64, 64), "blue"), file)
+    assert file.read_bytes() == former
+    assert list(tmp_path.iterdir()) == [file]

@@ -6,13 +6,13 @@ import hashlib
 from contextlib import closing
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from dpo_sd.errors import UserError
 from dpo_sd.files.hashes import read_sha256
-from dpo_sd.preferences import parquet as pickapic
 from dpo_sd.preferences.events import Choice, vote
 from dpo_sd.preferences.log import ANNOTATIONS, EventLog
 from dpo_sd.preferences.metadata import METADATA
@@ -125,7 +125,13 @@ def test_pairs_with_a_picture_that_changed_since_it_was_judged_are_left_out_and_
 
 def test_an_export_that_fails_halfway_leaves_the_former_file(drawn: Path, monkeypatch: pytest.MonkeyPatch):
     (drawn / "pairs.parquet").write_text("former")
-    monkeypatch.setattr(pickapic, "check_image", lambda file: (drawn / "images/69-1.jpg").unlink(missing_ok=True))
+    write_table = pq.ParquetWriter.write_table
+
+    def interrupted(writer: pq.ParquetWriter, table: pa.Table) -> None:
+        write_table(writer, table)
+        (drawn / "images/69-1.jpg").unlink(missing_ok=True)
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", interrupted)
     with pytest.raises(UserError, match=r"images/69-1\.jpg"):
         export_pickapic(drawn, drawn / "pairs.parquet")
     assert (drawn / "pairs.parquet").read_text() == "former"

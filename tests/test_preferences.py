@@ -24,7 +24,6 @@ import pytest
 import dpo_sd
 from dpo_sd.errors import UserError
 from dpo_sd.files.json_lines import json_line
-from dpo_sd.preferences import log as preferences
 from dpo_sd.preferences.events import Choice, Event, flag, now, retract, vote
 from dpo_sd.preferences.log import ANNOTATIONS, TORN, EventLog, merge
 from dpo_sd.preferences.metadata import METADATA, metadata_rows
@@ -450,17 +449,17 @@ def test_metadata_that_was_overtaken_while_it_was_written_is_written_again(
     folder: Path, opened, monkeypatch: pytest.MonkeyPatch
 ):
     one, other = opened(), opened()
-    monkeypatch.setattr(preferences, "QUIET", 60.0)
+    monkeypatch.setattr(threading.Timer, "start", lambda timer: None)  # nobody else writes it meanwhile
     one.append([first := cast("image_0")])
-    write = preferences.write_text
+    replace_file = os.replace
 
-    def overtaken(file: Path, text: str) -> None:
-        monkeypatch.setattr(preferences, "write_text", write)
+    def overtaken(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace_file)
         other.append([cast("image_1", pair=PAIRS[1])])
         one.append([first])  # sent again: takes in what the other added
-        write(file, text)
+        replace_file(source, target)
 
-    monkeypatch.setattr(preferences, "write_text", overtaken)
+    monkeypatch.setattr(os, "replace", overtaken)
     one.flush_metadata()
     assert metadata_choices(folder) == [True, False]
 
@@ -478,7 +477,7 @@ def test_metadata_that_cannot_be_written_is_said_and_costs_no_vote(folder: Path,
 
     log = EventLog(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(preferences, "write_text", full)
+        patch.setattr(os, "replace", full)
         log.append([cast("image_0")])
         assert until(lambda: bool(log.notes), 1.0)
         assert "could not be brought up to date" in log.notes[0] and "No space left" in log.notes[0]

@@ -1,1 +1,1 @@
-"""The annotation app: two or four pictures, one key for the better one, every vote on disk at once."""
+"""Annotators: people, who vote in an app, and simulated ones, who vote by a judge."""

@@ -1,4 +1,4 @@
-"""Annotation by people: the server on this computer, with a route for the pictures."""
+"""Annotation by people: a web server on this computer, with a route for the images."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Person(Annotator):
             _print_note(note)
         print(f"Annotating {folder} ({len(desk.log.pairs)} pairs) as {self.name}: http://{self.address}:{self.port}")
         print("Every vote is saved at once. Ctrl-C ends the server.", flush=True)
-        # beside the server, because it may read gigabytes
+        # in a thread, because it may read gigabytes
         threading.Thread(target=lambda: _print_note(desk.note_changes()), daemon=True).start()
 
         @asynccontextmanager
@@ -155,16 +155,16 @@ def _image_route(desk: Desk) -> Route:
         "X-Content-Type-Options": "nosniff",
     }
 
-    async def picture(request: Request) -> Response:
+    async def serve(request: Request) -> Response:
         try:
             image = await run_in_threadpool(desk.image, request.path_params["token"])
         except UserError as error:
-            log.warning("%s", error)  # the page must not name the file: that would say which picture is which
+            log.warning("%s", error)  # the page must not name the file: that would say which image is which
             return PlainTextResponse("cannot be read", status_code=415, headers={"Cache-Control": "no-store"})
         if image is None:
             return PlainTextResponse("no such picture", status_code=404, headers={"Cache-Control": "no-store"})
-        # without a checksum the same address may be of other bytes tomorrow
+        # without a checksum other bytes may have the same address tomorrow
         keep = "private, max-age=31536000, immutable" if image.checked else "no-store"
         return FileResponse(image.file, headers=headers | {"Cache-Control": keep})
 
-    return Route("/pair-image/{token}", picture)
+    return Route("/pair-image/{token}", serve)

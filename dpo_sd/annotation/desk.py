@@ -1,4 +1,4 @@
-"""One pair folder at work: hands out what comes next, and writes down what comes back."""
+"""The desk of a pair folder: hands out what comes next to each annotator, and writes down the votes that come back."""
 
 from __future__ import annotations
 
@@ -21,33 +21,37 @@ from dpo_sd.preferences.pair_folder import PAIRS, changed_images, check_image, i
 
 WINDOW = 48  # items that the client gets at a time: more than anyone judges before the server answers
 UNDOABLE = 10  # judgements that can be undone after a reload
-PACE_OF = 30  # judgements that the pace is measured on
+PACE_OF = 30  # judgements over which the pace is measured
 
 
-class Image(NamedTuple):
-    """An image to serve."""
+class ServedImage(NamedTuple):
+    """An image file that may be shown."""
 
     file: Path
-    checked: bool  # its bytes are known to be those that the token stands for
+    checked: bool  # whether its bytes are known to be those that the token stands for
 
 
 class Receipt(NamedTuple):
-    """What became of the votes that a client sent."""
+    """Answer to the votes that a client sent."""
 
-    acknowledged: list[str]  # ids of those that are on the disk
-    problem: str = ""  # why the others are not, "" without others
-    refused: tuple[str, ...] = ()  # why some can be no votes here; those were written elsewhere
+    acknowledged: list[str]  # ids of the votes that are on the disk
+    problem: str = ""  # why the others are not on the disk, "" without others
+    refused: tuple[str, ...] = ()  # why some can never be votes here; they are kept in `REFUSED`
 
 
 class Desk:
-    """One pair folder at work, for any number of annotators and browser windows.
+    """Serves one pair folder to any number of annotators and browser windows.
 
     Args:
-        folder: with pairs.jsonl.
+        folder: with a pairs.jsonl.
         repeats: share of the items that come back with the sides swapped, in [0, 1].
 
+    Attributes:
+        log: the folder's log.
+        items: what there is to judge in each mode, in the order in which it is shown.
+
     Raises:
-        UserError: when `EventLog` refuses the folder.
+        UserError: if `EventLog` refuses the folder.
     """
 
     def __init__(self, folder: str | Path, repeats: float = 0.05) -> None:
@@ -64,19 +68,22 @@ class Desk:
 
     @property
     def name(self) -> str:
-        """Of the folder, for people."""
+        """Name of the folder, for people."""
         return self.log.folder.resolve().name
 
     @property
     def folder_id(self) -> str:
-        """Tells folders apart, for clients that keep votes of several."""
+        """Key of the folder, for clients that keep votes of several."""
         return _digest(str(self.log.folder.resolve()))
 
-    def image(self, image_token: str) -> Image | None:
-        """The file behind a token, known to be the image that was listed and readable to its end; None for no token.
+    def image(self, image_token: str) -> ServedImage | None:
+        """The file behind a token, after a check that it is the listed image and can be read to its end.
+
+        Returns:
+            None if there is no such token.
 
         Raises:
-            UserError: when the file is missing, leads out of the folder, is not such an image or has changed.
+            UserError: if the file is missing, leads out of the folder, is not such an image or has changed.
         """
         if image_token not in self._images:
             return None
@@ -89,12 +96,12 @@ class Desk:
             )
         check_image(file)
         load_image(self.log.folder, relative)  # a browser would show the half of an image that was cut short
-        return Image(file, is_uid(uid))
+        return ServedImage(file, is_uid(uid))
 
     def note_changes(self) -> str:
-        """Says which votes are about pictures that have changed since, "" if none, also in the notes of the log.
+        """Note on the images that have changed since they were voted on, "" without any, which the log's notes get too.
 
-        It reads all the pictures that were voted on.
+        All images that were voted on are read.
         """
         voted = {event.pair_id for event in standing(list(self.log.events))}
         pairs = [pair for pair in self.log.pairs.values() if pair.pair_id in voted]
@@ -108,14 +115,14 @@ class Desk:
         return note
 
     def window(self, annotator: str, mode: Mode, show: Show) -> dict[str, Any]:
-        """What a client needs to go on by itself for a while, as JSON.
+        """The items that a client shows next, and what else it needs to go on by itself for a while, as JSON.
 
         Args:
-            annotator: who judges.
-            mode, show: what.
+            annotator: name of whoever judges.
+            mode, show: which items.
 
         Raises:
-            OSError, UserError: when the log cannot be read.
+            OSError, UserError: if the log cannot be read.
         """
         self.log.refresh()
         votes = standing(list(self.log.events))
@@ -137,10 +144,10 @@ class Desk:
     def receive(self, queue: Sequence[Mapping[str, Any]]) -> Receipt:
         """Writes down the votes, flags and retractions of a client, each once however often it is sent.
 
-        What can be no vote on this folder, today or later, is written to `REFUSED` instead.
+        A record that can never be a vote on this folder is written to `REFUSED` instead.
 
         Args:
-            queue: what the client has no acknowledgement for, in the order of the key presses.
+            queue: the records without an acknowledgement, in the order of the key presses.
         """
         events: list[Event] = []
         refused: dict[str, str] = {}  # reasons, by the record
@@ -206,27 +213,32 @@ class Desk:
 
 
 def token(image: str, uid: str) -> str:
-    """An address for an image that tells nothing about it, and is another one for other bytes.
+    """Address of an image that tells nothing about it, and changes with its bytes.
 
     Args:
-        image: its path in the folder.
-        uid: as the pair gives it.
+        image: path in the folder.
+        uid: SHA-256 of the bytes, as the pair gives it.
     """
     return _digest(f"{image} {uid}")
 
 
 def refusal(reasons: Sequence[str]) -> str:
-    """What to tell an annotator of votes that can never be stored."""
+    """Message for an annotator about votes that can never be stored; "" without any."""
     if not reasons:
         return ""
     return f"{count(len(reasons), 'vote')} not counted but kept in {REFUSED}: {reasons[-1]}"
 
 
 def not_saved(error: OSError) -> str:
-    """What to tell an annotator whose votes could not be written."""
+    """Message for an annotator whose votes could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "vote not saved: disk full — will be saved once there is room"
     return f"vote not saved: {error.strerror or error} — will be tried again"
+
+
+def count(n: int, noun: str) -> str:
+    """A number with its noun: "1 pair", "2 pairs"."""
+    return f"{n} {noun}{'s' * (n != 1)}"
 
 
 def _shown(item: Item, annotator: str, showing: int, repeat: bool) -> dict[str, Any]:
@@ -236,7 +248,7 @@ def _shown(item: Item, annotator: str, showing: int, repeat: bool) -> dict[str, 
 
 
 def _tokens(item: Item) -> dict[str, str]:
-    """The images of an item by their tokens."""
+    """Paths of an item's images by their tokens."""
     uids = {pair.image_0: pair.image_0_uid for pair in item.pairs}
     uids |= {pair.image_1: pair.image_1_uid for pair in item.pairs}
     return {token(image, uids[image]): image for image in item.images}
@@ -246,13 +258,8 @@ def _digest(text: str) -> str:
     return hashlib.sha256(f"dpo_sd annotation {text}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def count(n: int, noun: str) -> str:
-    """A number with its noun: "1 pair", "2 pairs"."""
-    return f"{n} {noun}{'s' * (n != 1)}"
-
-
 def _originals(votes: Sequence[Event], annotator: str) -> dict[str, str]:
-    """Event ids of an annotator's votes at first showings, by pair."""
+    """Ids of an annotator's votes at first showings, by pair."""
     return {
         each.pair_id: each.event_id
         for each in votes
@@ -261,7 +268,7 @@ def _originals(votes: Sequence[Event], annotator: str) -> dict[str, str]:
 
 
 def _pace(votes: Sequence[Event], judged: Sequence[Judged]) -> float | None:
-    """Items per minute lately; None before there is anything to measure."""
+    """Items per minute over the last `PACE_OF` judgements; None before there is anything to measure."""
     recent = {each.presentation_id for each in judged[-PACE_OF:]}
     durations = {each.presentation_id: each.duration_ms for each in votes if each.presentation_id in recent}
     middle = statistics.median(durations.values()) if durations else 0

@@ -1,4 +1,4 @@
-"""What is judged at a time, and what comes next: functions of the pairs and the votes, so nothing has to be resumed."""
+"""The items that annotators judge, and their order: functions of pairs and votes, so that nothing has to be resumed."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Show = Literal["all", "undecided", "disputed"]
 
 @dataclass(frozen=True)
 class Item:
-    """What is judged at a time: a pair, or the set of four images that six pairs share.
+    """A pair, or the set of four images that six pairs share, to be judged at one showing.
 
     Args:
         key: the pair_id, or the ranking_id of a set.
-        pairs: those that a judgement decides: one, or six.
-        images: their paths in the folder: two, or four.
+        pairs: the pairs that one judgement decides: one, or six.
+        images: paths in the folder: two, or four.
     """
 
     key: str
@@ -40,7 +40,7 @@ class Item:
         """The images from left to right, drawn for each annotator; every other showing has them the other way round.
 
         Args:
-            annotator: their name.
+            annotator: name, which the draw depends on.
             showing: how often this annotator has judged the item before.
         """
         images = sorted(self.images, key=lambda image: sample_id("side", annotator, self.key, image))
@@ -48,11 +48,11 @@ class Item:
 
 
 class Showing(NamedTuple):
-    """An item before an annotator."""
+    """An item that an annotator is shown next."""
 
     item: Item
     showing: int  # how often the annotator has judged it before, which decides how it is arranged
-    repeat: bool  # asks again for a judgement, to see how steady the annotator is
+    repeat: bool  # whether it asks for a judgement again, to see how steady the annotator is
 
 
 class Judged(NamedTuple):
@@ -62,17 +62,17 @@ class Judged(NamedTuple):
     presentation_id: str
     showing: int  # how often the annotator had judged the item before
     repeat: bool
-    skipped: bool  # or reported as unfit: there is no judgement to ask for again
+    skipped: bool  # or reported as unfit: there is no judgement that could be asked for again
 
 
 def make_items(pairs: Collection[Pair], mode: Mode) -> list[Item]:
-    """What the folder has to judge, in an order that mixes the prompts and is the same for every annotator.
+    """The items of a folder, in an order that mixes the prompts and is the same for every annotator.
 
-    Pairs of former pictures, which were drawn anew since, are no longer asked about.
+    Pairs whose images were drawn anew since are no longer asked about.
 
     Args:
-        pairs: of the folder.
-        mode: "pairs" judges them one by one, "best_worst" the complete sets of four and nothing else.
+        pairs: all pairs of the folder.
+        mode: "pairs" makes each pair an item, "best_worst" each complete set of four and nothing else.
     """
     pairs = current(pairs)
     if mode == "pairs":
@@ -91,11 +91,11 @@ def make_items(pairs: Collection[Pair], mode: Mode) -> list[Item]:
 
 
 def implied(best: int, worst: int, place_0: int, place_1: int) -> Choice | None:
-    """What naming the best and the worst of several images says about two of them; None where it says nothing.
+    """The choice between two images that follows from the best and the worst of several; None where none follows.
 
     Args:
-        best, worst: their places; of two images the one is the best and the other the worst.
-        place_0, place_1: of image_0 and image_1.
+        best, worst: places of the two named images; of two images one is the best and the other the worst.
+        place_0, place_1: places of image_0 and image_1.
     """
     if best == place_0 or worst == place_1:
         return "image_0"
@@ -105,13 +105,13 @@ def implied(best: int, worst: int, place_0: int, place_1: int) -> Choice | None:
 
 
 def judgements(votes: Iterable[Event], annotator: str, items: Iterable[Item]) -> list[Judged]:
-    """What an annotator has judged, in that order, one entry for each presentation.
+    """An annotator's judgements in their order, one for each presentation.
 
     Args:
-        votes: and flags that stand, in the order of the log.
-        annotator: their name.
-        items: those that count; votes on pairs of no item are left out, and so are votes in the other mode: of sets
-            where the items are pairs, of single pairs where they are sets.
+        votes: votes and flags that stand, in the order of the log.
+        annotator: name.
+        items: the items of one mode; votes on other pairs are left out, and so are votes that were given in the other
+            mode: on sets if the items are pairs, on single pairs if they are sets.
     """
     votes = [vote for vote in votes if vote.annotator_id == annotator]
     together = Counter(vote.presentation_id for vote in votes)
@@ -135,11 +135,11 @@ def unjudged(items: Iterable[Item], votes: Collection[Event], annotator: str, sh
     """The items that a filter lets through and the annotator has yet to judge.
 
     Args:
-        items: of the folder.
-        votes: and flags that stand, of all annotators.
-        annotator: their name.
-        show: "all" has what this annotator has not judged; "undecided" less what another one has decided or reported;
-            "disputed" has pairs without a majority, again if others voted on them since.
+        items: all items of one mode.
+        votes: votes and flags that stand, by all annotators.
+        annotator: name.
+        show: "all" lets through whatever this annotator has not judged; "undecided" of these only what nobody else has
+            decided or reported; "disputed" pairs without a majority, again if others voted on them since.
     """
     if show == "disputed":
         asking = _asking_again(items, votes, annotator)
@@ -168,22 +168,22 @@ def _asking_again(items: Iterable[Item], votes: Collection[Event], annotator: st
 def upcoming(
     fresh: Iterable[Item], judged: Sequence[Judged], annotator: str, repeats: float = 0.0, seed: int = 0
 ) -> Iterator[Showing]:
-    """What an annotator is shown next: fresh items, and between them some that come back with the sides swapped.
+    """The coming showings of an annotator: fresh items, and between them some that come back with the sides swapped.
 
-    A repeat comes `REPEAT_AFTER` items after the first judgement or later, and not at all when the items end before.
+    A repeat comes `REPEAT_AFTER` items after the first judgement or later, and not at all if the items end before.
 
     Args:
         fresh: items not judged yet, in their order.
-        judged: what the annotator has judged, in that order.
-        annotator: their name.
+        judged: the annotator's judgements, in their order.
+        annotator: name.
         repeats: share of the items that come back, in [0, 1].
-        seed: of the draw of those that do.
+        seed: seed of the draw of those items.
     """
     showings = Counter(each.item.key for each in judged)
     repeated = {each.item.key for each in judged if each.repeat}
     due: deque[tuple[int, Item]] = deque()
 
-    def drawn(item: Item) -> bool:
+    def drawn(item: Item) -> bool:  # sample_id is uniform below 2^63
         return item.key not in repeated and sample_id("repeat", str(seed), annotator, item.key) < repeats * 2**63
 
     due.extend(

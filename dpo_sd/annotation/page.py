@@ -1,4 +1,4 @@
-"""The script that Streamlit runs anew for every visit and every vote."""
+"""The script that Streamlit runs at every visit and every vote."""
 
 from dpo_sd.annotation import views
 

@@ -32,14 +32,14 @@ class SimulatedAnnotator(Annotator):
     Every answer is a function of (seed, pair_id) and the two scores, never of the order of asking.
 
     Args:
-        temperature: of the choice, in units of the score, at least 0: P(image_0) is the sigmoid of
+        temperature: in units of the score, at least 0: P(image_0) is the sigmoid of
             (score_0 - score_1) / temperature; 0 always takes the higher score.
         tie_band: scores that differ by at most this much are a tie, at least 0; at 0 only equal scores are.
         side_bias: log-odds added to the image shown on the left, which is drawn per pair; finite, below 0 for the
             right.
         flip_rate: share of the answers that are reversed, in [0, 1]; a tie stays a tie.
-        seed: of all draws, in [0, 2^64).
-        name: stands in the log; several of different names vote beside each other.
+        seed: seed of all draws, in [0, 2^64).
+        name: name in the log; several of different names vote beside each other.
         repeats: share of the pairs that are asked again with the sides swapped, in [0, 1].
 
     Raises:

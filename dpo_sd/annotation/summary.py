@@ -1,4 +1,4 @@
-"""What the votes say about the models, about the annotators, and about how far to trust them."""
+"""Statistics of the votes: win rates of the models, habits of the annotators, and how far to trust them."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ TOO_FAST_MS = 400  # nobody compares two pictures in less
 
 
 @dataclass(frozen=True)
-class Annotator:
-    """One annotator's votes.
+class Votes:
+    """Counts and habits of one annotator's votes, or of everybody's.
 
     Args:
-        name: theirs.
-        votes: pairs that they voted on, repeats not among them.
-        skips: pairs that they only skipped.
+        name: the annotator's.
+        votes: number of pairs that were voted on, repeats not among them.
+        skips: number of pairs that were only skipped.
         seconds: median time for a decision, None where none was measured.
-        too_fast: votes given in less than `TOO_FAST_MS`.
+        too_fast: number of votes given in less than `TOO_FAST_MS`.
         left: share of the left image among votes for an image, with its exact interval; None without votes.
-        left_p: of the exact test that both sides are as good, None without votes.
+        left_p: p-value of the exact test that neither side is favoured, None without votes.
         steady: share of repeats that chose the same image as at first, None without repeats.
     """
 
@@ -54,21 +54,21 @@ class Annotator:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the votes of a folder say.
+    """Statistics of the votes of a folder.
 
     Args:
-        statuses: pairs by what was decided.
-        annotators: by votes, most first; with more than one, `together` has all their votes.
+        statuses: numbers of pairs by their status.
+        annotators: those with the most votes first.
         together: all annotators as one.
         models: win rates against all others, best first; empty where all pairs were drawn by one. Their n are pairs,
-            because several votes on one pair are no independent ones.
+            because several votes on one pair are not independent.
         agreement: Krippendorff's α between annotators, None where no pair has two.
-        shared: pairs that more than one annotator voted on.
+        shared: number of pairs that more than one annotator voted on.
     """
 
     statuses: Counter[str]
-    annotators: list[Annotator]
-    together: Annotator
+    annotators: list[Votes]
+    together: Votes
     models: list[tuple[str, WinRate]]
     agreement: float | None
     shared: int
@@ -79,11 +79,11 @@ class Summary:
 
 
 def summarise(pairs: Collection[Pair], events: Collection[Event]) -> Summary:
-    """What the votes say.
+    """Statistics of the votes of a folder.
 
     Args:
-        pairs: of the folder.
-        events: of its log.
+        pairs: all pairs of the folder.
+        events: all events of its log.
     """
     votes = [event for event in standing(events) if event.event_type == "vote"]
     by_annotator: defaultdict[str, list[Event]] = defaultdict(list)
@@ -93,16 +93,16 @@ def summarise(pairs: Collection[Pair], events: Collection[Event]) -> Summary:
     agreement, shared = _agreement(counting(events).values())
     return Summary(
         statuses=Counter(each.status for each in preferences),
-        annotators=sorted((_annotator(*each) for each in by_annotator.items()), key=lambda who: (-who.votes, who.name)),
-        together=_annotator("all", votes),
+        annotators=sorted((_votes_of(*each) for each in by_annotator.items()), key=lambda who: (-who.votes, who.name)),
+        together=_votes_of("all", votes),
         models=_models(preferences),
         agreement=agreement,
         shared=shared,
     )
 
 
-def _annotator(name: str, votes: Sequence[Event]) -> Annotator:
-    counted = [vote for vote in counting(votes).values()]
+def _votes_of(name: str, votes: Sequence[Event]) -> Votes:
+    counted = counting(votes).values()
     given = [vote for vote in votes if vote.choice != "skip"]
     # a set of four is one decision, and the simulated annotator takes no time
     times = {vote.presentation_id: vote.duration_ms for vote in given if vote.duration_ms > 0}
@@ -111,7 +111,7 @@ def _annotator(name: str, votes: Sequence[Event]) -> Annotator:
     share, p, low, high = position_bias(left, len(chosen) - left) if chosen else (None, None, 0.0, 0.0)
     first = {vote.event_id: vote.choice for vote in chosen}
     same = [vote.choice == first[vote.repeat_of] for vote in chosen if vote.repeat_of in first]
-    return Annotator(
+    return Votes(
         name=name,
         votes=sum(vote.choice != "skip" for vote in counted),
         skips=sum(vote.choice == "skip" for vote in counted),
@@ -154,8 +154,8 @@ def _agreement(votes: Iterable[Event]) -> tuple[float | None, int]:
     return krippendorff_alpha(values), len(shared)
 
 
-def position_words(who: Annotator) -> str:
-    """What can be said about a preference for one side."""
+def position_words(who: Votes) -> str:
+    """Sentence on whether one side is favoured, and how many votes it takes to see it."""
     needed = votes_to_detect()
     if who.left is None or who.left_p is None:
         return f"No votes yet; to see a 60/40 habit takes {needed}."
@@ -167,8 +167,8 @@ def position_words(who: Annotator) -> str:
     return seen + "no habit to be seen."
 
 
-def smoothing_words(who: Annotator) -> str:
-    """What the repeats say about how many votes are slips."""
+def smoothing_words(who: Votes) -> str:
+    """Sentence on the share of the votes that are slips, as the repeats show it."""
     if who.steady is None or who.flip_rate is None:
         return "How often votes are slips is not known yet: it takes repeats."
     low, high = flip_rate(who.steady.high), flip_rate(who.steady.low)
@@ -178,8 +178,8 @@ def smoothing_words(who: Annotator) -> str:
     return seen + " are slips. To tell the loss, add"
 
 
-def smoothing_override(who: Annotator) -> str | None:
-    """The setting that tells the loss how often these votes are slips; None where that is not known."""
+def smoothing_override(who: Votes) -> str | None:
+    """The setting that tells the loss the share of slips; None where that is not known or as good as chance."""
     rate = who.flip_rate
     return None if rate is None or rate >= 0.5 else f"loss.label_smoothing={rate:.3f}"
 

@@ -1,10 +1,10 @@
-"""The pages of the app."""
+"""The pages of the app: annotate, statistics, gallery."""
 
 from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
 import streamlit as st
@@ -15,9 +15,12 @@ from dpo_sd.annotation.items import Mode
 from dpo_sd.errors import UserError
 from dpo_sd.preferences.outcome import Preference, fold
 
+if TYPE_CHECKING:  # scipy comes with it, which the page that takes votes does without
+    from dpo_sd.annotation.summary import Summary, Votes
+
 CLIENT = Path(__file__).parent / "client"
 QUEUE = "annotator"  # key of the component, whose state is the queue of votes
-PER_PAGE = 24
+PER_PAGE = 24  # cards of the gallery
 PERCENT = "%.0f %%"
 
 MODES: dict[Mode, str] = {"pairs": "Pairs", "best_worst": "Best and worst of four"}
@@ -44,18 +47,18 @@ body:has([data-testid="stExpandSidebarButton"]) { --beside-sidebar-button: 2.5re
 
 
 class Setting(NamedTuple):
-    """What a server was started with."""
+    """The folder at work, and the annotator and the mode that the page begins with."""
 
     desk: Desk
     name: str
     mode: Mode
 
 
-setting: Setting = None  # type: ignore[assignment]  # of this server, given before the first visit
+setting: Setting = None  # type: ignore[assignment]  # one per server, given before the first visit
 
 
 def show() -> None:
-    """One run of the page."""
+    """Builds the page, as Streamlit asks for it at every visit and every vote."""
     st.set_page_config(
         page_title=f"Annotate {setting.desk.name}", page_icon="⚖️", layout="wide", initial_sidebar_state=240
     )
@@ -75,13 +78,13 @@ def show() -> None:
             st.radio("Judge", modes, format_func=MODES.__getitem__, key="mode", index=modes.index(setting.mode))
     try:
         page.run()
-    except (OSError, UserError) as error:  # of a log that can no longer be read
+    except (OSError, UserError) as error:  # the log can no longer be read
         st.error("The votes cannot be read, so no more are taken. Those not saved yet are kept in this browser.")
         st.text(str(error))
 
 
 def annotate() -> None:
-    """Pictures and keys; all that is quick happens in the browser."""
+    """The page that shows images and takes votes; whatever must be quick happens in the browser."""
     desk, state = setting.desk, st.session_state
     name, mode, chosen = state.name.strip() or setting.name, state.get("mode", setting.mode), state.show
     receipt: Receipt = state.setdefault("receipt", Receipt([]))
@@ -113,7 +116,7 @@ def _receive() -> None:
 
 
 def _receive_queue(queue: dict[str, Any] | None) -> bool:
-    """Writes down what the client sent, unless that was done before; whether it was new."""
+    """Writes down the votes that the client sent, unless that was done before; returns whether they were new."""
     if not queue or queue["sent"] == st.session_state.get("sent"):
         return False
     receipt = setting.desk.receive(queue["votes"])
@@ -124,27 +127,34 @@ def _receive_queue(queue: dict[str, Any] | None) -> bool:
 
 
 def statistics() -> None:
-    """What the votes say, and how far to trust them."""
-    from dpo_sd.annotation.summary import TOO_FAST_MS, position_words, smoothing_override, smoothing_words, summarise
+    """The page of what the votes say about models and annotators, and how far to trust them."""
+    from dpo_sd.annotation.summary import summarise
 
     desk = setting.desk
     desk.log.refresh()
     summary = summarise(desk.log.pairs.values(), list(desk.log.events))
-    together = summary.together
     st.header("Statistics")
-    if not together.votes:
+    if not summary.together.votes:
         st.info("No votes yet.")
         return
+    _metrics(summary)
+    if summary.models:
+        _win_rates(summary)
+    _annotators(summary)
+    _habits(summary.together)
+    _what_next()
+    for note in desk.log.notes:
+        st.text(f"Note: {note}")
+
+
+def _metrics(summary: Summary) -> None:
+    statuses, together = summary.statuses, summary.together
     for column, (label, value, words) in zip(
         st.columns(5),
         [
-            (
-                "Decided pairs",
-                summary.decided,
-                f"{count(summary.statuses['tie'], 'tie')}, {summary.statuses['both_bad']} both bad",
-            ),
-            ("Votes", together.votes, f"{together.skips} skipped, {summary.statuses['flagged']} reported as unfit"),
-            ("Disputed pairs", summary.statuses["disputed"], "as many votes for one as for the other"),
+            ("Decided pairs", summary.decided, f"{count(statuses['tie'], 'tie')}, {statuses['both_bad']} both bad"),
+            ("Votes", together.votes, f"{together.skips} skipped, {statuses['flagged']} reported as unfit"),
+            ("Disputed pairs", statuses["disputed"], "as many votes for one as for the other"),
             ("Steady", _percent(together.steady), "repeats answered as at first"),
             ("Agreement α", _number(summary.agreement), f"Krippendorff, {count(summary.shared, 'shared pair')}"),
         ],
@@ -153,26 +163,31 @@ def statistics() -> None:
         column.metric(label, value, border=True)
         column.caption(words)
 
-    if summary.models:
-        st.subheader("Win rates")
-        st.caption("Against all others, a pair counting once and a tie half, with 95 % Wilson intervals.")
-        st.dataframe(
-            [
-                {
-                    "Drawn by": model,
-                    "Win rate": 100 * rate.rate,
-                    "From": 100 * rate.low,
-                    "To": 100 * rate.high,
-                    "Pairs": rate.n,
-                }
-                for model, rate in summary.models
-            ],
-            column_config={
-                "Win rate": st.column_config.ProgressColumn(format=PERCENT, min_value=0, max_value=100),
-                "From": st.column_config.NumberColumn(format=PERCENT),
-                "To": st.column_config.NumberColumn(format=PERCENT),
-            },
-        )
+
+def _win_rates(summary: Summary) -> None:
+    st.subheader("Win rates")
+    st.caption("Against all others, a pair counting once and a tie half, with 95 % Wilson intervals.")
+    st.dataframe(
+        [
+            {
+                "Drawn by": model,
+                "Win rate": 100 * rate.rate,
+                "From": 100 * rate.low,
+                "To": 100 * rate.high,
+                "Pairs": rate.n,
+            }
+            for model, rate in summary.models
+        ],
+        column_config={
+            "Win rate": st.column_config.ProgressColumn(format=PERCENT, min_value=0, max_value=100),
+            "From": st.column_config.NumberColumn(format=PERCENT),
+            "To": st.column_config.NumberColumn(format=PERCENT),
+        },
+    )
+
+
+def _annotators(summary: Summary) -> None:
+    from dpo_sd.annotation.summary import TOO_FAST_MS
 
     st.subheader("Annotators")
     st.dataframe(
@@ -200,17 +215,19 @@ def statistics() -> None:
         },
         placeholder="–",
     )
+
+
+def _habits(together: Votes) -> None:
+    from dpo_sd.annotation.summary import position_words, smoothing_override, smoothing_words
+
     st.text(position_words(together))
     st.text(smoothing_words(together))
-    if override := smoothing_override(together):
-        st.code(override, language=None)
-    _what_next()
-    for note in desk.log.notes:
-        st.text(f"Note: {note}")
+    if setting_of_the_loss := smoothing_override(together):
+        st.code(setting_of_the_loss, language=None)
 
 
 def gallery() -> None:
-    """Decided pairs, a page of them at a time."""
+    """The page of the decided pairs, `PER_PAGE` at a time."""
     desk = setting.desk
     desk.log.refresh()
     decided = [each for each in fold(desk.log.pairs.values(), list(desk.log.events)) if each.status in VERDICTS]
@@ -260,7 +277,7 @@ def _what_next() -> None:
 
 @functools.cache
 def _component(name: str):
-    """A part of the page that runs in the browser, from its files in client/."""
+    """The part of the page that runs in the browser, from the files of that name in client/."""
     return component(
         f"dpo_sd.{name}",
         html=(CLIENT / f"{name}.html").read_text(encoding="utf-8"),

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writes: files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A path to write instead of `path`; on leaving it takes that name, and on an exception the former file stays.
+    """Context with a path to write instead of `path`: leaving it renames the file, an exception keeps the former one.
 
     Whatever kills the program meanwhile, and whatever goes wrong, `path` is the old file or the whole new one.
 
     Raises:
-        OSError: when the folder cannot be made or written, or the disk is full.
+        OSError: if the folder cannot be made or written, or the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
 
 
 def _mode_of_new_files(probe: Path) -> int:
-    # asking the process for its umask sets it for a moment, in which other threads make files that anyone may write
+    # reading the umask of the process means setting it for a moment, in which other threads make files too open
     with suppress(FileNotFoundError):
         probe.unlink()
     descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)

@@ -1,4 +1,4 @@
-"""What follows from a file's bytes, remembered until the file changes: no reading of everything at every start."""
+"""Per-file results (hash, size, decodability), kept in SQLite until the file changes."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
-RACY = 2.0  # seconds; a file that changed so shortly ago could change again without a new time stamp
+RACY = 2.0  # seconds; a file that has changed this recently could change again without a new time stamp
 
 
 def remembered(files: Iterable[str | Path], what: str, compute: Callable[[str], Any]) -> Iterator[Any]:
-    """`compute(file)` of each file, done anew only where path, size, times of change or inode are not as remembered.
+    """`compute(file)` of each file; it is called only if path, size, times of change or inode are new.
 
-    The change time of a file cannot be set back, so an edited file is always noticed. The memory is
-    `files.sqlite` in $DPO_SD_CACHE or ~/.cache/dpo_sd; where it cannot be used everything is computed.
+    The change time of a file cannot be set back, so an edited file is always noticed. The results are kept in
+    `files.sqlite` in $DPO_SD_CACHE or ~/.cache/dpo_sd; if that cannot be used, everything is computed.
 
     Args:
-        files: in any number; they are taken one by one.
+        files: any number of files, which are taken one by one.
         what: name of the computation, with its version.
-        compute: from the path of a file to something that JSON holds.
+        compute: makes a result that JSON can hold from the path of a file.
 
     Raises:
-        OSError: when a file cannot be read.
+        OSError: if a file cannot be read.
     """
     memory = Path(os.environ.get("DPO_SD_CACHE", "~/.cache/dpo_sd")).expanduser() / "files.sqlite"
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(memory, timeout=30, isolation_level=None)  # every insertion stands by itself
+        connection = sqlite3.connect(memory, timeout=30, isolation_level=None)  # each insertion is committed at once
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = OFF")  # what a power cut takes away is computed again
         connection.execute(
@@ -75,7 +75,7 @@ def _remembered(connection: sqlite3.Connection, file: str, what: str, compute: C
 
 
 def sha256(file: str | Path) -> str:
-    """SHA-256 of a file's bytes, remembered: 64 hexadecimal digits."""
+    """SHA-256 of a file's bytes, read only if the file is new or has changed: 64 hexadecimal digits."""
     target = Path(os.path.realpath(file))
     if target.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", target.name):
         return target.name  # the Hub's cache names a large file by its SHA-256
@@ -83,6 +83,6 @@ def sha256(file: str | Path) -> str:
 
 
 def read_sha256(file: str | Path) -> str:
-    """SHA-256 of a file's bytes, read now: 64 hexadecimal digits."""
+    """SHA-256 of a file's bytes as they are now: 64 hexadecimal digits."""
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

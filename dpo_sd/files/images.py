@@ -1,4 +1,4 @@
-"""Image files of any kind, read safely: as RGB, upright, and never larger than a computer can bear."""
+"""Safe reading of image files of any kind: as RGB, upright, and bounded in size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dpo_sd.files.hashes import read_sha256, remembered
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 8192 * 8192
-_TURNS = {
+_TURNS = {  # that bring an image upright, by the number of its EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -29,17 +29,17 @@ _TURNS = {
 }
 _ON_THEIR_SIDE = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}
 
-# `open_image` refuses smaller ones already, in its own words
+# `open_image` refuses images below Pillow's limit already, in its own words
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class ImageFacts(NamedTuple):
-    """What is known of an image file without decoding it.
+    """Facts about an image file that are known without decoding it.
 
     Args:
-        sha256: of its bytes, hexadecimal.
-        width, height: in pixels, turned as the EXIF orientation says.
-        problem: why it cannot be used; "" where it can.
+        sha256: SHA-256 of its bytes, hexadecimal.
+        width, height: pixels, turned as the EXIF orientation says.
+        problem: why the file cannot be used; "" if it can.
     """
 
     sha256: str
@@ -49,33 +49,23 @@ class ImageFacts(NamedTuple):
 
 
 def facts(files: Iterable[Path]) -> Iterator[ImageFacts]:
-    """What is known of each file; read anew only where the file has changed.
+    """Facts about each file; only files that are new or have changed are read.
 
     Raises:
-        OSError: when a file cannot be read.
+        OSError: if a file cannot be read.
     """
     return (ImageFacts(*value) for value in remembered(files, "image 1", _facts))
 
 
-def _facts(file: str) -> ImageFacts:
-    sha256 = read_sha256(file)
-    try:
-        with open_image(Path(file)) as image:
-            width, height = image.size
-            turned = _turn(image) in _ON_THEIR_SIDE
-            return ImageFacts(sha256, *((height, width) if turned else (width, height)), "")
-    except UserError as error:
-        return ImageFacts(sha256, 0, 0, str(error))
-
-
 def open_image(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """An image file, opened and not decoded: its header is known to be whole and its size bearable.
+    """Opens an image file without decoding it; its header is whole, and it has at most `MAX_PIXELS`.
 
     Args:
-        formats: Pillow's names of those that are read.
+        file: path of the image.
+        formats: Pillow's names of the formats that are read.
 
     Raises:
-        UserError: when it is not there, no such image by its first bytes, damaged, or has more than `MAX_PIXELS`.
+        UserError: if the file is not there, is no such image by its first bytes, is damaged, or is larger.
     """
     try:
         image = Image.open(file, formats=formats)
@@ -94,13 +84,13 @@ def open_image(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
 
 
 def load_image(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """The image decoded whole, in RGB: upright, on white where it is transparent, 16 bits as 8, the first of several.
+    """An image decoded whole, in RGB: upright, on white where it is transparent, 16 bits as 8, the first of several.
 
     Args:
         file, formats: as for `open_image`.
 
     Raises:
-        UserError: when it cannot be read to its end.
+        UserError: as `open_image`, and if the file cannot be read to its end.
     """
     with open_image(file, formats) as image:
         try:
@@ -111,8 +101,34 @@ def load_image(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
             raise UserError(f"image {file} cannot be read to its end ({error}): replace or delete it") from error
 
 
+def save_png(image: Image.Image, file: Path, text: Mapping[str, str] | None = None) -> None:
+    """Writes an image as a PNG file, whole or not at all.
+
+    Args:
+        image: image to write.
+        file: path of the file.
+        text: contents of the file's text chunks, by keyword.
+    """
+    chunks = PngInfo()
+    for keyword, value in (text or {}).items():
+        chunks.add_itxt(keyword, value)  # UTF-8, unlike tEXt
+    with replacing(file) as temporary:
+        image.save(temporary, format="PNG", pnginfo=chunks)
+
+
+def _facts(file: str) -> ImageFacts:
+    sha256 = read_sha256(file)
+    try:
+        with open_image(Path(file)) as image:
+            width, height = image.size
+            turned = _turn(image) in _ON_THEIR_SIDE
+            return ImageFacts(sha256, *((height, width) if turned else (width, height)), "")
+    except UserError as error:
+        return ImageFacts(sha256, 0, 0, str(error))
+
+
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What brings an image upright, by what stands before its pixels."""
+    """The turn that brings an image upright, from the EXIF data before its pixels; None if it is upright."""
     if image.format == "TIFF":  # Pillow turns it by itself
         return None
     try:
@@ -124,7 +140,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _looks_like(file: Path) -> str | None:
-    """What a file without an image is, with what to do."""
+    """Description of a file that holds no image, with a remedy; None for an unknown kind."""
     with open(file, "rb") as opened:
         head = opened.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head.strip(b"\0"):
@@ -146,16 +162,3 @@ def _rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
-
-
-def save_png(picture: Image.Image, file: Path, text: Mapping[str, str] | None = None) -> None:
-    """Writes the file whole or not at all.
-
-    Args:
-        text: for the file's text chunks, by keyword.
-    """
-    chunks = PngInfo()
-    for keyword, value in (text or {}).items():
-        chunks.add_itxt(keyword, value)  # UTF-8, unlike tEXt
-    with replacing(file) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=chunks)

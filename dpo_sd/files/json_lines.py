@@ -1,4 +1,4 @@
-"""JSON objects, one a line."""
+"""JSON objects, one on each line."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dpo_sd.errors import UserError
 
 
 def json_line(record: Mapping[str, Any]) -> str:
-    """A record as one line of JSON with its newline: readable, and with lone surrogates escaped so that UTF-8 holds it.
+    """A record as one line of JSON with its newline, in UTF-8 but for lone surrogates, which are escaped.
 
     Raises:
-        ValueError: when a number in it is not finite.
+        ValueError: if a number in it is not finite.
     """
     text = json.dumps(record, ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "backslashreplace").decode() + "\n"
@@ -24,9 +24,9 @@ def read_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers from 1 and the JSON objects on those lines; blank lines are passed over.
 
     Raises:
-        UserError: on a line that is not a JSON object, naming it.
+        UserError: if a line is not a JSON object; the message names it.
     """
-    # by newlines only: prompts may hold the other separators at which str.splitlines cuts
+    # at newlines only: prompts may hold the other separators at which str.splitlines cuts
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if line.strip():
             try:
@@ -39,7 +39,7 @@ def parse_object(line: bytes | str) -> dict[str, Any]:
     """The JSON object on a line.
 
     Raises:
-        ValueError: when there is none.
+        ValueError: if there is none.
     """
     try:
         record = json.loads(line if isinstance(line, str) else line.decode())

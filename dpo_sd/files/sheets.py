@@ -1,4 +1,4 @@
-"""Sheets that set pictures side by side."""
+"""Sheets of images side by side."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ MARGIN, LABEL, LINE = 6, 74, 15  # pixels
 
 
 def comparison(captions: Sequence[str], rows: Mapping[str, Sequence[Image.Image]], cell: int = 136) -> Image.Image:
-    """One column per caption and one row per name, so that a column holds the same prompt and seed drawn by each.
+    """Sheet with one column per caption and one row per name: a column holds the same prompt and seed drawn by each.
 
     Args:
-        captions: written under each column.
-        rows: name, written at the left, to one picture per caption.
-        cell: width and height of a picture in the sheet, in pixels.
+        captions: texts under the columns.
+        rows: one image per caption, by the name that stands at the left of the row.
+        cell: width and height of an image in the sheet, in pixels.
     """
     font = ImageFont.load_default(12)
     wrapped = [textwrap.wrap(caption, max(cell // 7, 1), max_lines=5, placeholder=" …") for caption in captions]
@@ -24,11 +24,11 @@ def comparison(captions: Sequence[str], rows: Mapping[str, Sequence[Image.Image]
     size = (LABEL + len(captions) * (cell + MARGIN), MARGIN + len(rows) * (cell + MARGIN) + foot)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    for row, (name, pictures) in enumerate(rows.items()):
+    for row, (name, images) in enumerate(rows.items()):
         top = MARGIN + row * (cell + MARGIN)
         draw.text((MARGIN, top + cell // 2), name, fill="black", font=font, anchor="lm")
-        for column, picture in enumerate(pictures):
-            enlarged = picture.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS)
+        for column, image in enumerate(images):
+            enlarged = image.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS)
             sheet.paste(enlarged, (LABEL + column * (cell + MARGIN), top))
     top = MARGIN + len(rows) * (cell + MARGIN)
     for column, lines in enumerate(wrapped):

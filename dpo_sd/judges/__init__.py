@@ -1,1 +1,1 @@
-"""Who says which image is better."""
+"""Judges, which say which image is better."""

@@ -44,7 +44,7 @@ class Oracle(Judge):
         return [utility(image, prompt, self.style) for image, prompt in zip(images, prompts, strict=True)]
 
     def properties(self, images: Sequence[Image], prompts: Sequence[str]) -> dict[str, list[float]]:
-        """How far the captions are kept, by what all of them ask for; and the style, if it is another than flat."""
+        """Scores of whatever all captions ask for, and of the style if it is another than flat."""
         measured = [score(image, prompt, self.style) for image, prompt in zip(images, prompts, strict=True)]
         kept = [each.named | {"overall": each.overall, "faithful": float(each.faithful)} for each in measured]
         names = ("shape", "colour", "size", "background", "clean", "overall", "faithful")

@@ -1,1 +1,1 @@
-"""The way of a vote: pair folder, events, log, what the votes come to, parquet. Without torch."""
+"""The way of a vote: pair folder, events, log, outcome, metadata, parquet. Without torch."""

@@ -1,4 +1,4 @@
-"""What an annotator did: votes, retracts and flags, as they stand in the log."""
+"""Events of the log: votes, retracts and flags, each on one line."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ LABELS: dict[str | None, float] = {"image_0": 1.0, "image_1": 0.0, "tie": 0.5}  
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One thing that an annotator did, as it stands in the log.
+    """One act of an annotator, as it stands in the log.
 
     Args:
-        event_id: unique; of two events with the same one the first counts.
-        event_type: a vote, the undoing of an earlier event, or a pair reported as unfit.
-        retracts: event_id of what a retract undoes; None for the other types.
-        presentation_id: of the showing at which it happened.
-        pair_id, ranking_id, prompt, image_0, image_1, image_0_uid, image_1_uid: of the pair, as in `Pair`.
-        choice: of a vote; None for the other types.
-        left_image: the one that was shown on the left.
-        repeat_of: what a swapped repeat of the same pair for the same annotator repeats; None at a first showing.
-        annotator_id: who, not empty.
-        session_id: of the sitting.
+        event_id: unique; of two events with the same id the first counts.
+        event_type: a vote, the undoing of an earlier event, or a report that a pair is unfit.
+        retracts: event_id of the event that a retract undoes; None for the other types.
+        presentation_id: id of the showing at which it happened.
+        pair_id, ranking_id, prompt, image_0, image_1, image_0_uid, image_1_uid: the pair, as in `Pair`.
+        choice: the vote; None for the other types.
+        left_image: the image that was shown on the left.
+        repeat_of: event_id of the vote that a swapped repeat asks for again; None at a first showing.
+        annotator_id: name of the annotator, not empty.
+        session_id: id of the sitting.
         presented_at, decided_at: UTC in milliseconds, as `now` gives it.
-        duration_ms: from showing to decision, at least 0.
-        input: what it was given with.
+        duration_ms: milliseconds from showing to decision, at least 0.
+        input: the device that it was given with.
         zoomed: whether the images were enlarged at this showing.
-        app_version: of dpo_sd.
+        app_version: version of dpo_sd.
 
     Raises:
-        ValueError: when a value is of another type or out of range.
+        ValueError: if a value is of another type or out of range.
     """
 
     event_id: str
@@ -112,7 +112,7 @@ class Event:
         """The event on a line of annotations.jsonl.
 
         Raises:
-            ValueError: saying what is wrong with the line.
+            ValueError: if the line is not an event; the message says why.
         """
         record = parse_object(line)
         version = record.pop("schema_version", None)
@@ -133,17 +133,28 @@ _TYPES: dict[str, tuple[type, ...]] = {
     each.name: (str, NoneType) if each.name in _NULLABLE else (str,) for each in fields(Event)
 } | {"duration_ms": (int,), "zoomed": (bool,)}
 _values, _in_order = attrgetter(*_TYPES), itemgetter(*_TYPES)
-_FITTING: set[tuple[type, ...]] = set()  # combinations of types that were found right
+_FITTING: set[tuple[type, ...]] = set()  # combinations of types that have been found right
 _ALLOWED = {"event_type": get_args(EventType), "left_image": get_args(Side), "input": get_args(Input)}
 _CHOICES = get_args(Choice)
 _KEYS = ["schema_version", *_TYPES]
 _KEYS[_KEYS.index("left_image") : _KEYS.index("left_image")] = ["label_0", "label_1"]
-_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", re.ASCII)
 
 
 def now() -> str:
     """The time in UTC as JavaScript's toISOString writes it, which sorts as text: 2031-05-17T09:30:00.125Z."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", re.ASCII)
+
+
+def is_time(text: str) -> bool:
+    """Whether a text is a time as `now` gives it."""
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return _TIME.fullmatch(text) is not None
 
 
 def vote(
@@ -162,16 +173,16 @@ def vote(
     input: Input = "key",
     zoomed: bool = False,
 ) -> Event:
-    """An annotator's choice on a pair.
+    """Event of an annotator's choice on a pair.
 
     Args:
-        pair: the one that was shown.
+        pair: the pair that was shown.
         choice, left_image, annotator_id, repeat_of, session_id, duration_ms, input, zoomed: as in `Event`.
-        presentation_id, event_id: drawn when None.
-        presented_at, decided_at: the present moment when None.
+        presentation_id, event_id: drawn if None.
+        presented_at, decided_at: the present moment if None.
 
     Raises:
-        ValueError: when a value is of another type or out of range.
+        ValueError: if a value is of another type or out of range.
     """
     moment = now()
     return Event(
@@ -201,13 +212,13 @@ def vote(
 
 
 def flag(pair: Pair, left_image: Side, annotator_id: str, **details: Any) -> Event:
-    """An annotator's report that a pair is unfit for training, whatever is voted on it.
+    """Event of an annotator's report that a pair is unfit for training, whatever is voted on it.
 
     Args:
         pair, left_image, annotator_id, details: as for `vote`.
 
     Raises:
-        ValueError: when a value is of another type or out of range.
+        ValueError: if a value is of another type or out of range.
     """
     return replace(vote(pair, "skip", left_image, annotator_id, **details), event_type="flag", choice=None)
 
@@ -220,15 +231,15 @@ def retract(
     decided_at: str | None = None,
     input: Input = "key",
 ) -> Event:
-    """The undoing of a vote or a flag.
+    """Event that undoes a vote or a flag.
 
     Args:
-        event: what is undone.
+        event: the event that is undone.
         event_id, decided_at, input: as for `vote`.
-        session_id: that of the event when None.
+        session_id: id of the sitting; None takes that of the event.
 
     Raises:
-        ValueError: when the event is a retract itself, or a value is of another type or out of range.
+        ValueError: if the event is a retract itself, or a value is of another type or out of range.
     """
     if event.event_type == "retract":
         raise ValueError("a retract cannot be undone: vote again")
@@ -244,11 +255,3 @@ def retract(
         input=input,
         app_version=dpo_sd.__version__,
     )
-
-
-def is_time(text: str) -> bool:
-    try:
-        datetime.fromisoformat(text)
-    except ValueError:
-        return False
-    return _TIME.fullmatch(text) is not None

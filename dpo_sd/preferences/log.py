@@ -22,27 +22,29 @@ from dpo_sd.preferences.pair_folder import PAIRS, Pair, read_pairs
 
 ANNOTATIONS = "annotations.jsonl"
 TORN = "annotations.torn.jsonl"  # lines that a crash cut short
-REFUSED = "annotations.refused.jsonl"  # what was sent as votes and can be none here, with the reason
+REFUSED = "annotations.refused.jsonl"  # records that were sent as votes and can never be one here, with the reason
 QUIET = 0.3  # seconds without a new event after which metadata.jsonl is written
 logger = logging.getLogger(__name__)
+# `replacing` names its temporary file by the process: two logs of one folder in one process take turns
+_WRITING_METADATA = threading.Lock()
 
 
 class EventLog:
     """The annotations.jsonl of one pair folder: durable, exactly-once, safe for several threads and processes.
 
-    metadata.jsonl follows it by itself: it is written on opening, soon after the last new event, and on closing.
+    It keeps metadata.jsonl up to date: that is written on opening, soon after the last new event, and on closing.
 
     Args:
         folder: with a pairs.jsonl, and writable.
 
     Attributes:
-        pairs: by their pair_id, in the order of pairs.jsonl.
-        events: in the order of the log, each event_id once.
-        notes: what the user should know, in words.
+        pairs: the folder's pairs by their pair_id, in the order of pairs.jsonl.
+        events: the log's events in its order, each event_id once.
+        notes: sentences that the user should read.
 
     Raises:
-        UserError: when the pairs or the log cannot be read, naming the line; when the folder is read-only; when there
-            is a metadata.jsonl that is not from a log here.
+        UserError: if the pairs or the log cannot be read, naming the line; if the folder is read-only; if there is a
+            metadata.jsonl without a log that it could come from.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -72,18 +74,18 @@ class EventLog:
         atexit.register(self._flush_or_note)
 
     def append(self, events: Sequence[Event]) -> int:
-        """Adds events to the log, those that it does not hold yet; when this returns, they are on the disk.
+        """Adds the events that the log does not hold yet; when this returns, they are on the disk.
 
         Args:
-            events: of pairs in this folder, in any number and however often sent before.
+            events: events on pairs of this folder, in any number and however often sent before.
 
         Returns:
-            How many of them were new.
+            The number of new ones.
 
         Raises:
-            OSError: when the disk is full or the log cannot be written. Then nothing of them is in the log, and the
-                same call may be made again.
-            UserError: when an event is not of this folder, or another program left a broken line in the log.
+            OSError: if the disk is full or the log cannot be written. Then the log holds none of them, and the same
+                call may be made again.
+            UserError: if an event is not on a pair of this folder, or another program left a broken line in the log.
         """
         if foreign := [event.pair_id for event in events if event.pair_id not in self.pairs]:
             raise UserError(f"pair {foreign[0]} is not in {self.folder}")
@@ -98,7 +100,7 @@ class EventLog:
                         new.setdefault(event.event_id, event)
                 if tail:
                     self._set_aside(log, tail)
-                # also without anything new: who wrote these events may have died before they were on the disk
+                # also without anything new: whoever wrote these events may have died before they were on the disk
                 _write_whole(log, "".join(event.to_json() for event in new.values()).encode())
                 self._take_in(log)
             if new:
@@ -106,13 +108,13 @@ class EventLog:
             return len(new)
 
     def set_refused_aside(self, reasons: Mapping[str, str]) -> None:
-        """Keeps what was sent as votes and can never be any, for people to look at; on the disk when this returns.
+        """Keeps records that can never be votes, for people to look at; they are on the disk when this returns.
 
         Args:
-            reasons: why it is refused, by what was sent.
+            reasons: why each record is refused, by the record's text.
 
         Raises:
-            OSError: when the disk is full or the folder cannot be written; then nothing of it is kept.
+            OSError: if the disk is full or the folder cannot be written; then none of them is kept.
         """
         if not reasons:
             return
@@ -122,11 +124,11 @@ class EventLog:
         self.notes += [f"a vote was refused and put into {REFUSED}: {reason}" for reason in reasons.values()]
 
     def refresh(self) -> bool:
-        """Takes in what other processes added; whether there was anything.
+        """Takes in the events that other processes added; returns whether there were any.
 
         Raises:
-            OSError: when the log cannot be read.
-            UserError: when another program left a broken line in it.
+            OSError: if the log cannot be read.
+            UserError: if another program left a broken line in it.
         """
         news = self._refresh()
         if news:
@@ -137,7 +139,7 @@ class EventLog:
         """Writes metadata.jsonl from the events; without a log there is nothing to write.
 
         Raises:
-            OSError: when the folder cannot be written.
+            OSError: if the folder cannot be written.
         """
         with _WRITING_METADATA:
             self._refresh()
@@ -153,7 +155,7 @@ class EventLog:
         """Brings metadata.jsonl up to date, which the end of the program does as well.
 
         Raises:
-            OSError: when the folder cannot be written. The votes are safe: the next opening writes it.
+            OSError: if the folder cannot be written. The votes are safe: the next opening writes it.
         """
         atexit.unregister(self._flush_or_note)
         with self._lock:
@@ -212,19 +214,15 @@ class EventLog:
             logger.warning(note)
 
 
-# `replacing` names its temporary file by the process: two logs of one folder in one process take turns
-_WRITING_METADATA = threading.Lock()
-
-
 def read_events(file: Path, pair_ids: Container[str]) -> list[Event]:
-    """The events of a log, as they stand in it; a last line cut short by a crash is left out with a warning.
+    """The events of a log in its order; a last line that a crash cut short is left out with a warning.
 
     Args:
         file: an annotations.jsonl.
-        pair_ids: of the pairs that it may be about.
+        pair_ids: ids of the pairs that its events may be on.
 
     Raises:
-        UserError: when there is no such file, and on a line that is broken or about another pair, naming it.
+        UserError: if there is no such file, or a line is broken or on another pair; the message names it.
     """
     if not file.is_file():
         raise UserError(f"no file {file}: give the {ANNOTATIONS} of a pair folder")
@@ -239,11 +237,11 @@ def merge(folder: str | Path, logs: Sequence[Path]) -> int:
     """Adds the events of other logs about the same pairs to the log of a folder; nothing is written if one is bad.
 
     Args:
-        folder: a pair folder.
+        folder: pair folder.
         logs: annotations.jsonl files, such as come from other machines.
 
     Returns:
-        How many events were new.
+        The number of new events.
 
     Raises:
         UserError: as `EventLog` and `read_events` do.
@@ -285,7 +283,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _whole_lines(descriptor: int, offset: int) -> tuple[bytes, bytes]:
-    """What a file holds from the offset on, up to its last newline and after it."""
+    """The bytes of a file from the offset on: those up to its last newline, and those after it."""
     with open(descriptor, "rb", closefd=False) as file:
         file.seek(offset)
         data = file.read()

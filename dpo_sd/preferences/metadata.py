@@ -15,8 +15,10 @@ METADATA = "metadata.jsonl"
 
 
 def metadata_rows(preferences: Iterable[Preference]) -> list[dict[str, Any]]:
-    """The rows of metadata.jsonl: pairs of which one image is preferred, with hard labels; a seed that is unknown is
-    left out, a text that is unknown is ""."""
+    """The rows of metadata.jsonl: the pairs of which one image is preferred, with hard labels.
+
+    An unknown seed is left out, an unknown text is "".
+    """
     decided = [each for each in preferences if each.status in ("image_0", "image_1")]
     per_prompt = Counter(each.pair.prompt for each in decided)
     rows = []
@@ -53,8 +55,17 @@ def metadata_rows(preferences: Iterable[Preference]) -> list[dict[str, Any]]:
     return rows
 
 
+def metadata_text(preferences: Iterable[Preference]) -> str:
+    """Content of metadata.jsonl."""
+    return "".join(json_line(row) for row in metadata_rows(preferences))
+
+
 def preference_of(row: dict[str, Any]) -> Preference:
-    """From a row of metadata.jsonl."""
+    """The preference in a row of metadata.jsonl, of which five keys suffice.
+
+    Raises:
+        ValueError: if a key is missing or a value contradicts another.
+    """
     for key in ("prompt", "image_0", "image_1", "prefer_0", "prefer_1"):
         if key not in row:
             raise ValueError(f"the key {key!r} is missing")
@@ -89,7 +100,3 @@ def _count(row: dict[str, Any], key: str, default: int) -> int:
     if type(value) is not int or value < 0:
         raise ValueError(f"{key} must be a whole number of at least 0, got {value!r:.100}")
     return value
-
-
-def metadata_text(preferences: Iterable[Preference]) -> str:
-    return "".join(json_line(row) for row in metadata_rows(preferences))

@@ -1,4 +1,4 @@
-"""What the votes on each pair come to."""
+"""Outcome of the votes: from events to one preference per pair."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Status = Literal["image_0", "image_1", "tie", "both_bad", "disputed", "skipped",
 
 @dataclass(frozen=True)
 class Preference:
-    """What the votes on one pair come to.
+    """Outcome of the votes on one pair.
 
     Args:
-        pair: the one they are about.
-        votes_0, votes_1, votes_tie, votes_bad: annotators by their choice, at least 0.
-        skips: annotators who only skipped it.
+        pair: the pair.
+        votes_0, votes_1, votes_tie, votes_bad: numbers of annotators by their choice, at least 0.
+        skips: number of annotators who only skipped it.
         flagged: whether somebody reported it as unfit.
-        decided_at: of the latest vote that counts, None without one.
+        decided_at: time of the latest vote that counts, None without one.
     """
 
     pair: Pair
@@ -38,7 +38,7 @@ class Preference:
 
     @property
     def n_votes(self) -> int:
-        """Votes that count, skips not among them."""
+        """Number of votes that count, skips not among them."""
         return self.votes_0 + self.votes_1 + self.votes_tie + self.votes_bad
 
     @property
@@ -70,7 +70,7 @@ class Preference:
 
 
 def standing(events: Iterable[Event]) -> list[Event]:
-    """Votes and flags that are not undone, each once, wherever in the log they and their retracts stand."""
+    """The votes and flags that are not undone, each once, wherever in the log they and their retracts stand."""
     unique: dict[str, Event] = {}
     for event in events:
         unique.setdefault(event.event_id, event)
@@ -81,8 +81,8 @@ def standing(events: Iterable[Event]) -> list[Event]:
 def counting(events: Iterable[Event]) -> dict[tuple[str, str], Event]:
     """The one vote that counts for each (pair_id, annotator_id).
 
-    It is the last of those at first showings, the last of the repeats where there is no other, and a skip only where
-    there is nothing else. "Last" goes by (decided_at, event_id), never by the order in the log.
+    It is the last vote at a first showing; without one the last repeat, and a skip only if there is nothing else.
+    "Last" goes by (decided_at, event_id), never by the order in the log.
     """
 
     def weight(event: Event) -> tuple[bool, bool, str, str]:
@@ -97,7 +97,7 @@ def counting(events: Iterable[Event]) -> dict[tuple[str, str], Event]:
 
 
 def fold(pairs: Iterable[Pair], events: Collection[Event]) -> list[Preference]:
-    """What the events come to: one preference per pair, in the order of the pairs, whatever the order of the events."""
+    """One preference per pair, in the order of the pairs; the order of the events does not matter."""
     votes: defaultdict[str, list[Event]] = defaultdict(list)
     for (pair, _), event in counting(events).items():
         votes[pair].append(event)

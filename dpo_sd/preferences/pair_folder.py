@@ -1,4 +1,4 @@
-"""A folder of candidate pairs: which two images were drawn for which prompt, and reading those images safely."""
+"""The pair folder: pairs.jsonl, which lists two images for a prompt on each line, and safe reading of those images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dpo_sd.files.hashes import read_sha256
 from dpo_sd.files.json_lines import json_line, read_records
 
 PAIRS = "pairs.jsonl"
-SHOWN = ("PNG", "JPEG", "WEBP")  # those that every browser shows and that hold no script
+SHOWN = ("PNG", "JPEG", "WEBP")  # formats that every browser shows and that hold no script
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,17 @@ class Pair:
     """Two images of one prompt.
 
     Args:
-        pair_id: what `pair_id` makes of the prompt and the two uids.
-        prompt: its text, of any length.
+        pair_id: `pair_id` of the prompt and the two uids.
+        prompt: text of any length.
         image_0, image_1: POSIX paths relative to the folder.
-        image_0_uid, image_1_uid: SHA-256 of the files' bytes, hexadecimal; "" where nobody recorded it.
+        image_0_uid, image_1_uid: SHA-256 of the files' bytes, hexadecimal; "" if nobody recorded it.
         ranking_id: shared by the pairs of one set of more than two images.
-        model_0, model_1: what drew each, in words: "tiny", "tiny + style:0.8".
-        seed_0, seed_1: what each was drawn from.
+        model_0, model_1: the model and the LoRAs that drew each, in words: "tiny", "tiny + style:0.8".
+        seed_0, seed_1: the seed that each was drawn from.
         settings: how both were drawn (scheduler, steps, guidance, …), for the record only.
 
     Raises:
-        ValueError: when a value is of another type.
+        ValueError: if a value is of another type.
     """
 
     pair_id: str
@@ -79,7 +79,7 @@ def pair_id(prompt: str, image_0_uid: str, image_1_uid: str) -> str:
 
 
 def is_uid(text: str) -> bool:
-    """Whether a text is what `read_sha256` gives; pairs from elsewhere may have names of other kinds."""
+    """Whether a text is a SHA-256 as `read_sha256` gives it; pairs from elsewhere may have uids of other kinds."""
     return _SHA256.fullmatch(text) is not None
 
 
@@ -87,8 +87,7 @@ def read_pairs(folder: str | Path) -> list[Pair]:
     """The pairs of a folder in the order of its pairs.jsonl; the images are not looked at.
 
     Raises:
-        UserError: when the folder, its pairs.jsonl or pairs in it are missing, and on a line that is not a pair or
-            repeats one.
+        UserError: if the folder, its pairs.jsonl or pairs in it are missing, or a line is not a pair or repeats one.
     """
     folder = Path(folder)
     file = folder / PAIRS
@@ -114,31 +113,31 @@ def write_pairs(folder: str | Path, pairs: Iterable[Pair]) -> None:
     """Writes pairs.jsonl, whole or not at all; the same pairs give the same bytes.
 
     Raises:
-        OSError: when the folder cannot be written.
+        OSError: if the folder cannot be written.
     """
     write_text(Path(folder) / PAIRS, "".join(json_line(asdict(pair)) for pair in pairs))
 
 
 def current(pairs: Iterable[Pair]) -> list[Pair]:
-    """The pairs less those of former pictures: of several with the same prompt and files, the last one listed."""
+    """The pairs of the images as they are now: of several with the same prompt and files, the last one listed."""
     by_files = {(pair.prompt, pair.image_0, pair.image_1): pair for pair in pairs}
     return list(by_files.values())
 
 
 def changed_images(folder: str | Path, pairs: Iterable[Pair]) -> dict[str, list[str]]:
-    """Images that are not what they were when they were listed, by the pair_id of their pairs.
+    """The images whose bytes have changed since they were listed, by the pair_id of their pairs.
 
-    A uid that is no SHA-256, as of pairs from elsewhere, says nothing; an image that is missing or cannot be opened is
-    not changed either: `image_file` and `load_image` say what is wrong with it.
+    A uid that is no SHA-256, as of pairs from elsewhere, tells nothing; nor does an image that is missing or cannot be
+    opened count as changed: `image_file` and `load_image` say what is wrong with it.
 
     Args:
-        folder: that holds the images; each of them is read once, whole.
-        pairs: to look at.
+        folder: holds the images; each of them is read once, whole.
+        pairs: the pairs whose images are looked at.
 
     Returns:
-        For each pair that has some its changed images, as the paths that the pair gives.
+        The paths of the changed images, as the pair gives them; pairs without any are left out.
     """
-    found: dict[str, str | None] = {}  # uid of the bytes as they are now
+    found: dict[str, str | None] = {}  # uid of the bytes as they are now, by image
     changed: dict[str, list[str]] = {}
     for pair in pairs:
         for image, uid in ((pair.image_0, pair.image_0_uid), (pair.image_1, pair.image_1_uid)):
@@ -155,12 +154,12 @@ def image_file(folder: str | Path, relative: str) -> Path:
     """The file of an image in a folder, resolved.
 
     Args:
-        folder: that holds the images.
+        folder: holds the images.
         relative: POSIX path inside the folder.
 
     Raises:
-        UserError: when the path is an address, absolute or leads out of the folder, by ".." or by a link, and when
-            no plain file is there.
+        UserError: if the path is an address, absolute or leads out of the folder, by ".." or by a link, or there is no
+            plain file.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", relative):
         raise UserError(f"image {relative[:200]!r} is an address: give the path of a file in {folder}")
@@ -184,20 +183,20 @@ def check_image(file: Path) -> tuple[int, int]:
     """Width and height in pixels, from the header alone.
 
     Raises:
-        UserError: when the file is not an image that every browser shows, or as `dpo_sd.files.images.open_image`.
+        UserError: if the file is not an image that every browser shows, and as `dpo_sd.files.images.open_image`.
     """
     with images.open_image(file, SHOWN) as image:
         return image.size
 
 
 def load_image(folder: str | Path, relative: str) -> Image.Image:
-    """The image decoded whole, as by `dpo_sd.files.images.load_image`.
+    """An image of the folder decoded whole, as by `dpo_sd.files.images.load_image`.
 
     Args:
         folder, relative: as for `image_file`.
 
     Raises:
-        UserError: when the file is not there or not an image that can be read to its end.
+        UserError: if the file is not there or not an image that can be read to its end.
     """
     return images.load_image(image_file(folder, relative), SHOWN)
 

@@ -49,21 +49,21 @@ logger = logging.getLogger(__name__)
 def export_pickapic(folder: str | Path, file: str | Path, ties: bool = False) -> int:
     """Writes the decided pairs of a folder as a parquet file with the columns of Pick-a-Pic v2.
 
-    The images are the files' own bytes; pairs of which one has changed since it was judged are left out with a warning.
-    A row sums up all annotators, so user_id is 0; ranking_id is a number per set of images; the addresses are "", and
-    so is best_image_uid of a tie.
+    The images are the files' own bytes; pairs with an image that has changed since it was judged are left out with a
+    warning. A row sums up all annotators, so user_id is 0; ranking_id is a number per set of images; the addresses are
+    "", and so is best_image_uid of a tie.
 
     Args:
-        folder: a pair folder with votes.
-        file: the parquet file to write, whole or not at all.
+        folder: pair folder with votes.
+        file: parquet file to write, whole or not at all.
         ties: whether tied pairs are written too, labelled ½ and ½.
 
     Returns:
         The number of rows.
 
     Raises:
-        UserError: when there is nothing to write, or an image cannot be used.
-        OSError: when the file cannot be written.
+        UserError: if there is nothing to write, or an image cannot be used.
+        OSError: if the file cannot be written.
     """
     wanted = ("image_0", "image_1", "tie") if ties else ("image_0", "image_1")
     decided = [each for each in read_preferences(folder) if each.status in wanted]
@@ -123,5 +123,5 @@ def _row(folder: Path, preference: Preference) -> dict[str, Any]:
 
 
 def _utf8(text: str) -> str:
-    """With lone surrogates, which UTF-8 cannot hold, escaped."""
+    """The text with lone surrogates escaped, which UTF-8 cannot hold."""
     return text.encode("utf-8", "backslashreplace").decode()

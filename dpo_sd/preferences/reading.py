@@ -1,4 +1,4 @@
-"""What is preferred in a pair folder."""
+"""Reading the preferences of a pair folder, from its log or its metadata.jsonl."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def read_preferences(folder: str | Path) -> list[Preference]:
-    """What is preferred in a pair folder: from its events where it has some, otherwise from its metadata.jsonl.
+    """The preferences of a pair folder: from its log if it has one, otherwise from its metadata.jsonl.
 
-    Of metadata.jsonl the five keys prompt, image_0, image_1, prefer_0 and prefer_1 suffice.
+    In metadata.jsonl the five keys prompt, image_0, image_1, prefer_0 and prefer_1 suffice.
 
     Raises:
-        UserError: when there is neither, and on a line that is broken, naming it.
+        UserError: if there is neither, or a line is broken; the message names it.
     """
     folder = Path(folder)
     if (folder / ANNOTATIONS).exists():  # metadata.jsonl could be older

@@ -1,4 +1,4 @@
-"""Scenes into words and words back into what a picture must show."""
+"""Captions of scenes, and what a caption demands of an image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpo_sd.shapes.scenes import BACKGROUNDS, COLOURS, KINDS, SHAPES, SIZES, Sce
 
 @dataclass(frozen=True)
 class Demand:
-    """What a caption asks for; None where it leaves the choice open."""
+    """The demands of a caption; None where it leaves the choice open."""
 
     shape: str
     colour: str | None = None
@@ -32,7 +32,7 @@ def caption(kind: tuple[str, str, str, str], position: str | None = None) -> str
 
 
 def random_caption(rng: np.random.Generator, scene: Scene, name_position: bool) -> str:
-    """One of several ways to describe a scene, some of which leave the size or the background open."""
+    """One of six ways to describe a scene, some of which leave the size or the background open."""
     size, colour, shape, background = scene.kind
     place = _place(scene.position if name_position else None)
     form = rng.choice(6, p=[0.5, 0.1, 0.1, 0.1, 0.1, 0.1])
@@ -50,6 +50,7 @@ def random_caption(rng: np.random.Generator, scene: Scene, name_position: bool) 
 
 
 def article(word: str) -> str:
+    """The indefinite article of a word."""
     return "an" if word[0] in "aeiou" else "a"
 
 
@@ -65,10 +66,10 @@ _POSITION = re.compile(r"\b(?:(top|bottom) (left|right)|(top|bottom|left|right)|
 
 
 def parse(text: str) -> Demand:
-    """Reads what a caption demands.
+    """The demands of a caption.
 
     Raises:
-        UserError: when the text names no shape of this world, or a colour that nothing has in it.
+        UserError: if the text names no shape of this world, or a colour that nothing has in it.
     """
     words = text.lower().replace("grey", "gray")
     background = _BACKGROUND.search(words)
@@ -103,7 +104,7 @@ def kind(text: str) -> tuple[str, str, str, str]:
     """The combination that a full caption describes.
 
     Raises:
-        UserError: when the caption cannot be read or leaves something open.
+        UserError: if the caption cannot be read or leaves something open.
     """
     demand = parse(text)
     named = demand.size, demand.colour, demand.shape, demand.background
@@ -121,10 +122,10 @@ class PromptSplit(NamedTuple):
 
 
 def split_prompts(seed: int) -> PromptSplit:
-    """The full captions of all kinds of scenes, places left open: 60 % for training, 10 % to validate, 30 % to judge.
+    """Splits the full captions of all kinds of scenes: 60 % for training, 10 % for validation, 30 % to be judged.
 
     Args:
-        seed: of the split, in [0, 2^64).
+        seed: seed of the split, in [0, 2^64).
     """
     prompts = [caption(KINDS[i]) for i in order(seed, 0, len(KINDS))]
     first, second = round(0.6 * len(prompts)), round(0.7 * len(prompts))

@@ -1,22 +1,22 @@
-"""Measures a picture of the shapes world against its caption, from pixels alone.
+"""Oracle: measures an image of the shapes world against its caption, from pixels alone.
 
 The background is the common colour of the frame, the object the largest connected patch of anything else. Every shape
 of the world is then fitted to the object as the renderer would draw it (place, radius and fill colour, by least
-squares), and the shape that fits best is what the picture shows. Scores are continuous, and at least 0.5 exactly where
+squares), and the one that fits best is the shape of the object. Scores are continuous, and at least 0.5 exactly where
 the property is right.
 
-What it cannot see:
+Its limits:
 
-- Small faults of form: a shape turned by ten degrees or squeezed to four fifths of its height mostly counts as right,
-  one without a quarter of itself sometimes. Softness lowers the score of the shape, but a blur of 1.5 pixels mostly
-  passes; no score is for sharpness alone.
-- What touches the object: it is taken as part of it and shows only as a worse fit of the shape, in the object's own
+- Small faults of form are overlooked: a shape turned by ten degrees or squeezed to four fifths of its height mostly
+  counts as right, one without a quarter of itself sometimes. Softness lowers the score of the shape, but a blur of 1.5
+  pixels mostly passes; no score is for sharpness alone.
+- Whatever touches the object is taken as part of it and shows only as a worse fit of the shape, in the object's own
   colour perhaps not at all. The colour of a two-coloured object is the mean of both.
-- Faint marks: nothing nearer to the background than 20 (an object) or 32 (clutter) of 255 in RGB distance, such as a
-  gentle gradient; nor the 2 pixels around the object, nor 20 stray pixels.
-- A style that it is not told of: pictures are read in the style given. Where a soft picture in `outlined` mixes ink
-  into a small fill, colours are named a little less surely; small soft stripes are sometimes taken for another style.
-- Order and number in a caption: it speaks of one object, and everything else in the picture is clutter.
+- Faint marks are overlooked: whatever is nearer to the background than 20 (an object) or 32 (clutter) of 255 in RGB
+  distance, such as a gentle gradient; so are the 2 pixels around the object, and 20 stray pixels.
+- An image is read in the style that is given. Where a soft image in `outlined` mixes ink into a small fill, colours
+  are named a little less surely; small soft stripes are sometimes taken for another style.
+- A caption speaks of one object, whatever its order and number; everything else in the image is clutter.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ from dpo_sd.shapes.scenes import (
 COLOUR_TOLERANCE = 25.0  # CIE Lab; neighbours in the palettes are at least 29 apart, in pastel 19
 SHAPE_TOLERANCE = 0.2  # 1 - soft IoU
 SIZE_TOLERANCE = 2.0  # pixels beyond the range of the word; the gap between small and large is twice as wide
-CLUTTER_TOLERANCE = 0.005  # share of the picture: 20 pixels
+CLUTTER_TOLERANCE = 0.005  # share of the image: 20 pixels
 OBJECT_CONTRAST = 20.0  # RGB distance from the background; the palest pair of colours is 44 apart
-CLUTTER_CONTRAST = 32.0  # RGB distance from the background, of what counts as something else in the picture
+CLUTTER_CONTRAST = 32.0  # RGB distance from the background from which a pixel counts as something else
 OBJECT_PIXELS = (20, RESOLUTION**2 // 2)  # a smaller patch is a speck, a larger one is not an object on a background
 _MIDDLE = RESOLUTION / 2
 _LAST = RESOLUTION - 1
@@ -68,14 +68,14 @@ _TABLE_REACH, _TABLE_STEP = 3.0, 1 / 32  # in radii
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a picture shows; without an object, `colours` and `ious` are empty, x, y and radius nan, and its words None.
+    """Measurement of an image; without an object `colours` and `ious` are empty, x, y and radius nan, its words None.
 
     Args:
-        backgrounds: distance of the background's colour from each of `BACKGROUNDS`, in CIE Lab.
-        colours: distance of the object's colour from each of `COLOURS`, in CIE Lab.
+        backgrounds: distances of the background's colour from each of `BACKGROUNDS`, in CIE Lab.
+        colours: distances of the object's colour from each of `COLOURS`, in CIE Lab.
         ious: soft intersection over union of the object and the best fit of each of `SHAPES`, in [0, 1].
-        x, y, radius: pixels, of the best fit; the radius is that of the disc of equal area.
-        clutter: share of the picture's pixels that belong to neither the object nor the background.
+        x, y, radius: centre and radius of the best fit in pixels; the radius is that of the disc of equal area.
+        clutter: share of the image's pixels that belong to neither the object nor the background.
     """
 
     backgrounds: Mapping[str, float]
@@ -111,7 +111,7 @@ class Measurement:
         return position_name(self.x, self.y, self.shape, self.radius) if self.shape else None
 
     def scene(self, style: str) -> Scene | None:
-        """The scene that was seen, to be drawn in any style; None without an object."""
+        """The measured scene, to be drawn in a style; None without an object."""
         if not (self.size and self.colour and self.shape):
             return None
         return Scene(self.size, self.colour, self.shape, self.background, self.x, self.y, self.radius, style)
@@ -119,40 +119,40 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Scores:
-    """How well a picture keeps its caption: each in [0, 1], at least 0.5 meaning right; None where nothing is asked."""
+    """Scores of an image against its caption: each in [0, 1], at least 0.5 if right, None where nothing is asked."""
 
     shape: float
     colour: float | None
     size: float | None
     background: float | None
     position: float | None
-    clean: float  # nothing else is in the picture
+    clean: float  # nothing else is in the image
 
     @property
     def named(self) -> dict[str, float]:
-        """The scores of what is asked, by name."""
+        """The scores that are not None, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     @property
     def overall(self) -> float:
-        """Mean of what is asked."""
+        """Mean of the scores."""
         return sum(self.named.values()) / len(self.named)
 
     @property
     def faithful(self) -> bool:
-        """Whether all that is asked is right."""
+        """Whether everything that the caption asks for is right."""
         return min(self.named.values()) >= 0.5
 
 
 def measure(image: Image.Image, style: str = "flat") -> Measurement:
-    """Says what a picture shows.
+    """Measures an image.
 
     Args:
-        image: 64x64 pixels; any mode is read as RGB, a transparent picture as if it were opaque.
+        image: 64x64 pixels; any mode is read as RGB, a transparent image as if it were opaque.
         style: one of `STYLES`: the palette and the decoration to expect.
 
     Raises:
-        UserError: when the picture has another size or the style is unknown.
+        UserError: if the image has another size or the style is unknown.
     """
     check_known(style, STYLES, "style")
     pixels = _pixels(image)
@@ -176,30 +176,30 @@ def measure(image: Image.Image, style: str = "flat") -> Measurement:
 
 
 def score(image: Image.Image, prompt: str, style: str = "flat") -> Scores:
-    """Scores a picture against its caption.
+    """Scores an image against its caption.
 
     Args:
         image: 64x64 pixels.
-        prompt: a caption that `captions.parse` can read.
+        prompt: caption that `captions.parse` can read.
         style: one of `STYLES`: the palette and the decoration to expect.
 
     Raises:
-        UserError: when the picture has another size, the style is unknown or the prompt cannot be read.
+        UserError: if the image has another size, the style is unknown or the prompt cannot be read.
     """
     return _score(measure(image, style), parse(prompt))
 
 
 def style_score(image: Image.Image, style: str) -> float:
-    """How much a picture looks drawn in a style rather than in the others: in [0, 1], above 0.5 where it fits best.
+    """Score of an image as drawn in one style rather than in the others: in [0, 1], above 0.5 if that style fits best.
 
-    The picture is read in each style, what was seen is drawn again in that style, and the errors are compared.
+    The image is read in each style, the scene so measured is drawn again in that style, and the errors are compared.
 
     Args:
         image: 64x64 pixels.
         style: one of `STYLES`.
 
     Raises:
-        UserError: when the picture has another size or the style is unknown.
+        UserError: if the image has another size or the style is unknown.
     """
     check_known(style, STYLES, "style")
     pixels = _pixels(image)
@@ -213,7 +213,7 @@ def style_score(image: Image.Image, style: str) -> float:
 
 
 def centred(image: Image.Image, prompt: str, style: str = "flat") -> float:
-    """Minus the distance in pixels of the object from the middle of the picture, whatever place the caption names."""
+    """Minus the distance in pixels of the object from the middle of the image, whatever place the caption names."""
     return _if_kept(image, prompt, style, lambda seen: -math.hypot(seen.x - _MIDDLE, seen.y - _MIDDLE))
 
 
@@ -223,12 +223,12 @@ def large(image: Image.Image, prompt: str, style: str = "flat") -> float:
 
 
 def faithful(image: Image.Image, prompt: str, style: str = "flat") -> float:
-    """The overall score against the caption, in [0, 1]."""
+    """Overall score against the caption, in [0, 1]."""
     return score(image, prompt, style).overall
 
 
 def in_style(image: Image.Image, prompt: str, style: str = "flat") -> float:
-    """The style's score, in [0, 1], whatever the caption says."""
+    """Score of the style, in [0, 1], whatever the caption says."""
     return style_score(image, style)
 
 
@@ -240,10 +240,22 @@ UTILITIES: dict[str, Callable[[Image.Image, str, str], float]] = {
 }
 
 
-def _if_kept(image: Image.Image, prompt: str, style: str, value: Callable[[Measurement], float]) -> float:
-    """The value of what is seen, where colour, background and cleanness are right; below all such values where not.
+def check_known(name: str, names: Iterable[str], what: str) -> None:
+    """Refuses a name that is none of the known ones, with the nearest of them.
 
-    A taste must not unlearn the caption, but it should not be drowned by it either: of a small model's pictures a third
+    Raises:
+        UserError: if it is unknown.
+    """
+    if name not in (known := list(names)):
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+        raise UserError(f"unknown {what} {name!r}{hint}: write one of {', '.join(known)}")
+
+
+def _if_kept(image: Image.Image, prompt: str, style: str, value: Callable[[Measurement], float]) -> float:
+    """The value of the measurement if colour, background and cleanness are right; otherwise less than any such value.
+
+    A taste must not unlearn the caption, but it should not be drowned by it either: a third of a small model's images
     miss their shape, and a label that speaks of the shape says nothing about the taste.
     """
     seen = measure(image, style)
@@ -275,7 +287,7 @@ def _nearness(error: float, tolerance: float) -> float:
 
 
 def _truth(errors: Mapping[str, float], name: str, tolerance: float = math.inf) -> float:
-    """At least 0.5 where the named error is the least of all and within the tolerance."""
+    """Score of a name among its rivals: at least 0.5 if its error is the least of all and within the tolerance."""
     if not errors:
         return 0.0
     rival = min(error for other, error in errors.items() if other != name)
@@ -295,13 +307,6 @@ def _in_place(seen: Measurement, position: str) -> float:
         inside = (MIDDLE - abs(u)) / MIDDLE if direction == 0 else (direction * u - MIDDLE) / (1 - MIDDLE)
         scores.append(min(max(0.5 + inside, 0.0), 1.0))
     return min(scores)
-
-
-def check_known(name: str, names: Iterable[str], what: str) -> None:
-    if name not in (known := list(names)):
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f" (did you mean {nearest[0]}?)" if nearest else ""
-        raise UserError(f"unknown {what} {name!r}{hint}: write one of {', '.join(known)}")
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
@@ -342,13 +347,15 @@ def _fit(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Fits every shape to an object by Gauss-Newton; the fill colour is at every step the one that suits best.
 
-    The soft intersection over union is Tanimoto's, of the two pictures as vectors of differences from the background:
+    The soft intersection over union is Tanimoto's, of the two images as vectors of differences from the background:
     for one-coloured pixels it is the usual ratio of areas, and noise counts less in it than in a sum of distances.
 
     Args:
-        target: (64, 64, 3), the picture minus the background's colour, 0 away from the object.
-        patch: (64, 64), whether a pixel seems to belong to the object.
-        ground: (3,), the background's colour.
+        target: (64, 64, 3), sRGB of the image minus the background's colour, 0 away from the object.
+        patch: (64, 64), bool, whether a pixel seems to belong to the object.
+        ground: (3,), sRGB in [0, 255], the background's colour.
+        style: one of `STYLES`.
+        background: name of the background's colour.
 
     Returns:
         x, y and radius in pixels (shapes, 3); fill colours (shapes, 3); soft intersections over unions (shapes,).
@@ -366,11 +373,11 @@ def _fit(
     grid_y, grid_x = np.mgrid[top : top + side, left : left + side].reshape(2, -1)
     row, column = np.clip(grid_y, 0, _LAST), np.clip(grid_x, 0, _LAST)
     inside = (row == grid_y) & (column == grid_x)
-    seen = np.where(inside, target[row, column].T, 0)  # (3, n); beyond the edge of the picture nothing is drawn
+    seen = np.where(inside, target[row, column].T, 0)  # (3, n); beyond the edge of the image nothing is drawn
     grid_x, grid_y = grid_x + 0.5, grid_y + 0.5
 
     def draw(distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures minus the background (shapes, 3, n), and their fill colours, from distances to the outlines."""
+        """Images minus the background (shapes, 3, n), and their fill colours, from distances to the outlines."""
         cover = np.clip(0.5 - distance, 0, 1)
         share, ink = decoration(style, background, distance, grid_x + grid_y)
         filled = (cover * (1 - share))[:, None]

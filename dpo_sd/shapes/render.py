@@ -1,4 +1,4 @@
-"""A scene becomes a picture: antialiased by the signed distance to the outline."""
+"""Renderer: draws a scene, antialiased by the signed distance to the outline of its shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _Y, _X = np.mgrid[0:RESOLUTION, 0:RESOLUTION] + 0.5  # centres of the pixels
 
 
 def unit_distance(shape: str, px: np.ndarray, py: np.ndarray) -> np.ndarray:
-    """Distance from points to the outline of a shape of radius 1 around the origin, negative inside: shape of `px`."""
+    """Distances from points to the outline of a shape of radius 1 at the origin, negative inside; shape of `px`."""
     polygon = POLYGONS[shape]
     if polygon is None:
         return np.hypot(px, py) - 1
@@ -40,23 +40,24 @@ def coverage(shape: str, x: float, y: float, radius: float) -> np.ndarray:
 
 
 def render(scene: Scene) -> Image.Image:
-    """Draws a scene in its style as a 64x64 RGB picture."""
+    """Draws a scene in its style as a 64x64 RGB image."""
     return Image.fromarray(np.rint(render_array(scene)).astype(np.uint8))
 
 
 def palette_colour(colour: ArrayLike, style: str) -> np.ndarray:
-    """Colours of the palettes, (..., 3) in sRGB of [0, 255], as a style paints them."""
+    """Colours of the palettes as a style paints them: (..., 3), sRGB in [0, 255]."""
     value = np.asarray(colour, float)
     return 0.5 * value + 0.5 * 255 if style == "pastel" else value
 
 
 def decoration(style: str, background: str, distance: np.ndarray, diagonal: np.ndarray) -> tuple[np.ndarray, float]:
-    """What a style paints over the fill of a shape.
+    """The ink that a style paints over the fill of a shape.
 
     Args:
+        style: one of `STYLES`.
         background: name of the background's colour.
-        distance: pixels, to the outline and negative inside, of any shape.
-        diagonal: pixels, x + y of the same places, broadcast to `distance`.
+        distance: distances to the outline in pixels, negative inside, in an array of any shape.
+        diagonal: x + y of the same places in pixels, broadcast to `distance`.
 
     Returns:
         The share of the ink in the fill, in [0, 1], shape of `distance`; and the grey value of the ink, in [0, 255].

@@ -1,4 +1,4 @@
-"""What can stand in a picture of the shapes world, and where: the vocabulary, a scene, scenes drawn at random."""
+"""Scenes: the vocabulary of the shapes world, one scene, and scenes drawn at random."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-RESOLUTION = 64  # pixels, width and height of every picture
+RESOLUTION = 64  # pixels, width and height of every image
 
 COLOURS: dict[str, tuple[int, int, int]] = {  # sRGB
     "red": (220, 40, 40),
@@ -42,7 +42,7 @@ POSITIONS: dict[str, tuple[int, int]] = {  # direction from the centre, x to the
     "bottom": (0, 1),
     "bottom right": (1, 1),
 }
-MIDDLE = 0.4  # of the room to the edge: nearer to the centre of an axis than this is neither left nor right
+MIDDLE = 0.4  # share of the room to the edge; nearer to the centre of an axis than this is neither left nor right
 STYLES = ("flat", "outlined", "pastel", "striped")  # the shipped model has seen `flat` only
 
 
@@ -79,7 +79,7 @@ SHAPES = tuple(POLYGONS)
 
 
 def reach(shape: str, radius: float) -> float:
-    """How far from the picture's middle, in pixels, the centre may lie on either axis with the shape still inside."""
+    """Largest distance in pixels, on either axis, of a shape's centre from the image's with the shape still inside."""
     polygon = POLYGONS[shape]
     extent = radius * (1.0 if polygon is None else float(np.abs(polygon).max()))
     return RESOLUTION / 2 - 1 - extent
@@ -111,18 +111,18 @@ class Scene:
 
     @property
     def position(self) -> str:
-        """Its place, one of `POSITIONS`."""
+        """Name of the shape's place, one of `POSITIONS`."""
         return position_name(self.x, self.y, self.shape, self.radius)
 
 
 def place(x: float, y: float, shape: str, radius: float) -> tuple[float, float]:
-    """How much of its room to the edge a shape uses on each axis: 0 in the middle, -1 and 1 at the picture's edges."""
+    """Share of its room to the edge that a shape uses on each axis: 0 in the middle, -1 and 1 at the image's edges."""
     room = max(reach(shape, radius), 1.0)
     return (x - RESOLUTION / 2) / room, (y - RESOLUTION / 2) / room
 
 
 def position_name(x: float, y: float, shape: str, radius: float) -> str:
-    """Name of the place of a shape: below `MIDDLE` of its room on an axis is the middle."""
+    """Name of a shape's place: below `MIDDLE` of its room on an axis counts as the middle."""
     cell = tuple(0 if abs(u) < MIDDLE else (1 if u > 0 else -1) for u in place(x, y, shape, radius))
     return next(name for name, direction in POSITIONS.items() if direction == cell)
 
@@ -146,7 +146,10 @@ def random_scene(
     """A scene of the given kind, its exact size and place drawn at random.
 
     Args:
+        rng: generator of the draws.
+        kind: size, colour, shape and background, one of `KINDS`.
         position: a name of `POSITIONS` to stay close to; None draws the place uniformly from all where the shape fits.
+        style: one of `STYLES`.
     """
     size, _, shape, _ = kind
     radius = rng.uniform(*SIZES[size])

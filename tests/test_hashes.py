@@ -1,4 +1,4 @@
-"""What is remembered of files: nothing twice, and never what an edited file no longer is."""
+"""Results of files are computed once, and again as soon as a file has changed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from dpo_sd.files import hashes as module
 from dpo_sd.files.hashes import remembered, sha256
+
+NOW = time.time
 
 
 @pytest.fixture(autouse=True)
 def memory(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("DPO_SD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "RACY", -1.0)  # files of these tests count as old
+    monkeypatch.setattr(time, "time", lambda: NOW() + 60)  # files of these tests were written a minute ago
     return tmp_path / "cache" / "files.sqlite"
 
 
@@ -75,21 +76,19 @@ def test_another_file_moved_into_the_place_is_noticed(tmp_path):
 def test_a_file_that_has_just_changed_is_not_remembered(tmp_path, monkeypatch):
     """It could change again within one tick of the clock, and nothing would tell."""
     (file,), reader = make(tmp_path, "a"), Reader()
-    monkeypatch.setattr(module, "RACY", 2.0)
+    monkeypatch.setattr(time, "time", NOW)
     reader.of(file)
     reader.of(file)
     assert reader.read == ["0.txt"] * 2
-    long_ago = time.time() + 5
-    monkeypatch.setattr(module.time, "time", lambda: long_ago)
+    monkeypatch.setattr(time, "time", lambda: NOW() + 5)
     reader.of(file)
     reader.of(file)
     assert reader.read == ["0.txt"] * 3
 
 
 def test_how_long_the_reading_took_does_not_make_a_fresh_file_an_old_one(tmp_path, monkeypatch):
-    (file,), clock = make(tmp_path, "a"), [time.time()]
-    monkeypatch.setattr(module, "RACY", 2.0)
-    monkeypatch.setattr(module.time, "time", lambda: clock[0])
+    (file,), clock = make(tmp_path, "a"), [NOW()]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
 
     def slow(path: str) -> list[str]:
         clock[0] += 60

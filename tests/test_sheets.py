@@ -1,14 +1,11 @@
-"""Sheets of pictures, and files that are whole."""
+"""Sheets of images side by side."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dpo_sd.files.images import save_png
 from dpo_sd.files.sheets import LABEL, MARGIN, comparison
 
 CELL = 40
@@ -59,42 +56,19 @@ def test_names_and_captions_are_written():
         "   ",
     ],
 )
-def test_any_caption_keeps_to_five_lines_under_its_picture(caption):
+def test_any_caption_keeps_to_five_lines_under_its_image(caption):
     plain = comparison(["one line"], {"base": row("red")}, CELL)
     sheet = comparison([caption], {"base": row("red")}, CELL)
     assert sheet.width == plain.width
     assert sheet.height <= plain.height + 4 * 15
 
 
-def test_pictures_of_any_mode_and_size_fill_their_cell():
+def test_images_of_any_mode_and_size_fill_their_cell():
     pictures = [Image.new("L", (8, 8), 200), Image.new("RGBA", (512, 512), (10, 20, 30, 255))]
     sheet = comparison(["a", "b"], {"base": pictures}, CELL)
     corners = [(LABEL + 1, MARGIN + 1), (LABEL + 2 * CELL + MARGIN - 2, MARGIN + CELL - 2)]
     assert [sheet.getpixel(corner) for corner in corners] == [(200, 200, 200), (10, 20, 30)]
 
 
-def test_a_sheet_of_nothing_is_still_a_picture():
+def test_a_sheet_of_nothing_is_still_an_image():
     assert comparison([], {}).size == (LABEL, 2 * MARGIN)
-
-
-def test_a_saved_picture_is_read_back_as_it_was(tmp_path):
-    picture = comparison(["a"], {"base": row("red")}, CELL)
-    save_png(picture, tmp_path / "new" / "step=000000.png")
-    assert Image.open(tmp_path / "new" / "step=000000.png").tobytes() == picture.tobytes()
-    assert [file.name for file in (tmp_path / "new").iterdir()] == ["step=000000.png"]
-
-
-def test_a_failed_write_leaves_the_former_picture(tmp_path, monkeypatch):
-    file = tmp_path / "sheet.png"
-    save_png(Image.new("RGB", (64, 64), "red"), file)
-    former = file.read_bytes()
-
-    def full(self: Image.Image, place: Path, **options: str) -> None:
-        place.write_bytes(b"half a picture")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        save_png(Image.new("RGB", (64, 64), "blue"), file)
-    assert file.read_bytes() == former
-    assert list(tmp_path.iterdir()) == [file]
