@@ -13,7 +13,8 @@ loop: $(VENV)/.installed  ## style LoRA, pairs, simulated choices, DPO: the comm
 	$(RUN) -m dpo_sd.generate loras=$(LOOP)/style prompts=shapes out=$(LOOP)/pairs
 	$(RUN) -m dpo_sd.annotate pairs=$(LOOP)/pairs annotator=oracle annotator.style=pastel
 	$(RUN) -m dpo_sd.train experiment=style_dpo data.pairs=$(LOOP)/pairs lora.init_from=$(LOOP)/style \
-		data.judge=centred data.style=pastel hydra.run.dir=$(LOOP)/dpo
+		judge=oracle judge.preference=centred judge.style=pastel \
+		callbacks.verdict.prompts=shapes:held_out hydra.run.dir=$(LOOP)/dpo
 
 test: $(VENV)/.installed-dev  ## what CI runs
 	$(VENV)/bin/ruff check .

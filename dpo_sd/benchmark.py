@@ -209,6 +209,7 @@ class Bench:
         import lightning as L
 
         from dpo_sd.callbacks.metrics import Metrics
+        from dpo_sd.callbacks.watcher import Run
         from dpo_sd.data.datamodule import DataModule
         from dpo_sd.data.source import PreparedData
         from dpo_sd.models.sampling import Sampler
@@ -224,7 +225,8 @@ class Bench:
                 self.ends.append(time.perf_counter())
 
         clock, run, seed = Clock(), Path(self._folder.name), self.cfg.seed
-        trainer = make_trainer(self.cfg, self.hardware, run, 1, [Metrics(log_every=1, validate_every=0), clock])
+        metrics = Metrics(log_every=1, validate_every=0)
+        trainer = make_trainer(self.cfg, self.hardware, run, 1, [metrics, clock])
         module = DiffusionModule(
             self.model, self.loss, self.optimizer, self.case.updates, seed, reference_cache=reference
         )
@@ -242,6 +244,7 @@ class Bench:
             draws_per_pair=None if reference is None else 1,
             num_workers=self.hardware.num_workers,
         )
+        metrics.run = Run(trainer, module, data)
         trainer.fit(module, datamodule=data)
         return [end - start for start, end in zip(clock.ends[:-1], clock.ends[1:], strict=True)]
 

@@ -1,9 +1,10 @@
-"""Losses on per-sample errors: numbers in, one number per example out; no model is ever called here."""
+"""Losses on denoising errors: they take numbers, return one number per sample and never call a model."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Mapping
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -15,28 +16,82 @@ PredictionType = Literal["epsilon", "v_prediction"]
 
 
 class PairErrors(NamedTuple):
-    """Denoising errors of one network on both images of each pair, as `squared_error` gives them.
+    """Denoising errors of one network on the images of a batch, as `squared_error` gives them.
 
     Args:
-        chosen: (pairs,), the error on the preferred image, x^w in the paper.
-        rejected: (pairs,), the error on the other image, x^l in the paper, at the same noise and timestep.
+        chosen: (n,), errors on the preferred images, x^w in the paper, or on single images.
+        rejected: (n,), errors on the other images, x^l in the paper, at the same noise and timestep; empty, (0,), for
+            single images.
     """
 
     chosen: Tensor
     rejected: Tensor
 
 
-def squared_error(model_pred: Tensor, target: Tensor) -> Tensor:
-    """Mean squared residual of each sample, computed in float32 whatever the inputs' precision: (batch,).
+class Residuals(NamedTuple):
+    """Residuals of one network on the images of a batch, as `residual` gives them, without min-SNR weights.
+
+    Args:
+        chosen: (n, 4, h, w), fp32, residuals on the preferred images, or on single images.
+        rejected: (n, 4, h, w), fp32, residuals on the other images; (0, 4, h, w) for single images.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+
+
+class LossInputs(NamedTuple):
+    """Everything that a loss may look at, for the n pairs or single images of a batch.
+
+    Args:
+        policy: errors of the trained network, which carry gradients.
+        reference: errors of the frozen reference on the same noisy latents; None where the loss needs no reference.
+        label: (n,), the probability in [0, 1] that the chosen image is the better one; 0.5 is a tie; None means 1
+            everywhere.
+        timesteps: (n,), int64, in [0, length of the noise schedule).
+        policy_residuals, reference_residuals: residuals of the two networks, where the loss declares
+            `needs_residuals`; None elsewhere.
+    """
+
+    policy: PairErrors
+    reference: PairErrors | None = None
+    label: Tensor | None = None
+    timesteps: Tensor | None = None
+    policy_residuals: Residuals | None = None
+    reference_residuals: Residuals | None = None
+
+    @property
+    def margin(self) -> Tensor:
+        """`reward_margin` of policy and reference: (pairs,).
+
+        Raises:
+            ValueError: if there is no reference, or no rejected image.
+        """
+        if self.reference is None:
+            raise ValueError("a margin needs a reference: declare needs_reference = True")
+        return reward_margin(self.policy, self.reference)
+
+
+def residual(model_pred: Tensor, target: Tensor) -> Tensor:
+    """Prediction minus target in float32, whatever the precision of the inputs: (batch, C, H, W).
 
     Args:
         model_pred, target: (batch, C, H, W), of equal shape.
 
     Raises:
-        ValueError: when the shapes differ.
+        ValueError: if the shapes differ.
     """
     _check_same_shape(model_pred=model_pred, target=target)
-    return (model_pred.float() - target.float()).square().flatten(1).mean(1)
+    return model_pred.float() - target.float()
+
+
+def squared_error(residuals: Tensor) -> Tensor:
+    """Mean square of each sample's residual: (batch,).
+
+    Args:
+        residuals: (batch, C, H, W), as `residual` gives them.
+    """
+    return residuals.square().flatten(1).mean(1)
 
 
 def reward_margin(policy: PairErrors, reference: PairErrors) -> Tensor:
@@ -49,7 +104,7 @@ def reward_margin(policy: PairErrors, reference: PairErrors) -> Tensor:
         (pairs,); a margin above zero means that the policy ranks the pair rightly.
 
     Raises:
-        ValueError: when the four shapes differ.
+        ValueError: if the four shapes differ.
     """
     _check_same_shape(
         policy_chosen=policy.chosen,
@@ -60,48 +115,102 @@ def reward_margin(policy: PairErrors, reference: PairErrors) -> Tensor:
     return (reference.chosen - policy.chosen) - (reference.rejected - policy.rejected)
 
 
-class SFTLoss:
+class Loss:
+    """Base class of group `loss`: declares what the training step prepares, and returns one value per sample.
+
+    A loss of your own overrides `__call__` and the declarations that differ; `**common` in its constructor hands on
+    the settings below.
+
+    Args:
+        min_snr_gamma: cap on the signal-to-noise ratio for `min_snr_weights`, which the training step multiplies into
+            the errors of policy and reference alike; positive, 5 in the paper; None trains on unweighted errors.
+        reference: "live" runs the reference at every visit, "cached" once for each of a sample's draws.
+        draws_per_pair: noises and timesteps of a sample, taken in turns, in [1, 1000]; None makes every visit a new
+            one.
+
+    Raises:
+        UserError: if a value is out of range, or if a cached reference would never be read.
+    """
+
+    needs_pairs: ClassVar[bool] = True  # False takes single images, and of pairs the chosen ones
+    needs_reference: ClassVar[bool] = True  # False saves the pass of the reference
+    needs_residuals: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        min_snr_gamma: float | None = None,
+        reference: Literal["live", "cached"] = "live",
+        draws_per_pair: int | None = None,
+    ) -> None:
+        self.min_snr_gamma = _checked_gamma(min_snr_gamma)
+        if draws_per_pair is not None and not 1 <= draws_per_pair <= 1000:
+            raise UserError(
+                f"draws_per_pair must be between 1 and 1000, or null for a new one at each visit, got {draws_per_pair}"
+            )
+        if reference == "cached":
+            _check_cached_reference(type(self), draws_per_pair)
+        self.reference = reference
+        self.draws_per_pair = draws_per_pair
+
+    def __call__(self, inputs: LossInputs) -> Tensor | tuple[Tensor, Mapping[str, Tensor]]:
+        """One loss per sample, (n,), which the training step averages; with named values to log, each (n,), if any.
+
+        Args:
+            inputs: errors of n pairs or single images, with what the declarations ask for.
+        """
+        raise NotImplementedError
+
+
+class SFTLoss(Loss):
     """Denoising loss of supervised fine-tuning: the error itself (Ho et al. 2020, arXiv:2006.11239, eq. 14).
 
     Args:
-        min_snr_gamma: cap on the signal-to-noise ratio for `min_snr_weights`, which the training step multiplies into
-            the errors; positive, 5 in the paper; None trains on unweighted errors.
+        min_snr_gamma: cap on the signal-to-noise ratio, as in `Loss`.
 
     Raises:
-        UserError: when a value is out of range.
+        UserError: if a value is out of range.
     """
 
     needs_pairs = False
+    needs_reference = False
 
     def __init__(self, min_snr_gamma: float | None = None) -> None:
-        self.min_snr_gamma = _checked_gamma(min_snr_gamma)
+        super().__init__(min_snr_gamma)
 
-    def __call__(self, errors: Tensor) -> Tensor:
-        """One loss per sample, (batch,).
-
-        Args:
-            errors: (batch,).
-        """
-        return errors
+    def __call__(self, inputs: LossInputs) -> Tensor:
+        """The errors on the chosen or single images: (n,)."""
+        return inputs.policy.chosen
 
 
-class DiffusionDPOLoss:
+BetaConvention = Literal[
+    "diffusion-dpo",
+    "diffusers-sdxl",
+    "diffusers-sd15",
+    "onetrainer",
+    "diffusion-npo",
+    "diffusion-kto",
+    "invoke-training",
+]
+_HALVED = ("diffusion-dpo", "diffusers-sdxl")  # multiply the margin by beta/2; the others by beta
+
+
+class DiffusionDPOLoss(Loss):
     """Diffusion-DPO objective, one value per pair (Wallace et al. 2023, arXiv:2311.12908, eq. 14).
 
     Args:
-        beta: strength of the tie to the reference, positive; counted as in the paper's released code, on errors that
-            are means over pixels. `convert_beta` translates the betas of other code bases.
+        beta: strength of the tie to the reference, positive.
         label_smoothing: assumed share of wrong labels, in [0, 0.5) (cDPO).
-        min_snr_gamma: cap on the signal-to-noise ratio for `min_snr_weights`, which the training step multiplies into
-            the errors of policy and reference alike; positive, 5 in the paper; None trains on unweighted errors.
-        reference: "live" asks the reference at every visit, "cached" once for each of a pair's draws.
-        draws_per_pair: noises and timesteps of a pair, taken in turns, in [1, 1000]; None makes every visit a new one.
+        min_snr_gamma, reference, draws_per_pair: as in `Loss`.
+        beta_convention: the code base whose beta this is. "diffusion-dpo", the paper's released code, with which InPO,
+            SafetyDPO and SDPO agree, and "diffusers-sdxl" multiply the margin by beta/2; "diffusers-sd15",
+            "onetrainer", "diffusion-npo", "diffusion-kto" and "invoke-training" by beta, so that half the number means
+            the same. For invoke-training this is exact at its batch size 1, for it averages over the batch before the
+            logsigmoid. SimpleTuner sums over the C·H·W numbers of a latent: its beta times that count, 16384 for
+            SD 1.5 at 512 pixels, is the beta of "diffusion-dpo".
 
     Raises:
-        UserError: when a value is out of range, and when a cached reference would never be read.
+        UserError: if a value is out of range, or if a cached reference would never be read.
     """
-
-    needs_pairs = True
 
     def __init__(
         self,
@@ -110,37 +219,31 @@ class DiffusionDPOLoss:
         min_snr_gamma: float | None = None,
         reference: Literal["live", "cached"] = "live",
         draws_per_pair: int | None = None,
+        beta_convention: BetaConvention = "diffusion-dpo",
     ) -> None:
         if not 0 < beta < math.inf:
             raise UserError(f"beta must be positive and finite, got {beta}")
         if not 0 <= label_smoothing < 0.5:
             raise UserError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
-        self.beta = beta
-        self.label_smoothing = label_smoothing
-        self.min_snr_gamma = _checked_gamma(min_snr_gamma)
-        if draws_per_pair is not None and not 1 <= draws_per_pair <= 1000:
+        if beta_convention not in get_args(BetaConvention):
             raise UserError(
-                f"draws_per_pair must be between 1 and 1000, or null for a new one at each visit, got {draws_per_pair}"
+                f"unknown beta_convention {beta_convention!r}: use one of {', '.join(get_args(BetaConvention))}"
             )
-        if reference == "cached" and draws_per_pair is None:
-            raise UserError("reference=cached needs draws that come again: add loss.draws_per_pair=4, for example")
-        self.reference = reference
-        self.draws_per_pair = draws_per_pair
+        super().__init__(min_snr_gamma, reference, draws_per_pair)
+        self.beta = beta if beta_convention in _HALVED else 2 * beta
+        self.label_smoothing = label_smoothing
 
-    def __call__(self, policy: PairErrors, reference: PairErrors, label: Tensor | None = None) -> Tensor:
+    def __call__(self, inputs: LossInputs) -> Tensor:
         """One loss per pair, (pairs,); ln 2 wherever the policy equals the reference.
 
         Args:
-            policy, reference: errors of the two networks on the same noisy latents, each (pairs,).
-            label: (pairs,), the probability in [0, 1] that the chosen image is the better one; 0.5 is a tie; None means
-                1 everywhere.
+            inputs: errors of policy and reference on pairs, and their labels.
 
         Raises:
-            ValueError: when the shapes differ.
+            ValueError: if the shapes differ.
         """
-        margin = reward_margin(policy, reference)
-        if label is None:
-            label = torch.ones_like(margin)
+        margin = inputs.margin
+        label = torch.ones_like(margin) if inputs.label is None else inputs.label
         _check_same_shape(label=label, margin=margin)
         label = label * (1 - self.label_smoothing) + (1 - label) * self.label_smoothing
         logits = 0.5 * self.beta * margin  # half: the paper's released code uses beta/2 on mean-squared errors
@@ -153,10 +256,10 @@ def min_snr_weights(snr: Tensor, gamma: float, prediction_type: PredictionType) 
     Args:
         snr: (batch,), alpha_t² / sigma_t² at each sample's timestep, at least 0.
         gamma: cap on the signal-to-noise ratio, positive.
-        prediction_type: what the network predicts.
+        prediction_type: quantity that the network predicts.
 
     Raises:
-        UserError: when gamma is out of range or prediction_type is unknown.
+        UserError: if gamma is out of range or prediction_type is unknown.
     """
     _checked_gamma(gamma)
     if prediction_type == "epsilon":
@@ -168,47 +271,13 @@ def min_snr_weights(snr: Tensor, gamma: float, prediction_type: PredictionType) 
     )
 
 
-# logits = kappa * beta * margin, with errors reduced over pixels by "mean" or "sum"
-_CONVENTIONS: dict[str, tuple[float, Literal["mean", "sum"]]] = {
-    "diffusion-dpo": (0.5, "mean"),
-    "diffusers-sdxl": (0.5, "mean"),
-    "diffusers-sd15": (1.0, "mean"),
-    "onetrainer": (1.0, "mean"),
-    "diffusion-npo": (1.0, "mean"),
-    "diffusion-kto": (1.0, "mean"),
-    "invoke-training": (1.0, "mean"),
-    "simpletuner": (0.5, "sum"),
-}
-
-
-def convert_beta(beta: float, convention: str, latent_elements: int | None = None) -> float:
-    """The beta that means in `DiffusionDPOLoss` what `beta` means in another code base.
-
-    Args:
-        beta: as written for the other code base, positive.
-        convention: that code base: "diffusion-dpo" (Salesforce; InPO, SafetyDPO and SDPO count alike),
-            "diffusers-sdxl", "diffusers-sd15", "onetrainer", "diffusion-npo", "diffusion-kto", "invoke-training" (exact
-            at its batch size 1 only, for it averages over the batch before the logsigmoid) or "simpletuner".
-        latent_elements: C·H·W of one latent, 16384 for SD1.5 at 512 pixels; asked for by "simpletuner", which sums over
-            pixels, and refused elsewhere.
-
-    Raises:
-        UserError: when a value is out of range, missing or of no use.
-    """
-    if not 0 < beta < math.inf:
-        raise UserError(f"beta must be positive and finite, got {beta}")
-    if convention not in _CONVENTIONS:
-        raise UserError(f"unknown beta convention {convention!r}: use one of {', '.join(_CONVENTIONS)}")
-    kappa, reduction = _CONVENTIONS[convention]
-    if reduction == "mean":
-        if latent_elements is not None:
-            raise UserError(f"{convention} takes the mean over pixels: leave latent_elements out")
-        return beta * kappa / 0.5
-    if latent_elements is None or latent_elements < 1:
-        raise UserError(
-            f"{convention} sums over pixels: latent_elements must be C·H·W of one latent, got {latent_elements}"
-        )
-    return beta * kappa / 0.5 * latent_elements
+def _check_cached_reference(kind: type[Loss], draws_per_pair: int | None) -> None:
+    if not kind.needs_reference:
+        raise UserError(f"{kind.__name__} has no reference to be cached: leave out loss.reference=cached")
+    if kind.needs_residuals:
+        raise UserError(f"reference=cached keeps errors, but {kind.__name__} needs residuals: use loss.reference=live")
+    if draws_per_pair is None:
+        raise UserError("reference=cached needs draws that come again: add loss.draws_per_pair=4, for example")
 
 
 def _checked_gamma(gamma: float | None) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,8 @@ from dpo_sd.training import cluster
 from dpo_sd.training.resume import check_same, check_same_run, newest_checkpoint
 
 if TYPE_CHECKING:
-    import lightning as L
-
+    from dpo_sd.callbacks.run_record import RunRecord
+    from dpo_sd.callbacks.watcher import Run, Watcher
     from dpo_sd.data.source import Source
     from dpo_sd.models.stable_diffusion import StableDiffusion
     from dpo_sd.training.reference_cache import ReferenceErrors
@@ -46,6 +46,7 @@ def main(cfg: DictConfig) -> float | None:
     loss, lora, sampler, framing, optimizer, source, base = (
         instantiate(cfg[group]) for group in ("loss", "lora", "sampler", "framing", "optimizer", "data", "model")
     )
+    judge = instantiate(cfg.judge) if cfg.judge else None
     lora.check()
     cache = Cache(Path(cfg.cache_dir).expanduser(), cfg.cache, half=hardware.weights != "float32")
     optimizer.check(cfg.trainer.max_steps)
@@ -55,14 +56,13 @@ def main(cfg: DictConfig) -> float | None:
     checkpoint = newest_checkpoint(resume)
     if checkpoint is not None:
         check_same_run(checkpoint, settings)
-    source.find(cache, fetch=True)  # data of no use is met before weights load
+    found = source.find(cache, fetch=True)  # data of no use is met before weights load
 
     import torch
 
-    from dpo_sd.callbacks.checkpoint import Checkpoint
     from dpo_sd.callbacks.metrics import Metrics
     from dpo_sd.callbacks.run_record import RunRecord
-    from dpo_sd.callbacks.verdict import Verdict
+    from dpo_sd.callbacks.watcher import Run
     from dpo_sd.data.datamodule import DataModule
     from dpo_sd.forecast.explaining import explained
     from dpo_sd.forecast.workload import Workload
@@ -72,14 +72,16 @@ def main(cfg: DictConfig) -> float | None:
     from dpo_sd.training.trainer import make_trainer
 
     record = RunRecord(run, settings, list(HydraConfig.get().overrides.task))
-    watchers = [instantiate(callback) for callback in cfg.callbacks.values()]
-    watchers.sort(key=lambda watcher: isinstance(watcher, Checkpoint))  # it saves what the others have done
     metrics = Metrics(cfg.trainer.log_every, cfg.trainer.validate_every)
-    trainer = make_trainer(cfg, hardware, run, accumulation, [metrics, *watchers, record])
+    watchers = [metrics, *composed_watchers(cfg.callbacks), record]
+    trainer = make_trainer(cfg, hardware, run, accumulation, watchers)
 
     say(f"run     {run}")
     model = loaded(base, hardware, lora, cfg.seed)
     source.check(model)
+    size = (sampler.width or model.resolution, sampler.height or model.resolution)
+    for watcher in watchers:
+        watcher.check(judge, size, found.held_out)
     if checkpoint is not None:
         check_same(checkpoint, "model", model.fingerprint)
     elif trainer.is_global_zero:
@@ -106,9 +108,6 @@ def main(cfg: DictConfig) -> float | None:
             record.begin()
     elif resume:
         say(f"resume  {resume} has no checkpoint yet: starting it again from its first update")
-    for watcher in watchers:
-        if isinstance(watcher, Verdict):
-            say(f"verdict {watcher.promise(source.judge, data.held_out_prompts)}")
     micro = f"{accumulation} x {hardware.micro_batch}" + (f" on {world_size} devices" if world_size > 1 else "")
     passes = cfg.pairs_per_update * cfg.trainer.max_steps / len(data.train)
     each = f"{cfg.pairs_per_update} {'pairs' if source.has_pairs else 'pictures'} ({micro})"
@@ -136,10 +135,15 @@ def main(cfg: DictConfig) -> float | None:
         seed=cfg.seed,
         num_train_timesteps=model.noise_scheduler.config["num_train_timesteps"],
         factor=model.factor,
-        draws_per_pair=getattr(loss, "draws_per_pair", None),  # a loss of the user's own need not have it
+        draws_per_pair=loss.draws_per_pair,
         num_workers=hardware.num_workers,
     )
     module.set_training(True)  # the adapters' dropout; the base has none
+    watched = Run(trainer, module, datamodule, judge)
+    for watcher in watchers:
+        watcher.run = watched
+        if promise := watcher.promise(watched):
+            say(promise)
     with continuable(run), explained(takes, partial(going_on, run)):
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     if kept is not None:
@@ -148,7 +152,22 @@ def main(cfg: DictConfig) -> float | None:
         say(f"loss    {hits} of {asked} errors of the reference were read and not computed")
     if hardware.compile:
         say(f"compile {compilation.graphs()} graphs for {compilation.blocks(model.unet)} blocks of the UNet")
-    return conclude(trainer, record, run)
+    return conclude(watched, watchers, record)
+
+
+def composed_watchers(callbacks: DictConfig) -> list[Watcher]:
+    """The watchers of the group `callbacks`, in the order in which they act.
+
+    Raises:
+        UserError: if a class is no watcher.
+    """
+    from dpo_sd.callbacks.watcher import Watcher
+
+    watchers = {name: instantiate(node) for name, node in callbacks.items()}
+    for name, watcher in watchers.items():
+        if not isinstance(watcher, Watcher):
+            raise UserError(f"callbacks.{name}: its class must have the base class Watcher of dpo_sd.callbacks.watcher")
+    return sorted(watchers.values(), key=lambda watcher: watcher.acts_last)
 
 
 def resumed(cfg: DictConfig, run: Path) -> str | None:
@@ -190,7 +209,7 @@ def reference_cache(
     cfg: DictConfig, hardware: Any, model: Any, loss: Any, data: Any, cache: Cache, rank: int, resumed: bool
 ) -> ReferenceErrors | None:
     """Where the errors of the reference are kept, under all that they depend on but the pair and the draw."""
-    if getattr(loss, "reference", "live") == "live":
+    if loss.reference == "live":
         return None
     from dpo_sd.files.tensors import content_key
     from dpo_sd.lora.adapters import adapter_key
@@ -208,7 +227,8 @@ def reference_cache(
         cache=[cache.keep, cache.half],
     )
     folder = cache.folder / "reference" / key
-    kept = ReferenceErrors(folder, data.train.contents, loss.draws_per_pair, rank, resumed)
+    images = 2 if loss.needs_pairs else 1
+    kept = ReferenceErrors(folder, data.train.contents, loss.draws_per_pair, rank, resumed, images)
     others = sum(other != folder for other in folder.parent.glob("*"))
     unread = f"; {others} kept of another base, reference, seed, precision or framing: not read" if others else ""
     say(f"loss    {kept.filled:.0%} of the reference's errors are known from earlier runs{unread}")
@@ -251,21 +271,25 @@ def going_on(run: Path, overrides: str) -> str:
     return f"{kept}; go on with\n  python -m dpo_sd.train resume={run} {overrides}".rstrip()
 
 
-def conclude(trainer: L.Trainer, record: Any, run: Path) -> float | None:
-    """Says what the run has come to."""
-    from dpo_sd.callbacks.verdict import Verdict
+def conclude(run: Run, watchers: Sequence[Watcher], record: RunRecord) -> float | None:
+    """Writes the summary, says what the run has come to, and returns its win rate if there is one.
 
-    if not trainer.is_global_zero:
+    Raises:
+        Exception: if a watcher failed with one, after all that the run has come to is written and said.
+    """
+    if not run.is_global_zero:
         return None
-    summary = record.finish(trainer)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Verdict):
-            say(callback.report())
-    pictures = sorted((run / "samples").glob("step=*.png"))
-    if pictures:
-        say(f"before/after  {pictures[-1]}")
-    for file in sorted((run / "lora").glob("*.safetensors")):
+    summary = record.finish(run, watchers)
+    for watcher in watchers:
+        if report := watcher.report():
+            say(report)
+    for sheet in sorted((run.folder / "samples").glob("step=*.png"))[-1:]:
+        say(f"before/after  {sheet}")
+    for file in sorted((run.folder / "lora").glob("*.safetensors")):
         say(f"lora          {file}")
+    for watcher in watchers:
+        if watcher.failure is not None:
+            raise watcher.failure
     return summary["verdict"]["win_rate"] if summary["verdict"] else None
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,6 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors import safe_open
 
-from dpo_sd.callbacks import checkpoint as checkpoint_module
 from dpo_sd.callbacks.checkpoint import Checkpoint
 from dpo_sd.callbacks.export import Export
 from dpo_sd.callbacks.health import Health
@@ -29,10 +29,12 @@ from dpo_sd.callbacks.progress import Progress
 from dpo_sd.callbacks.run_record import RunRecord
 from dpo_sd.callbacks.samples import Samples
 from dpo_sd.callbacks.verdict import Verdict
+from dpo_sd.callbacks.watcher import Run, Watcher
 from dpo_sd.data.batches import Batch, PreparedSamples, Prompts
 from dpo_sd.data.datamodule import DataModule
 from dpo_sd.data.source import PreparedData
 from dpo_sd.errors import UserError
+from dpo_sd.judges.judge import Judge
 from dpo_sd.lora.adapters import weights_of
 from dpo_sd.lora.attaching import LoRA
 from dpo_sd.lora.weights import WEIGHTS_NAME
@@ -40,10 +42,11 @@ from dpo_sd.lora.writing import save_diffusers
 from dpo_sd.losses import DiffusionDPOLoss, PairErrors
 from dpo_sd.models.base import Base
 from dpo_sd.models.sampling import Sampler
+from dpo_sd.shapes.captions import split_prompts
 from dpo_sd.training.checkpoints import AtomicCheckpointIO
 from dpo_sd.training.metrics_file import MetricsFile
 from dpo_sd.training.optimizers import AdamW
-from dpo_sd.training.step import DiffusionModule
+from dpo_sd.training.step import Denoised, DiffusionModule
 
 HELD_OUT = [f"prompt {i}" for i in range(9)]
 
@@ -76,12 +79,12 @@ class Painter(Sampler):
         return [Image.new("RGB", (64, 64), colour) for _ in prompts]
 
 
-class Judge:
+class Bluish(Judge):
     """Likes blue; the first held-out prompt is a tie to it."""
 
     name = "a judge"
 
-    def judge(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+    def scores(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
         return [
             0.5 if prompt == HELD_OUT[0] else float(image.getpixel((0, 0)) == (0, 0, 255))
             for image, prompt in zip(images, prompts, strict=True)
@@ -91,19 +94,32 @@ class Judge:
         return {"shape": [0.25 if image.getpixel((0, 0)) == (0, 0, 255) else 0.75 for image in images]}
 
 
-def make_trainer(folder: Path | str = ".", step: int = 0, **more: Any) -> Any:
-    data = SimpleNamespace(held_out_prompts=HELD_OUT, train=SimpleNamespace(prompts=["first", "second", "third"]))
-    return SimpleNamespace(
-        default_root_dir=str(folder),
-        global_step=step,
-        max_steps=10,
-        accumulate_grad_batches=1,
-        is_global_zero=True,
-        world_size=1,
-        should_stop=False,
-        datamodule=SimpleNamespace(sampler=Painter(), source=SimpleNamespace(judge=Judge()), data=data),
-        **more,
-    )
+TRAINED = ["first", "second", "third"]
+
+
+def make_run(
+    folder: Path | str = ".",
+    step: int = 0,
+    module: Any = None,
+    judge: Judge | None = None,
+    labeller: str | None = None,
+    held_out: Sequence[str] = HELD_OUT,
+    **trainer: Any,
+) -> Any:
+    """A run of ten updates that stands at `step`; more keywords become attributes of its trainer."""
+    train = SimpleNamespace(prompts=Prompts(TRAINED, np.arange(3), None))
+    data = SimpleNamespace(held_out_prompts=list(held_out), train=train)
+    values = {"global_step": step, "max_steps": 10, "is_global_zero": True, "world_size": 1}
+    fake: Any = SimpleNamespace(default_root_dir=str(folder), **values | trainer)
+    source = SimpleNamespace(labeller=labeller)
+    datamodule: Any = SimpleNamespace(sampler=Painter(), source=source, data=data)
+    return Run(fake, module, datamodule, judge)
+
+
+def at(run: Run, step: int) -> Run:
+    """The same run after that update."""
+    run.trainer.global_step = step  # type: ignore[misc]
+    return run
 
 
 @pytest.mark.parametrize(
@@ -174,8 +190,7 @@ def test_a_continued_file_ends_as_if_nothing_had_happened(tmp_path, torn):
 
 def test_a_run_that_begins_again_begins_its_file_again(tmp_path):
     MetricsFile(tmp_path / "metrics.csv").log_metrics({"loss": 1.0}, 0)
-    trainer = make_trainer(loggers=[MetricsFile(tmp_path / "metrics.csv")])
-    Metrics(validate_every=0).on_train_start(trainer, SimpleNamespace())  # type: ignore[arg-type]
+    Metrics(validate_every=0).on_start(make_run(loggers=[MetricsFile(tmp_path / "metrics.csv")]))
     assert rows(tmp_path / "metrics.csv") == []
 
 
@@ -186,33 +201,33 @@ class TwoSizes:
         return torch.zeros(4, 2, 2 + row % 2), torch.zeros(6)
 
 
-def trainer_of_five_pairs() -> Any:
-    """Enough of a trainer for a validation on pairs of two sizes."""
+def run_on_five_pairs(module: DiffusionModule) -> Run:
+    """Enough of a run for a validation on pairs of two sizes."""
     pictures, ones = TwoSizes(), np.ones(5, np.float32)
     prompts = Prompts(["prompt"], np.zeros(5, int), None)
     samples = PreparedSamples(pictures, pictures, prompts, ones, ones, np.arange(5), np.arange(5) % 2)
     source: Any = SimpleNamespace(caption_dropout=0.0)
     data = DataModule(PreparedData(samples, samples, [], []), source, Sampler(), 8, 8, seed=0, num_train_timesteps=1000)
-    return SimpleNamespace(
-        datamodule=data,
+    trainer: Any = SimpleNamespace(
         strategy=SimpleNamespace(batch_to_device=lambda batch: batch),
         precision_plugin=SimpleNamespace(forward_context=nullcontext),
     )
+    return Run(trainer, module, data)
 
 
 def test_the_reference_is_asked_once_about_the_grid_and_the_policy_every_time(module, monkeypatch):
     asked = []
 
-    def pair_errors(part: Batch) -> PairErrors:
+    def denoised(part: Batch) -> Denoised:
         asked.append(len(part.index))
         n = 0.5 * torch.tensor(part.index) + part.timesteps / 1000 + len(asked)
-        return PairErrors(n, 2 * n)
+        return Denoised(PairErrors(n, 2 * n), None)
 
-    monkeypatch.setattr(module, "pair_errors", pair_errors)
-    metrics, trainer = Metrics(), trainer_of_five_pairs()
-    first = metrics._validate(trainer, module)
+    monkeypatch.setattr(module, "denoised", denoised)
+    metrics, run = Metrics(), run_on_five_pairs(module)
+    first = metrics.validate(run)
     both = len(asked)
-    second = metrics._validate(trainer, module)
+    second = metrics.validate(run)
     assert 2 * (len(asked) - both) == both > 0
     assert first["val/chosen_drift"] == pytest.approx(1)  # asked just after the reference
     assert second["val/chosen_drift"] > 1  # of the errors that the first validation kept
@@ -228,7 +243,7 @@ def test_validation_averages_the_four_noises_of_each_pair_though_sizes_differ(mo
         return {"loss": torch.ones(len(margins)), "reward_margin": margins}
 
     monkeypatch.setattr(module, "losses", losses)
-    metrics = Metrics()._validate(trainer_of_five_pairs(), module)
+    metrics = Metrics().validate(run_on_five_pairs(module))
     module.set_training(False)
     assert metrics["val/reward_accuracy"] == pytest.approx(3.5 / 5)
     assert metrics["val/reward_margin/t875"] == pytest.approx(-2)
@@ -244,7 +259,7 @@ def save_steps(folder: Path, steps: range, keep: int = 2) -> None:
         path.write_text(path.name)
 
     for step in steps:
-        Checkpoint(keep=keep).save(make_trainer(folder, step, save_checkpoint=save_checkpoint))
+        Checkpoint(keep=keep).save(make_run(folder, step, save_checkpoint=save_checkpoint))
 
 
 @pytest.mark.parametrize("linked", [True, False])
@@ -253,7 +268,7 @@ def test_the_newest_checkpoints_stay_and_last_is_the_newest(tmp_path, monkeypatc
         raise OSError("no hard links here")
 
     if not linked:
-        monkeypatch.setattr(checkpoint_module.os, "link", no_links)
+        monkeypatch.setattr("os.link", no_links)
     save_steps(tmp_path, range(0, 600, 100))
     names = sorted(file.name for file in (tmp_path / "checkpoints").iterdir())
     assert names == ["last.ckpt", "step=000400.ckpt", "step=000500.ckpt"]
@@ -300,59 +315,58 @@ def test_a_checkpoint_with_code_in_it_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_checkpoints_come_every_so_many_updates_at_the_end_and_never_between_micro_steps(monkeypatch):
-    saved: list[int] = []
-    monkeypatch.setattr(Checkpoint, "save", lambda self, trainer: saved.append(trainer.global_step))
-    callback, trainer = Checkpoint(every=4), make_trainer()
-    trainer.accumulate_grad_batches = 2
-    for batch_idx in range(20):
-        trainer.global_step = (batch_idx + 1) // 2
-        callback.on_train_batch_end(trainer, SimpleNamespace(), None, None, batch_idx)  # type: ignore[arg-type]
-    assert saved == [4, 8, 10]
+def test_checkpoints_come_every_so_many_updates_and_at_the_end(tmp_path):
+    saved: list[str] = []
+    run = make_run(tmp_path, is_global_zero=False, save_checkpoint=lambda file: saved.append(file.name))
+    checkpoint = Checkpoint(every=4)
+    for step in range(1, 11):
+        checkpoint.on_update(at(run, step))
+    assert saved == ["step=000004.ckpt", "step=000008.ckpt", "step=000010.ckpt"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_first_signal_saves_and_stops_a_second_one_ends_at_once(tmp_path, monkeypatch, capsys, number):
-    saved: list[int] = []
-    monkeypatch.setattr(Checkpoint, "save", lambda self, trainer: saved.append(trainer.global_step))
-    callback, trainer, nobody = Checkpoint(), make_trainer(tmp_path, step=3), SimpleNamespace()
+def test_a_first_signal_saves_and_stops_a_second_one_ends_at_once(tmp_path, capsys, number):
+    saved: list[str] = []
+
+    def save_checkpoint(file: Path) -> None:
+        saved.append(file.name)
+        file.parent.mkdir()
+        file.touch()
+
+    callback, run = Checkpoint(), make_run(tmp_path, step=3, save_checkpoint=save_checkpoint)
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    callback.on_train_start(trainer, nobody)  # type: ignore[arg-type]
+    callback.on_start(run)
     try:
         signal.raise_signal(number)
         assert "once more to stop at once" in capsys.readouterr().out
         with pytest.raises(KeyboardInterrupt):  # which Lightning turns into an orderly end
-            callback.on_train_batch_end(trainer, nobody, None, None, 2)  # type: ignore[arg-type]
-        assert saved == [3]
+            callback.on_update(run)
+        assert saved == ["step=000003.ckpt"]
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
     finally:
-        callback.teardown(trainer, nobody, "fit")  # type: ignore[arg-type]
+        callback.teardown(run.trainer, run.module, "fit")
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 # ----------------------------------------------------------------------------------------------------------------- heal
 
 
-def health(module: DiffusionModule, losses: list[float]) -> None:
-    module.forget_seen()
-    module._seen.append({"loss": torch.tensor(losses)})
-    module._rows += range(len(losses))
-    strategy = SimpleNamespace(all_gather=lambda value: value, reduce=lambda value, reduce_op: value)
-    try:
-        Health().on_before_optimizer_step(make_trainer(step=6, strategy=strategy), module, SimpleNamespace())  # type: ignore[arg-type]
-    finally:
-        module.forget_seen()
+def health(losses: list[float]) -> None:
+    """The check of update 7, whose pairs have these losses."""
+    seen = {"loss": torch.tensor(losses), "index": torch.arange(len(losses))}
+    strategy = SimpleNamespace(all_gather=lambda value: value)
+    Health().before_update(make_run(step=6, module=SimpleNamespace(seen=lambda: seen), strategy=strategy))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_names_the_update_and_the_samples(module, value):
+def test_a_loss_that_is_no_number_names_the_update_and_the_samples(value):
     with pytest.raises(UserError, match=r"not finite at update 7, on 2 pairs.*'first', 'third'"):
-        health(module, [value, 0.5, value])
+        health([value, 0.5, value])
 
 
-def test_finite_losses_pass(module):
-    health(module, [0.1, 1e30, 0.0])
+def test_finite_losses_pass():
+    health([0.1, 1e30, 0.0])
 
 
 # ---------------------------------------------------------------------------------------------------------------- sampl
@@ -363,99 +377,93 @@ def columns(sheet: Image.Image, line: int, n: int) -> list[Any]:
 
 
 def test_a_sheet_shows_base_and_policy_on_the_same_prompts_and_seeds(tmp_path, module):
-    callback, trainer = Samples(n_prompts=3), make_trainer(tmp_path)
-    callback.on_train_start(trainer, module)
+    run = make_run(tmp_path, module=module)
+    Samples(n_prompts=3).on_start(run)
     sheet = Image.open(tmp_path / "samples" / "step=000000.png").convert("RGB")
     assert columns(sheet, 0, 3) == [(255, 0, 0)] * 3
     assert columns(sheet, 1, 3) == [(0, 0, 255)] * 3
-    (base, *first), (policy, *second) = trainer.datamodule.sampler.asked
+    (base, *first), (policy, *second) = run.data.sampler.asked
     assert (base, policy) == ("base", "policy")
     assert first == second and first[0] == HELD_OUT[:3] and len(set(first[1])) == 3
 
 
 def test_what_training_does_not_change_is_drawn_once(tmp_path, module):
-    callback, trainer = Samples(every=5, prompts=["mine"]), make_trainer(tmp_path)
-    callback.on_train_start(trainer, module)
+    callback, run = Samples(every=5, prompts=["mine"]), make_run(tmp_path, module=module)
+    callback.on_start(run)
     for step in range(1, 11):
-        trainer.global_step = step
-        callback.on_train_batch_end(trainer, module, None, None, step - 1)
-    assert [which for which, _, _ in trainer.datamodule.sampler.asked] == ["base", "policy", "policy", "policy"]
-    assert {tuple(prompts) for _, prompts, _ in trainer.datamodule.sampler.asked} == {("mine",)}
+        callback.on_update(at(run, step))
+    assert [which for which, _, _ in run.data.sampler.asked] == ["base", "policy", "policy", "policy"]
+    assert {tuple(prompts) for _, prompts, _ in run.data.sampler.asked} == {("mine",)}
     names = sorted(file.name for file in (tmp_path / "samples").iterdir())
     assert names == ["step=000000.png", "step=000005.png", "step=000010.png"]
 
 
 def test_a_lora_that_training_started_from_has_a_row_of_its_own(tmp_path, module):
     started = build(str(save_diffusers(weights_of(module.model), tmp_path / WEIGHTS_NAME)))
-    trainer = make_trainer(tmp_path)
-    Samples(n_prompts=2).on_train_start(trainer, started)
+    Samples(n_prompts=2).on_start(make_run(tmp_path, module=started))
     sheet = Image.open(tmp_path / "samples" / "step=000000.png").convert("RGB")
     assert [columns(sheet, line, 1)[0] for line in range(3)] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
 
 
 def test_a_continued_run_does_not_draw_its_beginning_again(tmp_path, module):
-    trainer = make_trainer(tmp_path, step=4)
-    Samples().on_train_start(trainer, module)
-    assert not trainer.datamodule.sampler.asked
+    run = make_run(tmp_path, step=4, module=module)
+    Samples().on_start(run)
+    assert not run.data.sampler.asked
 
 
 # ---------------------------------------------------------------------------------------------------------------- verdi
 
 
-def judged(module: DiffusionModule, seeds_per_prompt: int = 2) -> tuple[Verdict, Any]:
-    verdict, trainer = Verdict(n_prompts=5, seeds_per_prompt=seeds_per_prompt), make_trainer(step=10)
-    verdict.on_train_end(trainer, module)
-    return verdict, trainer
+def judged(module: DiffusionModule, judge: Judge | None = None, **settings: Any) -> tuple[Verdict, Any]:
+    """A verdict on five prompts, unless told otherwise, and the run that it was made on."""
+    options: dict[str, Any] = {"n_prompts": 5, "seeds_per_prompt": 2}
+    verdict = Verdict(**options | settings)
+    run = make_run(step=10, module=module, judge=judge or Bluish())
+    verdict.on_end(run)
+    return verdict, run
 
 
 def test_reference_and_policy_draw_the_same_prompts_with_the_same_seeds(module):
-    _, trainer = judged(module)
-    (reference, *first), (policy, *second) = trainer.datamodule.sampler.asked
+    _, run = judged(module)
+    (reference, *first), (policy, *second) = run.data.sampler.asked
     assert (reference, policy) == ("base", "policy")  # without a LoRA to start from, the reference is the base
     assert first == second
     assert first[0] == [prompt for prompt in HELD_OUT[:5] for _ in range(2)]
     assert len(set(first[1])) == 10
 
 
-def test_the_pictures_of_the_verdict_are_not_those_of_the_samples(tmp_path, module):
-    _, trainer = judged(module)
-    other = make_trainer(tmp_path)
-    Samples(n_prompts=5).on_train_start(other, module)
-    seeds = [{*asked[2]} for asked in (trainer.datamodule.sampler.asked[0], other.datamodule.sampler.asked[0])]
+def test_the_images_of_the_verdict_are_not_those_of_the_samples(tmp_path, module):
+    _, run = judged(module)
+    other = make_run(tmp_path, module=module)
+    Samples(n_prompts=5).on_start(other)
+    seeds = [{*asked[2]} for asked in (run.data.sampler.asked[0], other.data.sampler.asked[0])]
     assert seeds[0].isdisjoint(seeds[1])
 
 
-def test_the_win_rate_counts_ties_as_half(module):
+def test_the_verdict_of_the_summary_is_the_comparison_by_the_runs_judge(module):
     """Of five prompts the policy wins four, and one is a tie: 4.5 / 5."""
-    result = judged(module)[0].result
-    assert result is not None
-    assert result["win_rate"] == pytest.approx(0.9)
-    assert 0 <= result["low"] < 0.9 <= result["high"] <= 1
-    assert result["n_prompts"] == 5
-    assert result["judge"] == "a judge"
-    assert (result["score_before"], result["score_after"]) == pytest.approx((0.1, 0.9))
-    change = {"before": 0.75, "after": 0.25, "mean": -0.5, "low": -0.5, "high": -0.5, "n": 5}
-    assert result["properties"] == {"shape": change}
-    assert result["a_a"]["rate"] == 0.5
-
-
-def test_without_a_second_seed_there_is_no_control(module):
-    result = judged(module, seeds_per_prompt=1)[0].result
-    assert result is not None and "a_a" not in result
+    verdict = judged(module)[0].summary()["verdict"]
+    assert (verdict["win_rate"], verdict["n_prompts"], verdict["judge"]) == (pytest.approx(0.9), 5, "a judge")
 
 
 def test_an_interrupted_run_gets_no_verdict(module):
-    verdict, trainer = Verdict(), make_trainer(step=9)
-    verdict.on_train_end(trainer, module)
-    assert verdict.result is None and not trainer.datamodule.sampler.asked
-    assert verdict.report() == ""
+    verdict, run = Verdict(), make_run(step=9, module=module, judge=Bluish())
+    verdict.on_end(run)
+    assert verdict.summary() == {"verdict": None} and verdict.report() == ""
+    assert not run.data.sampler.asked
+
+
+def test_without_a_judge_nothing_is_drawn_and_there_is_no_verdict(module):
+    verdict, run = Verdict(), make_run(step=10, module=module)
+    verdict.on_end(run)
+    assert verdict.summary() == {"verdict": None} and not run.data.sampler.asked
 
 
 def test_the_report_says_rate_interval_number_judge_scores_and_control(module):
     verdict, _ = judged(module)
+    result = verdict.summary()["verdict"]
+    low, high = (f"{100 * result[name]:.0f}" for name in ("low", "high"))
     report = verdict.report()
-    assert verdict.result is not None
-    low, high = (f"{100 * verdict.result[name]:.0f}" for name in ("low", "high"))
     assert f"The policy wins 90 % [{low}, {high}] n=5 against its reference" in report
     assert "a judge" in report
     assert "0.10 → 0.90" in report
@@ -464,14 +472,106 @@ def test_the_report_says_rate_interval_number_judge_scores_and_control(module):
 
 
 def test_a_verdict_says_beforehand_what_it_can_show():
-    prompts = [str(i) for i in range(512)]
-    judge: Any = Judge()
-    few, many, all_there_are = (Verdict(n_prompts=n).promise(judge, prompts) for n in (16, 512, 600))
+    run = make_run(judge=Bluish(), held_out=[str(i) for i in range(512)])
+    few, many, all_there_are = (Verdict(n_prompts=n).promise(run) for n in (16, 512, 600))
     assert "on 16 held-out prompts, a win rate of 8" in few
     assert "on 512 held-out prompts, a win rate of 56 %" in many.replace("%", " %").replace("  ", " ")
     assert "on 512 held-out prompts (there are no 600)" in all_there_are
-    assert "4 held-out prompts cannot tell any win rate" in Verdict(n_prompts=4).promise(judge, prompts)
-    assert "only people can judge" in Verdict().promise(None, prompts)
+    assert "4 held-out prompts cannot tell any win rate" in Verdict(n_prompts=4).promise(run)
+    assert "only people can judge" in Verdict().promise(make_run())
+
+
+def test_that_the_judge_also_labelled_is_said_before_and_after(module):
+    same, other = (make_run(step=10, module=module, judge=Bluish(), labeller=name) for name in ("a judge", "another"))
+    reports = []
+    for run in (same, other):
+        verdict = Verdict(n_prompts=5)
+        assert ("the same judge labelled the pairs" in verdict.promise(run)) is (run is same)
+        verdict.on_end(run)
+        assert verdict.summary()["verdict"]["labelled_by"] == run.data.source.labeller
+        reports.append("by the same judge" in verdict.report())
+    assert reports == [True, False]
+
+
+def test_prompts_of_ones_own_are_judged_less_those_that_training_has_seen(module):
+    verdict, run = judged(module, prompts=["second", "mine", "yours", HELD_OUT[0]], n_prompts=2)
+    assert run.data.sampler.asked[0][1] == ["mine", "mine", "yours", "yours"]
+    assert "on 2 held-out prompts" in verdict.promise(run) or "2 held-out prompts cannot" in verdict.promise(run)
+    assert "1 that training has seen are left out" in verdict.promise(run)
+
+
+def test_prompts_that_training_has_seen_all_of_are_refused():
+    with pytest.raises(UserError, match="training has seen all of them"):
+        Verdict(prompts=["first", "third"]).promise(make_run(judge=Bluish()))
+
+
+def test_the_held_out_prompts_of_the_shapes_world_are_in_none_of_its_pairs():
+    prompts, split = Verdict(prompts="shapes:held_out").prompts, split_prompts(0)
+    assert prompts is not None
+    assert prompts == split.held_out and set(prompts).isdisjoint([*split.train, *split.validation])
+
+
+def test_prompts_without_a_judge_are_refused_and_a_judge_is_asked_about_them():
+    asked = []
+
+    class Choosy(Bluish):
+        def check(self, size: tuple[int, int], prompts: Sequence[str]) -> None:
+            asked.append((size, list(prompts)))
+            if "mine" in prompts:
+                raise UserError("not this one")
+
+    with pytest.raises(UserError, match=r"verdict\.prompts is given, but nobody judges"):
+        Verdict(prompts=["mine"]).check(None, (64, 64), [])
+    Verdict().check(None, (64, 64), [])
+    with pytest.raises(UserError, match="a judge cannot judge this run: not this one"):
+        Verdict(prompts=["mine"]).check(Choosy(), (64, 64), ["theirs"])
+    Verdict().check(Choosy(), (128, 64), ["theirs"])
+    assert asked == [((64, 64), ["mine"]), ((128, 64), ["theirs"])]
+
+
+def test_a_judge_that_fails_is_remembered_and_loses_nothing_else(module):
+    class Broken(Bluish):
+        def scores(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
+            raise ZeroDivisionError("in the judge")
+
+    verdict, _ = judged(module, Broken())
+    assert verdict.summary() == {"verdict": None}
+    assert isinstance(verdict.failure, ZeroDivisionError)
+
+
+# -------------------------------------------------------------------------------------------------------------- watcher
+
+
+def test_a_watcher_is_told_of_updates_and_not_of_micro_batches():
+    seen: list[Any] = []
+
+    class Mine(Watcher):
+        def on_update(self, run: Run) -> None:
+            seen.append(run.step)
+
+    watcher, trainer = Mine(), SimpleNamespace(accumulate_grad_batches=2, global_step=0, max_steps=3)
+    watcher.run = Run(trainer, *[SimpleNamespace()] * 2)  # type: ignore[arg-type]
+    for batch_idx in range(6):
+        trainer.global_step = (batch_idx + 1) // 2
+        watcher.on_train_batch_end(trainer, watcher.run.module, None, None, batch_idx)  # type: ignore[arg-type]
+    assert seen == [1, 2, 3]
+
+
+def test_a_watcher_is_told_once_of_the_end_even_where_there_was_no_update_left_to_make():
+    ends: list[int] = []
+
+    class Mine(Watcher):
+        def on_end(self, run: Run) -> None:
+            ends.append(run.step)
+
+    for has_trained in (True, False):
+        watcher, module = Mine(), SimpleNamespace(to=lambda device: None)
+        trainer: Any = SimpleNamespace(global_step=4, strategy=SimpleNamespace(root_device="cpu"))
+        watcher.run = Run(trainer, module, SimpleNamespace())  # type: ignore[arg-type]
+        if has_trained:
+            watcher.on_train_end(trainer, module)  # type: ignore[arg-type]
+        watcher.on_fit_end(trainer, module)  # type: ignore[arg-type]
+    assert ends == [4, 4]
 
 
 # ----------------------------------------------------------------------------------------------------- export and recor
@@ -479,7 +579,7 @@ def test_a_verdict_says_beforehand_what_it_can_show():
 
 def test_a_checkpoint_brings_both_lora_files(tmp_path, module):
     folder = tmp_path / "quickstart" / "2026-01-01_00-00-00"
-    Export("quickstart").on_save_checkpoint(make_trainer(folder, 6), module, {})
+    Export("quickstart").on_checkpoint(make_run(folder, 6, module))
     files = {file.name: file for file in (folder / "lora").iterdir()}
     assert set(files) == {"pytorch_lora_weights.safetensors", "quickstart.safetensors"}
     with safe_open(files["quickstart.safetensors"], "pt") as file:
@@ -492,7 +592,7 @@ def test_a_checkpoint_brings_both_lora_files(tmp_path, module):
 
 
 def test_the_end_brings_the_lora_files_without_checkpoints_too(tmp_path, module):
-    Export("mine").on_train_end(make_trainer(tmp_path), module)
+    Export("mine").on_end(make_run(tmp_path, module=module))
     assert (tmp_path / "lora" / "mine.safetensors").is_file()
 
 
@@ -540,11 +640,17 @@ def test_the_time_of_a_run_goes_on_after_a_resume(tmp_path):
     assert 1000 < continued.state_dict()["wall_time_s"] < 1100
 
 
-def test_the_summary_holds_the_last_metrics_and_the_verdict(tmp_path, module):
-    metrics, (verdict, _) = Metrics(), judged(module)
-    metrics.latest = {"train/loss": 0.25}
-    trainer = make_trainer(tmp_path, 10, callbacks=[metrics, verdict])
-    summary = make_record(tmp_path).finish(trainer)
+def test_the_summary_holds_the_last_metrics_and_what_the_watchers_add_in_a_fixed_order(tmp_path, module):
+    class Mine(Watcher):
+        def summary(self) -> dict[str, Any]:
+            return {"mine": 7}
+
+    verdict, run = judged(module)
+    run = replace(run, metrics={"train/loss": 0.25})
+    summary = make_record(tmp_path).finish(run, [Metrics(), Mine(), verdict])
     assert read(tmp_path / "summary.json") == summary
-    assert (summary["steps"], summary["metrics"], summary["verdict"]) == (10, {"train/loss": 0.25}, verdict.result)
+    expected = ["steps", "metrics", "wall_time_s", "peak_memory_gib", "peak_gpu_memory_gib", "verdict", "mine"]
+    assert list(summary) == expected
+    assert (summary["steps"], summary["metrics"], summary["mine"]) == (10, {"train/loss": 0.25}, 7)
+    assert summary["verdict"]["win_rate"] == pytest.approx(0.9)
     assert summary["wall_time_s"] >= 0 and summary["peak_memory_gib"] > 0

@@ -87,14 +87,14 @@ def test_a_preempted_job_goes_back_into_the_queue_and_its_next_start_ends_as_if_
         from dpo_sd.callbacks.checkpoint import Checkpoint
 
         slurm(0)
-        ends = Checkpoint.on_train_batch_end
+        ends = Checkpoint.on_update
 
-        def at_the_third(self, trainer, *rest):
-            if trainer.global_step == 3:
+        def at_the_third(self, run):
+            if run.step == 3:
                 os.kill(os.getpid(), signal.SIGUSR1)
-            ends(self, trainer, *rest)
+            ends(self, run)
 
-        Checkpoint.on_train_batch_end = at_the_third  # type: ignore[method-assign]
+        Checkpoint.on_update = at_the_third  # type: ignore[method-assign]
 
     first = train(job, patch=preempted)
     assert first.code == 130 and "4711 is in the queue again" in first.out

@@ -19,8 +19,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dpo_sd.composition.application import entry_point
 from dpo_sd.composition.checks import check_composition, check_plan
+from dpo_sd.composition.messages import settings_of
+from dpo_sd.composition.options import targets
 from dpo_sd.composition.roots import Train
-from dpo_sd.composition.schema import CONF_DIR, PACKAGE, SCHEMAS
+from dpo_sd.composition.schema import CONF_DIR, PACKAGE
 from dpo_sd.errors import UserError
 from dpo_sd.training.hardware import accumulation
 
@@ -119,8 +121,10 @@ def test_the_root_type_names_what_train_yaml_composes():
 
 def test_every_shipped_class_has_a_schema_that_knows_its_target():
     cfg = composed()
-    nodes = [cfg.model, cfg.lora, cfg.data, cfg.loss, cfg.optimizer, cfg.sampler, cfg.hardware, *cfg.callbacks.values()]
-    assert {node._target_ for node in nodes} <= set(SCHEMAS.values())
+    nodes = [cfg.model, cfg.lora, cfg.data, cfg.loss, cfg.optimizer, cfg.hardware, *cfg.callbacks.values()]
+    assert {node._target_ for node in nodes} <= set(targets().values())
+    for node in [*nodes, cfg.sampler, cfg.framing]:
+        assert settings_of(OmegaConf.get_type(node))["_target_"].default == node._target_
 
 
 def test_the_command_line_beats_the_experiment_which_beats_the_group():
@@ -164,7 +168,7 @@ def test_wandb_is_offline_unless_logged_in(monkeypatch, tmp_path):
         (
             ["loss.betta=1"],
             "loss.betta: no such setting; did you mean loss.beta? "
-            "(loss=dpo has: beta, label_smoothing, min_snr_gamma, reference, draws_per_pair)",
+            "(loss=dpo has: beta, label_smoothing, min_snr_gamma, reference, draws_per_pair, beta_convention)",
         ),
         (["max_steps=3"], "max_steps: no such setting; did you mean trainer.max_steps?"),
         (["losss=dpo"], "losss: no such setting; did you mean loss?"),
@@ -314,15 +318,12 @@ def test_ctrl_c_ends_with_130_and_no_traceback(run):
     assert run("name=interrupted") == (130, "")
 
 
-def test_a_loss_on_pairs_is_refused_on_single_images(monkeypatch):
-    monkeypatch.setitem(SCHEMAS, "data/captions", "dpo_sd.losses.SFTLoss")  # any class without has_pairs
-    cfg = composed()
-    monkeypatch.setattr(
-        "dpo_sd.composition.checks.class_attribute", lambda target, name: "DPO" in target or "Shapes" in target
-    )
-    OmegaConf.update(cfg, "data._target_", "dpo_sd.losses.SFTLoss")
-    with pytest.raises(UserError, match=r"loss=dpo needs pairs, but data=captions .* use data=.* or loss=sft"):
-        check_composition(cfg)
+@pytest.mark.parametrize(("program", "check"), [("train", check_composition), ("plan", check_plan)])
+@pytest.mark.parametrize("data", [["data=captions", "data.path=photos"], ["data=renders"]])
+def test_a_loss_on_pairs_is_refused_on_single_images(program, check, data):
+    message = rf"loss=dpo needs pairs, but {data[0]} has single images: use data=.*data=shapes.* or loss=sft"
+    with pytest.raises(UserError, match=message):
+        check(composed(*data, program=program))
 
 
 @pytest.mark.parametrize("check", [check_composition, check_plan])

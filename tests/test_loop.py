@@ -39,8 +39,9 @@ def loop(command, tmp_path_factory) -> Path:
     prompts = ",".join(f"a large {colour} circle on a black background" for colour in ("red", "blue", "cyan", "pink"))
     run(f"loras={style}", f"prompts=[{prompts}]", "num_sets=2", "sampler.steps=2", f"out={pairs}", program="generate")
     run(f"pairs={pairs}", "annotator=oracle", "annotator.style=outlined", program="annotate")
-    judged = ("data.judge=centred", "data.style=outlined", f"data.pairs={pairs}", f"lora.init_from={style}")
-    run("experiment=style_dpo", *SMALL, *judged, f"hydra.run.dir={folder / 'dpo'}", f"cache_dir={folder}")
+    judged = ("judge=oracle", "judge.style=outlined", "callbacks.verdict.prompts=shapes:held_out")
+    refined = (f"data.pairs={pairs}", f"lora.init_from={style}")
+    run("experiment=style_dpo", *SMALL, *judged, *refined, f"hydra.run.dir={folder / 'dpo'}", f"cache_dir={folder}")
     return folder
 
 

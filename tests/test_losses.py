@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -11,10 +11,12 @@ from torch.testing import assert_close
 from dpo_sd.errors import UserError
 from dpo_sd.losses import (
     DiffusionDPOLoss,
+    Loss,
+    LossInputs,
     PairErrors,
     SFTLoss,
-    convert_beta,
     min_snr_weights,
+    residual,
     reward_margin,
     squared_error,
 )
@@ -24,41 +26,45 @@ REFERENCE = PairErrors(torch.tensor([0.101, 0.301, 0.25, 0.699]), torch.tensor([
 NOT_POSITIVE_AND_FINITE = [0.0, -1.0, math.nan, math.inf]
 
 
+def apply(loss: DiffusionDPOLoss, policy: PairErrors, reference: PairErrors, label: Tensor | None = None) -> Tensor:
+    return loss(LossInputs(policy, reference, label))
+
+
 def gradients(loss: DiffusionDPOLoss, policy: PairErrors, label: Tensor | None = None) -> PairErrors:
     leaves = PairErrors(*(errors.clone().requires_grad_() for errors in policy))
-    loss(leaves, REFERENCE, label).sum().backward()
+    apply(loss, leaves, REFERENCE, label).sum().backward()
     assert leaves.chosen.grad is not None and leaves.rejected.grad is not None
     return PairErrors(leaves.chosen.grad, leaves.rejected.grad)
 
 
-# squared_error
+# residual and squared_error
 
 
 def test_squared_error_is_the_mean_square_of_each_sample():
     """Residuals 1, 1, 3, 1 → (1 + 1 + 9 + 1) / 4 = 3; residuals all 2 → 4."""
     target = torch.zeros(2, 1, 2, 2)
     model_pred = torch.tensor([[[[1.0, -1.0], [3.0, 1.0]]], [[[2.0, 2.0], [-2.0, 2.0]]]])
-    assert_close(squared_error(model_pred, target), torch.tensor([3.0, 4.0]))
+    assert_close(squared_error(residual(model_pred, target)), torch.tensor([3.0, 4.0]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_predictions_give_errors_computed_in_float32(dtype: torch.dtype):
     model_pred = torch.full((1, 4, 8, 8), 300.0, dtype=dtype)  # 300² overflows float16
     target = torch.zeros(1, 4, 8, 8, dtype=dtype)
-    errors = squared_error(model_pred, target)
+    errors = squared_error(residual(model_pred, target))
     assert errors.dtype == torch.float32
     assert_close(errors, model_pred[0, 0, 0, :1].float() ** 2)
 
 
 def test_batched_errors_equal_looped_errors():
     model_pred, target = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    looped = torch.cat([squared_error(model_pred[i : i + 1], target[i : i + 1]) for i in range(3)])
-    assert_close(squared_error(model_pred, target), looped)
+    looped = torch.cat([squared_error(residual(model_pred[i : i + 1], target[i : i + 1])) for i in range(3)])
+    assert_close(squared_error(residual(model_pred, target)), looped)
 
 
-def test_squared_error_refuses_to_broadcast():
+def test_a_residual_refuses_to_broadcast():
     with pytest.raises(ValueError, match=r"model_pred \(2, 4, 8, 8\), target \(1, 4, 8, 8\)"):
-        squared_error(torch.zeros(2, 4, 8, 8), torch.zeros(1, 4, 8, 8))
+        residual(torch.zeros(2, 4, 8, 8), torch.zeros(1, 4, 8, 8))
 
 
 # reward_margin
@@ -87,11 +93,64 @@ def test_the_margin_refuses_to_broadcast():
         reward_margin(POLICY, PairErrors(REFERENCE.chosen[:, None], REFERENCE.rejected[:, None]))
 
 
+def test_a_margin_needs_a_reference_and_pairs():
+    assert torch.equal(LossInputs(POLICY, REFERENCE).margin, reward_margin(POLICY, REFERENCE))
+    with pytest.raises(ValueError, match="needs_reference"):
+        _ = LossInputs(POLICY).margin
+    with pytest.raises(ValueError, match=r"policy_rejected \(0,\)"):
+        reward_margin(PairErrors(POLICY.chosen, torch.zeros(0)), REFERENCE)
+
+
+# Loss
+
+
+class OfOnesOwn(Loss):
+    def __init__(self, margin: float = 1.0, **common: Any):
+        super().__init__(**common)
+        self.margin = margin
+
+
+class NeedsNoReference(OfOnesOwn):
+    needs_reference: ClassVar[bool] = False
+
+
+class NeedsResiduals(OfOnesOwn):
+    needs_residuals: ClassVar[bool] = True
+
+
+def test_a_loss_says_only_what_differs():
+    loss = OfOnesOwn(margin=2.0, min_snr_gamma=5.0, reference="cached", draws_per_pair=4)
+    assert (loss.margin, loss.min_snr_gamma, loss.reference, loss.draws_per_pair) == (2.0, 5.0, "cached", 4)
+    plain = OfOnesOwn()
+    assert (plain.needs_pairs, plain.needs_reference, plain.needs_residuals) == (True, True, False)
+    assert (plain.min_snr_gamma, plain.reference, plain.draws_per_pair) == (None, "live", None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (NeedsNoReference, "NeedsNoReference has no reference to be cached: leave out loss.reference=cached"),
+        (NeedsResiduals, "reference=cached keeps errors, but NeedsResiduals needs residuals: use loss.reference=live"),
+    ],
+)
+def test_a_cached_reference_is_refused_where_it_would_not_be_read(kind: type[OfOnesOwn], message: str):
+    with pytest.raises(UserError, match=message):
+        kind(reference="cached", draws_per_pair=4)
+    assert kind(draws_per_pair=4).draws_per_pair == 4
+
+
 # SFTLoss
 
 
 def test_the_sft_loss_is_the_error():
-    assert_close(SFTLoss()(POLICY.chosen), POLICY.chosen)
+    assert_close(SFTLoss()(LossInputs(POLICY)), POLICY.chosen)
+
+
+def test_the_sft_loss_knows_no_setting_of_a_reference():
+    assert (SFTLoss().needs_pairs, SFTLoss().needs_reference, SFTLoss().reference) == (False, False, "live")
+    for settings in ({"reference": "cached"}, {"draws_per_pair": 4}):
+        with pytest.raises(TypeError):
+            SFTLoss(**settings)  # pyright: ignore[reportArgumentType]
 
 
 # DiffusionDPOLoss: identities
@@ -101,8 +160,8 @@ def test_the_sft_loss_is_the_error():
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_the_loss_is_ln_2_when_policy_equals_reference(beta: float, label_smoothing: float):
     loss = DiffusionDPOLoss(beta, label_smoothing)
-    assert_close(loss(POLICY, POLICY), torch.full((4,), math.log(2)))
-    assert_close(loss(POLICY, POLICY, torch.tensor([0.0, 0.3, 0.5, 1.0])), torch.full((4,), math.log(2)))
+    assert_close(apply(loss, POLICY, POLICY), torch.full((4,), math.log(2)))
+    assert_close(apply(loss, POLICY, POLICY, torch.tensor([0.0, 0.3, 0.5, 1.0])), torch.full((4,), math.log(2)))
 
 
 def test_at_the_reference_the_loss_rises_with_the_chosen_error_and_falls_with_the_rejected_error():
@@ -120,15 +179,17 @@ def test_with_hard_labels_the_gradient_signs_hold_away_from_the_reference_too(sh
 
 def test_swapping_chosen_and_rejected_is_the_opposite_label():
     loss = DiffusionDPOLoss()
-    swapped = loss(PairErrors(*reversed(POLICY)), PairErrors(*reversed(REFERENCE)))
-    assert_close(swapped, loss(POLICY, REFERENCE, torch.zeros(4)))
+    swapped = apply(loss, PairErrors(*reversed(POLICY)), PairErrors(*reversed(REFERENCE)))
+    assert_close(swapped, apply(loss, POLICY, REFERENCE, torch.zeros(4)))
 
 
 def test_swapping_chosen_and_rejected_negates_the_logits():
     """-logsigmoid(-z) + logsigmoid(z) = z, so the difference of the two losses is z = β/2 · margin."""
     loss = DiffusionDPOLoss(beta=3000)
-    swapped = loss(PairErrors(*reversed(POLICY)), PairErrors(*reversed(REFERENCE)))
-    assert_close(swapped - loss(POLICY, REFERENCE), 1500 * reward_margin(POLICY, REFERENCE), rtol=1e-4, atol=1e-5)
+    swapped = apply(loss, PairErrors(*reversed(POLICY)), PairErrors(*reversed(REFERENCE)))
+    assert_close(
+        swapped - apply(loss, POLICY, REFERENCE), 1500 * reward_margin(POLICY, REFERENCE), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
@@ -136,24 +197,24 @@ def test_what_policy_and_reference_share_does_not_matter(side: str):
     policy = POLICY._replace(**{side: getattr(POLICY, side) + 0.25})
     reference = REFERENCE._replace(**{side: getattr(REFERENCE, side) + 0.25})
     loss = DiffusionDPOLoss()
-    assert_close(loss(policy, reference), loss(POLICY, REFERENCE), rtol=1e-3, atol=1e-4)
+    assert_close(apply(loss, policy, reference), apply(loss, POLICY, REFERENCE), rtol=1e-3, atol=1e-4)
 
 
 def test_soft_labels_of_one_and_no_smoothing_are_plain_dpo():
     plain = -torch.nn.functional.logsigmoid(2500 * reward_margin(POLICY, REFERENCE))
-    assert_close(DiffusionDPOLoss()(POLICY, REFERENCE), plain)
-    assert_close(DiffusionDPOLoss(label_smoothing=0.0)(POLICY, REFERENCE, torch.ones(4)), plain)
+    assert_close(apply(DiffusionDPOLoss(), POLICY, REFERENCE), plain)
+    assert_close(apply(DiffusionDPOLoss(label_smoothing=0.0), POLICY, REFERENCE, torch.ones(4)), plain)
 
 
 def test_label_smoothing_is_a_soft_label():
-    smoothed = DiffusionDPOLoss(label_smoothing=0.1)(POLICY, REFERENCE)
-    assert_close(smoothed, DiffusionDPOLoss()(POLICY, REFERENCE, torch.full((4,), 0.9)))
+    smoothed = apply(DiffusionDPOLoss(label_smoothing=0.1), POLICY, REFERENCE)
+    assert_close(smoothed, apply(DiffusionDPOLoss(), POLICY, REFERENCE, torch.full((4,), 0.9)))
 
 
 def test_label_smoothing_moves_soft_labels_towards_a_half():
     """0.8 · (1 - 0.1) + 0.2 · 0.1 = 0.74."""
-    smoothed = DiffusionDPOLoss(label_smoothing=0.1)(POLICY, REFERENCE, torch.full((4,), 0.8))
-    assert_close(smoothed, DiffusionDPOLoss()(POLICY, REFERENCE, torch.full((4,), 0.74)))
+    smoothed = apply(DiffusionDPOLoss(label_smoothing=0.1), POLICY, REFERENCE, torch.full((4,), 0.8))
+    assert_close(smoothed, apply(DiffusionDPOLoss(), POLICY, REFERENCE, torch.full((4,), 0.74)))
 
 
 def test_a_tie_pulls_the_policy_back_to_the_reference():
@@ -174,10 +235,10 @@ def test_batched_losses_equal_looped_losses():
     """Averaging before the logsigmoid, as one public trainer does, would fail this."""
     loss = DiffusionDPOLoss()
     looped = [
-        loss(PairErrors(*(e[i : i + 1] for e in POLICY)), PairErrors(*(e[i : i + 1] for e in REFERENCE)))
+        apply(loss, PairErrors(*(e[i : i + 1] for e in POLICY)), PairErrors(*(e[i : i + 1] for e in REFERENCE)))
         for i in range(4)
     ]
-    assert_close(loss(POLICY, REFERENCE), torch.cat(looped))
+    assert_close(apply(loss, POLICY, REFERENCE), torch.cat(looped))
 
 
 def test_gradients_accumulated_over_micro_batches_equal_those_of_one_batch():
@@ -186,7 +247,7 @@ def test_gradients_accumulated_over_micro_batches_equal_those_of_one_batch():
     def backward(rows: slice) -> None:
         policy = PairErrors(*(scale * errors[rows] for errors in POLICY))
         reference = PairErrors(*(errors[rows] for errors in REFERENCE))
-        (loss(policy, reference).sum() / 4).backward()
+        (apply(loss, policy, reference).sum() / 4).backward()
 
     backward(slice(0, 4))
     assert scale.grad is not None
@@ -200,8 +261,8 @@ def test_summing_over_pixels_only_rescales_beta():
     elements = 16384
     summed = DiffusionDPOLoss(beta=5000 / elements)
     assert_close(
-        summed(PairErrors(*(e * elements for e in POLICY)), PairErrors(*(e * elements for e in REFERENCE))),
-        DiffusionDPOLoss(beta=5000)(POLICY, REFERENCE),
+        apply(summed, PairErrors(*(e * elements for e in POLICY)), PairErrors(*(e * elements for e in REFERENCE))),
+        apply(DiffusionDPOLoss(beta=5000), POLICY, REFERENCE),
         rtol=1e-3,
         atol=1e-4,
     )
@@ -218,19 +279,19 @@ def test_one_pair_worked_by_hand():
     """
     policy = PairErrors(torch.tensor([0.100]), torch.tensor([0.200]))
     reference = PairErrors(torch.tensor([0.101]), torch.tensor([0.200]))
-    assert_close(DiffusionDPOLoss()(policy, reference), torch.tensor([0.0788897]), rtol=1e-4, atol=0)
+    assert_close(apply(DiffusionDPOLoss(), policy, reference), torch.tensor([0.0788897]), rtol=1e-4, atol=0)
 
 
 def test_huge_margins_give_finite_losses_and_gradients():
     errors = PairErrors(torch.tensor([0.0, 1000.0, 0.0, 1000.0]), torch.tensor([1000.0, 0.0, 1000.0, 0.0]))
     label = torch.tensor([1.0, 1.0, 0.0, 0.0])
-    assert_close(DiffusionDPOLoss()(errors, REFERENCE, label).isfinite(), torch.ones(4, dtype=torch.bool))
+    assert_close(apply(DiffusionDPOLoss(), errors, REFERENCE, label).isfinite(), torch.ones(4, dtype=torch.bool))
     assert all(g.isfinite().all() for g in gradients(DiffusionDPOLoss(), errors, label))
 
 
 def test_labels_must_have_the_shape_of_the_pairs():
     with pytest.raises(ValueError, match=r"label \(4, 1\), margin \(4,\)"):
-        DiffusionDPOLoss()(POLICY, REFERENCE, torch.ones(4, 1))
+        apply(DiffusionDPOLoss(), POLICY, REFERENCE, torch.ones(4, 1))
 
 
 @pytest.mark.parametrize("beta", NOT_POSITIVE_AND_FINITE)
@@ -293,7 +354,32 @@ def test_an_unknown_prediction_type_is_refused_with_the_known_ones():
         min_snr_weights(torch.ones(1), 5.0, "sample")  # pyright: ignore[reportArgumentType]
 
 
-# convert_beta
+# beta_convention
+
+
+def test_the_beta_of_the_papers_code_is_the_default_to_the_bit():
+    named = DiffusionDPOLoss(beta=3000.1, beta_convention="diffusion-dpo")
+    assert torch.equal(apply(named, POLICY, REFERENCE), apply(DiffusionDPOLoss(3000.1), POLICY, REFERENCE))
+
+
+@pytest.mark.parametrize(
+    ("convention", "factor"),
+    [
+        ("diffusion-dpo", 0.5),
+        ("diffusers-sdxl", 0.5),
+        ("diffusers-sd15", 1.0),
+        ("onetrainer", 1.0),
+        ("diffusion-npo", 1.0),
+        ("diffusion-kto", 1.0),
+        ("invoke-training", 1.0),
+    ],
+)
+def test_a_beta_of_another_code_base_multiplies_the_margin_as_that_code_does(convention: Any, factor: float):
+    """margin = 0.001 and beta = 500: z = factor · 0.5, loss = ln(1 + exp(-z)), 0.5759394 or 0.4740770."""
+    policy = PairErrors(torch.tensor([0.100]), torch.tensor([0.200]))
+    reference = PairErrors(torch.tensor([0.101]), torch.tensor([0.200]))
+    loss = apply(DiffusionDPOLoss(beta=500, beta_convention=convention), policy, reference)
+    assert_close(loss, torch.tensor([{0.5: 0.5759394, 1.0: 0.4740770}[factor]]), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -309,33 +395,18 @@ def test_an_unknown_prediction_type_is_refused_with_the_known_ones():
         ("invoke-training", 5000, 10000),
     ],
 )
-def test_defaults_of_other_code_bases_have_known_values_here(convention: str, theirs: float, ours: float):
-    assert convert_beta(theirs, convention) == ours
-
-
-@pytest.mark.parametrize("elements", [16384, 65536])
-def test_betas_for_sums_over_pixels_are_multiplied_by_the_number_of_latent_elements(elements: int):
-    assert convert_beta(0.25, "simpletuner", latent_elements=elements) == 0.25 * elements
-
-
-def test_a_beta_for_sums_needs_the_number_of_latent_elements():
-    with pytest.raises(UserError, match=r"latent_elements must be C·H·W of one latent, got None"):
-        convert_beta(0.25, "simpletuner")
-    with pytest.raises(UserError, match="got 0"):
-        convert_beta(0.25, "simpletuner", latent_elements=0)
-
-
-def test_a_number_of_latent_elements_without_use_is_refused():
-    with pytest.raises(UserError, match="leave latent_elements out"):
-        convert_beta(2500, "diffusers-sd15", latent_elements=16384)
+def test_defaults_of_other_code_bases_have_known_values_here(convention: Any, theirs: float, ours: float):
+    loss = DiffusionDPOLoss(beta=theirs, beta_convention=convention)
+    assert loss.beta == ours
+    assert torch.equal(apply(loss, POLICY, REFERENCE), apply(DiffusionDPOLoss(beta=ours), POLICY, REFERENCE))
 
 
 def test_an_unknown_convention_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match=r"unknown beta convention 'kohya'.*onetrainer"):
-        convert_beta(500, "kohya")
+    with pytest.raises(UserError, match=r"unknown beta_convention 'kohya'.*onetrainer"):
+        DiffusionDPOLoss(500, beta_convention="kohya")  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("beta", NOT_POSITIVE_AND_FINITE)
-def test_a_beta_out_of_range_is_not_converted(beta: float):
-    with pytest.raises(UserError, match=f"got {beta}"):
-        convert_beta(beta, "diffusion-dpo")
+def test_a_beta_of_another_code_base_out_of_range_is_refused(beta: float):
+    with pytest.raises(UserError, match=f"beta must be positive and finite, got {beta}"):
+        DiffusionDPOLoss(beta, beta_convention="onetrainer")

@@ -276,7 +276,7 @@ def test_the_oracle_judges_by_its_utility_and_scores_every_picture():
     scenes = random_scenes(count=4)
     pictures, prompts = [render(scene) for scene in scenes], [caption(scene.kind) for scene in scenes]
     assert oracle.name == "oracle: large"
-    assert oracle.judge(pictures, prompts) == [large(*pair) for pair in zip(pictures, prompts, strict=True)]
+    assert oracle.scores(pictures, prompts) == [large(*pair) for pair in zip(pictures, prompts, strict=True)]
     right, wrong = oracle.properties(pictures, prompts), oracle.properties(pictures, prompts[1:] + prompts[:1])
     assert right["faithful"] == [1] * 4 and min(min(values) for values in right.values()) > 0.9
     assert sum(wrong["faithful"]) < 4
@@ -289,5 +289,5 @@ def test_an_oracle_of_a_style_reads_pictures_in_it_and_scores_it_too():
     assert np.mean(properties["faithful"]) >= 0.95 and np.mean(properties["style"]) > 0.9
     likes_style = Oracle("style", "outlined")
     flat = [render(replace(scene, style="flat")) for scene in scenes]
-    assert min(likes_style.judge(pictures, prompts)) > max(likes_style.judge(flat, prompts))
+    assert min(likes_style.scores(pictures, prompts)) > max(likes_style.scores(flat, prompts))
     assert likes_style.name == "oracle: style, in the outlined style"

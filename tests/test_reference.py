@@ -148,6 +148,22 @@ def test_a_folder_that_cannot_be_written_costs_the_cache_and_not_the_run(tmp_pat
     assert found(kept, [0], [0]) == [1.0]
 
 
+def test_errors_of_single_images_serve_no_pairs_and_those_of_chosen_images_serve_both(tmp_path):
+    single = ReferenceErrors(tmp_path, IDS, 1, images=1)
+    single.put([0], [0], PairErrors(torch.tensor([1.0]), torch.zeros(0)))
+    known, (chosen, rejected) = single.get([0, 1], [0, 0])
+    assert known.tolist() == [True, False] and chosen[0] == 1 and rejected.shape == (0,)
+    single.save()
+    pairs = ReferenceErrors(tmp_path, IDS, 1)
+    assert found(pairs, [0, 1], [0, 0]) == [None, None]
+    pairs.put([1], [0], errors(2.0))
+    pairs.save()
+    again = ReferenceErrors(tmp_path, IDS, 1, images=1)
+    known, (chosen, _) = again.get([0, 1, 2], [0, 0, 0])
+    assert known.tolist() == [True, True, False] and chosen[:2].tolist() == [1.0, 2.0]
+    assert found(ReferenceErrors(tmp_path, IDS, 1), [0, 1], [0, 0]) == [None, 2.0]
+
+
 def test_nothing_known_and_nothing_asked_is_written_and_read(tmp_path):
     ReferenceErrors(tmp_path, IDS, 1).save()
     assert ReferenceErrors(tmp_path, IDS, 1).filled == 0

@@ -338,35 +338,39 @@ def die_in_the_middle_of_writing_the_second_checkpoint() -> None:
     torch.save = cut_short
 
 
-def die_before_the_second_checkpoint_becomes_the_last() -> None:
-    replace, calls = os.replace, itertools.count(1)
+def die_before_replacing(name: str, number: int) -> Callable[[], None]:
+    """Dies when a file of that name is whole for the `number`-th time and about to take its place."""
 
-    def watched(source: Any, target: Any) -> None:
-        if Path(target).name == "last.ckpt" and next(calls) == 2:
-            die()
-        replace(source, target)
-
-    os.replace = watched
-
-
-def die_in(module: str, owner: str | None, name: str, number: int) -> Callable[[], None]:
     def patch() -> None:
-        place = importlib.import_module(f"dpo_sd.{module}")
-        before_call(getattr(place, owner) if owner else place, name, number, die)
+        replace, calls = os.replace, itertools.count(1)
+
+        def watched(source: Any, target: Any) -> None:
+            if Path(target).name == name and next(calls) == number:
+                die()
+            replace(source, target)
+
+        os.replace = watched
+
+    return patch
+
+
+def die_in(module: str, owner: str, name: str, number: int) -> Callable[[], None]:
+    def patch() -> None:
+        before_call(getattr(importlib.import_module(f"dpo_sd.{module}"), owner), name, number, die)
 
     return patch
 
 
 MOMENTS = {
-    "before the first update": die_in("callbacks.samples", "Samples", "write", 1),
-    "before the first checkpoint": die_in("module", "DiffusionModule", "training_step", 2),
-    "between the micro-batches of an update": die_in("module", "DiffusionModule", "training_step", 6),
-    "after an update and before its metrics": die_in("callbacks.metrics", "Metrics", "on_train_batch_end", 10),
+    "before the first update": die_in("callbacks.samples", "Samples", "on_start", 1),
+    "before the first checkpoint": die_in("training.step", "DiffusionModule", "training_step", 2),
+    "between the micro-batches of an update": die_in("training.step", "DiffusionModule", "training_step", 6),
+    "after an update and before its metrics": die_in("callbacks.metrics", "Metrics", "on_update", 5),
     "after the metrics and before the checkpoint": die_in("callbacks.checkpoint", "Checkpoint", "save", 2),
     "during a checkpoint write": die_in_the_middle_of_writing_the_second_checkpoint,
-    "between a checkpoint and its being the last": die_before_the_second_checkpoint_becomes_the_last,
-    "between the two LoRA files": die_in("callbacks.export", None, "save_kohya", 2),
-    "after the last update": die_in("callbacks.verdict", "Verdict", "on_train_end", 1),
+    "between a checkpoint and its being the last": die_before_replacing("last.ckpt", 2),
+    "between the two LoRA files": die_before_replacing("train.safetensors", 2),
+    "after the last update": die_in("callbacks.verdict", "Verdict", "on_end", 1),
 }
 
 
@@ -453,7 +457,7 @@ def test_ctrl_c_during_the_verdict_stops_at_once_and_the_verdict_can_be_had_late
     def patch() -> None:
         from dpo_sd.callbacks.verdict import Verdict
 
-        before_call(Verdict, "on_train_end", 1, send(signal.SIGINT))
+        before_call(Verdict, "on_end", 1, send(signal.SIGINT))
 
     folder = tmp_path / "run"
     ended = train(folder, *RANDOM, patch=patch)
@@ -610,6 +614,88 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_reaches_the_weights(tra
     ended = command(f"resume={folder}")  # without the fault, nothing of it is left
     assert ended.code == 0, ended.err
     assert_same_run(folder, whole)
+
+
+# judged and watched
+
+
+def test_a_judge_of_other_sizes_ends_the_run_before_anything_is_drawn(train, tmp_path):
+    folder, cache = tmp_path / "run", tmp_path / "cache"
+    ended = train(folder, "sampler.height=128", f"cache_dir={cache}", "data.n_pairs=4")
+    refused(ended, "oracle: centred cannot judge this run", "64x64 pixels, got 64x128")
+    assert files(folder) == {} and not cache.exists()
+
+
+def test_a_judge_that_cannot_read_the_prompts_ends_the_run_before_anything_is_drawn(train, tmp_path):
+    folder, cache = tmp_path / "run", tmp_path / "cache"
+    ended = train(folder, "callbacks.verdict.prompts=[a red fox]", f"cache_dir={cache}")
+    refused(ended, "oracle: centred cannot judge this run", "'a red fox' names no shape")
+    assert files(folder) == {} and not cache.exists()
+
+
+def test_without_a_judge_the_run_has_no_verdict_and_says_so(train, tmp_path):
+    ended = train(tmp_path, "judge=none", "trainer.max_steps=1", "~callbacks.samples")
+    assert ended.code == 0, ended.err
+    assert "only people can judge" in ended.out
+    assert summary(tmp_path)["verdict"] is None
+
+
+@pytest.mark.parametrize("kind", ["a mistake", "a bug"])
+def test_a_judge_that_fails_after_the_training_costs_the_verdict_and_nothing_else(train, run, tmp_path, kind):
+    def patch() -> None:
+        from dpo_sd.errors import UserError
+        from dpo_sd.judges.oracle import Oracle
+
+        def broken(self: Any, images: Any, prompts: Any) -> list[float]:
+            raise UserError("the judge is out") if kind == "a mistake" else ZeroDivisionError("in the judge")
+
+        Oracle.properties = broken  # type: ignore[method-assign,assignment]
+
+    ended = train(tmp_path, patch=patch)
+    if kind == "a mistake":
+        refused(ended, "the judge is out")
+    else:
+        assert ended.code == 1 and "ZeroDivisionError: in the judge" in ended.err
+    assert summary(tmp_path)["verdict"] is None and summary(tmp_path)["metrics"] == summary(run)["metrics"]
+    assert files(tmp_path).keys() == files(run).keys()
+    assert ended.out.splitlines()[-1].startswith("lora ")
+
+
+MINE = """
+from dpo_sd.callbacks.watcher import Run, Watcher
+
+class Count(Watcher):
+    def __init__(self, start: int = 0):
+        self.updates = start
+
+    def promise(self, run: Run) -> str:
+        return f"count   from {self.updates}"
+
+    def on_update(self, run: Run) -> None:
+        self.updates += 1
+        assert run.step == len(list((run.folder / "metrics.csv").open())) - 2
+        assert not run.is_last or "val/loss" in run.metrics
+
+    def summary(self):
+        return {"counted": self.updates}
+
+    def report(self) -> str:
+        return f"{self.updates} updates were counted."
+"""
+
+
+def test_a_watcher_of_the_users_own_is_told_of_every_update_and_adds_to_the_summary(command, small, tmp_path):
+    own = tmp_path / "own"
+    (own / "callbacks").mkdir(parents=True)
+    (own / "own_watchers.py").write_text(MINE)
+    (own / "callbacks" / "count.yaml").write_text("count:\n  _target_: own_watchers.Count\n")
+    callbacks = ("callbacks=[count,checkpoint]", "callbacks.count.start=10")
+    settings = [each for each in small(tmp_path / "run") if not each.startswith(("callbacks.samples", "callbacks.ver"))]
+    ended = command("--config-dir", str(own), *settings, *callbacks, "hardware.micro_batch=2")
+    assert ended.code == 0, ended.err
+    assert "count   from 10" in ended.out and "16 updates were counted." in ended.out
+    assert list(summary(tmp_path / "run"))[-2:] == ["verdict", "counted"]
+    assert summary(tmp_path / "run")["counted"] == 16
 
 
 def disk_full_at_the_second_checkpoint() -> None:

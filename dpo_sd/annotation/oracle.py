@@ -92,7 +92,7 @@ class OracleAnnotator:
             asked = next(other for other in others if self.annotator.left_image(other) != left)
         try:
             images = [load_image(folder, image) for image in (pair.image_0, pair.image_1)]
-            choice = self.annotator.choose(asked, *self.taste.judge(images, [pair.prompt] * 2))
+            choice = self.annotator.choose(asked, *self.taste.scores(images, [pair.prompt] * 2))
         except UserError as error:
             raise UserError(f"pair {pair.pair_id} cannot be judged: {error}") from error
         identity = f"{self.annotator.seed} {self.name} {asked}"

@@ -1,1 +1,1 @@
-"""What watches a run: checkpoints, samples, health, the verdict, and the table of a sweep."""
+"""Watchers of a run: metrics, samples, health, LoRA files, checkpoints, the verdict; and the table of a sweep."""

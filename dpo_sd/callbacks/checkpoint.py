@@ -6,17 +6,17 @@ import os
 import shutil
 import signal
 import threading
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 
+from dpo_sd.callbacks.watcher import Run, Watcher
 from dpo_sd.errors import UserError
 from dpo_sd.files.atomic import replacing
 from dpo_sd.training import cluster
 
 
-class Checkpoint(L.Callback):
+class Checkpoint(Watcher):
     """Keeps `checkpoints/last.ckpt` and the newest few `checkpoints/step=000200.ckpt`.
 
     Ctrl-C and SIGTERM finish the update, save it and end the run; a second one ends it at once. In a Slurm job SIGUSR1
@@ -24,8 +24,10 @@ class Checkpoint(L.Callback):
 
     Args:
         every: updates between checkpoints, at least 1; the last update is always kept.
-        keep: how many of the numbered ones stay, at least 1.
+        keep: number of numbered checkpoints that stay, at least 1.
     """
+
+    acts_last: ClassVar[bool] = True
 
     def __init__(self, every: int = 50, keep: int = 2):
         if every < 1:
@@ -36,8 +38,8 @@ class Checkpoint(L.Callback):
         self.interrupted = self.preempted = self._silent = False
         self._handlers: dict[signal.Signals, Any] = {}
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._silent = not trainer.is_global_zero
+    def on_start(self, run: Run) -> None:
+        self._silent = not run.is_global_zero
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, *([cluster.PREEMPTED] if cluster.in_slurm() else [])):
                 self._handlers[number] = signal.signal(number, self._interrupt)
@@ -49,29 +51,25 @@ class Checkpoint(L.Callback):
         if not self._silent:
             print("\ninterrupted: finishing this update and saving it; once more to stop at once", flush=True)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
+    def on_update(self, run: Run) -> None:
         stop = self.interrupted
-        if trainer.world_size > 1:  # all processes must stop at the same update
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        last = trainer.global_step == trainer.max_steps
-        if stop or last or trainer.global_step % self.every == 0:
-            self.save(trainer)
+        if run.trainer.world_size > 1:  # all processes must stop at the same update
+            stop = run.trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop or run.due(self.every):
+            self.save(run)
         if stop:
-            if self.preempted and trainer.is_global_zero:
+            if self.preempted and run.is_global_zero:
                 print(cluster.requeue(), flush=True)
             raise KeyboardInterrupt
-        if last:  # what follows can be stopped at once, and done again
+        if run.is_last:  # what follows can be stopped at once, and done again
             self._release()
 
-    def save(self, trainer: L.Trainer) -> None:
-        folder = Path(trainer.default_root_dir) / "checkpoints"
-        newest = folder / f"step={trainer.global_step:06d}.ckpt"
-        trainer.save_checkpoint(newest)
-        if not trainer.is_global_zero:
+    def save(self, run: Run) -> None:
+        """Writes the checkpoint of this update, and removes those that are too old or of an abandoned attempt."""
+        folder = run.folder / "checkpoints"
+        newest = folder / f"step={run.step:06d}.ckpt"
+        run.trainer.save_checkpoint(newest)
+        if not run.is_global_zero:
             return
         with replacing(folder / "last.ckpt") as last:
             try:
@@ -79,8 +77,8 @@ class Checkpoint(L.Callback):
             except OSError:  # a file system without hard links
                 shutil.copyfile(newest, last)
         numbered = {int(file.stem.removeprefix("step=")): file for file in folder.glob("step=*.ckpt")}
-        abandoned = [step for step in numbered if step > trainer.global_step]  # the run went on from an earlier one
-        older = sorted(step for step in numbered if step <= trainer.global_step)[: -self.keep]
+        abandoned = [step for step in numbered if step > run.step]  # the run went on from an earlier one
+        older = sorted(step for step in numbered if step <= run.step)[: -self.keep]
         for step in [*abandoned, *older]:
             numbered[step].unlink()
 

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import lightning as L
-
+from dpo_sd.callbacks.watcher import Run, Watcher
 from dpo_sd.errors import UserError
 from dpo_sd.lora.adapters import weights_of
 from dpo_sd.lora.weights import WEIGHTS_NAME
 from dpo_sd.lora.writing import save_diffusers, save_kohya
-from dpo_sd.training.step import DiffusionModule
 
 
-class Export(L.Callback):
+class Export(Watcher):
     """Writes `lora/pytorch_lora_weights.safetensors` (diffusers) and `lora/<name>.safetensors` (Kohya).
 
-    At every checkpoint and at the end.
+    Both are written at every checkpoint and at the end.
 
     Args:
-        name: of the Kohya file and of what it calls itself.
+        name: name of the Kohya file, which the file calls itself too.
     """
 
     def __init__(self, name: str = "lora"):
@@ -30,17 +27,17 @@ class Export(L.Callback):
             )
         self.name = name
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.write(trainer, pl_module)
+    def on_checkpoint(self, run: Run) -> None:
+        self.write(run)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.write(trainer, pl_module)
+    def on_end(self, run: Run) -> None:
+        self.write(run)
 
-    def write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero:
+    def write(self, run: Run) -> None:
+        """Writes both files as the policy is now."""
+        if not run.is_global_zero:
             return
-        assert isinstance(pl_module, DiffusionModule)
-        folder, model = Path(trainer.default_root_dir) / "lora", pl_module.model
+        folder, model = run.folder / "lora", run.module.model
         lora = weights_of(model)
         save_diffusers(lora, folder / WEIGHTS_NAME)
         save_kohya(
@@ -51,8 +48,8 @@ class Export(L.Callback):
             resolution=model.resolution,
             extra={
                 "ss_sd_model_name": model.name,
-                "ss_steps": str(trainer.global_step),
-                "ss_learning_rate": str(pl_module.optimizer.lr),
-                "ss_training_comment": type(pl_module.loss).__name__,
+                "ss_steps": str(run.step),
+                "ss_learning_rate": str(run.module.optimizer.lr),
+                "ss_training_comment": type(run.module.loss).__name__,
             },
         )

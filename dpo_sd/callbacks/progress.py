@@ -9,12 +9,18 @@ from typing import Any
 import lightning as L
 from tqdm import tqdm
 
-from dpo_sd.callbacks.metrics import Metrics
-from dpo_sd.data.datamodule import DataModule
+from dpo_sd.callbacks.watcher import Run, Watcher
 from dpo_sd.errors import UserError
 
+SHOWN = (  # label, metric, format
+    ("loss", "train/loss", ".4f"),
+    ("accuracy", "train/reward_accuracy", ".2f"),
+    ("margin", "train/reward_margin", ".1e"),
+    ("lr", "train/lr", ".1e"),
+)
 
-class Progress(L.Callback):
+
+class Progress(Watcher):
     """Shows loss, accuracy, margin (means of the last updates), learning rate and pairs per second.
 
     Args:
@@ -25,44 +31,37 @@ class Progress(L.Callback):
         if window < 1:
             raise UserError(f"window must be at least 1, got {window}")
         self._last: deque[dict[str, float]] = deque(maxlen=window)
+        self._bar: tqdm[Any] | None = None
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._metrics = next(c for c in trainer.callbacks if isinstance(c, Metrics))  # type: ignore[attr-defined]
+    def on_start(self, run: Run) -> None:
         self._bar = tqdm(
-            total=trainer.max_steps,
-            initial=trainer.global_step,
+            total=run.trainer.max_steps,
+            initial=run.step,
             desc="training",
             unit="update",
-            disable=not trainer.is_global_zero,
+            disable=not run.is_global_zero,
             mininterval=0.2 if sys.stderr.isatty() else 10.0,
         )
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        self._last.append(dict(self._metrics.latest))
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(data, DataModule)
+    def on_update(self, run: Run) -> None:
+        assert self._bar is not None
+        self._last.append(dict(run.metrics))
         shown = {}
-        for label, name, form in (
-            ("loss", "train/loss", ".4f"),
-            ("accuracy", "train/reward_accuracy", ".2f"),
-            ("margin", "train/reward_margin", ".1e"),
-            ("lr", "train/lr", ".1e"),
-        ):
+        for label, name, form in SHOWN:
             values = [metrics[name] for metrics in self._last if name in metrics]
             if values:
                 shown[label] = format(sum(values) / len(values), form)
         if rate := self._bar.format_dict["rate"]:
-            shown["pairs/s"] = f"{rate * data.pairs_per_update:.1f}"
+            shown["pairs/s"] = f"{rate * run.data.pairs_per_update:.1f}"
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._bar.close()
+    def on_end(self, run: Run) -> None:
+        self._close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if hasattr(self, "_bar"):
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
             self._bar.close()

@@ -1,4 +1,4 @@
-"""What a run was, so that it can be rerun: config.yaml, run.json and summary.json."""
+"""The record of a run, from which it can be rerun: config.yaml, run.json and summary.json."""
 
 from __future__ import annotations
 
@@ -6,33 +6,32 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from omegaconf import OmegaConf
 
-from dpo_sd.callbacks.metrics import Metrics
-from dpo_sd.callbacks.verdict import Verdict
+from dpo_sd.callbacks.watcher import Run, Watcher
 from dpo_sd.files.atomic import write_json, write_text
 from dpo_sd.training.provenance import versions
 
 
 def _peak_memory() -> float:
-    """Of this process so far, in GiB."""
+    """Peak memory of this process so far, in GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB elsewhere
 
 
-class RunRecord(L.Callback):
+class RunRecord(Watcher):
     """Writes the record of a run into its folder.
 
     Args:
-        folder: of the run.
+        folder: run folder.
         config: resolved settings.
-        overrides: the settings of the command line, which `resume=` replays.
+        overrides: settings of the command line, which `resume=` replays.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], overrides: list[str]):
@@ -60,7 +59,7 @@ class RunRecord(L.Callback):
         write_json(file, self.record)
 
     def add(self, **facts: Any) -> None:
-        """Adds what became known later, such as fingerprints."""
+        """Adds facts that became known later, such as fingerprints."""
         self.record |= facts
         write_json(self.folder / "run.json", self.record)
 
@@ -74,20 +73,17 @@ class RunRecord(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.earlier_s = state_dict["wall_time_s"]
 
-    def finish(self, trainer: L.Trainer) -> dict[str, Any]:
-        """Writes and returns the summary of a finished run."""
-        metrics, verdict = (
-            next((c for c in trainer.callbacks if isinstance(c, kind)), None)  # type: ignore[attr-defined]
-            for kind in (Metrics, Verdict)
-        )
-        gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-        summary = {
-            "steps": trainer.global_step,
-            "metrics": metrics.latest if isinstance(metrics, Metrics) else {},
+    def finish(self, run: Run, watchers: Iterable[Watcher]) -> dict[str, Any]:
+        """Writes and returns the summary of a finished run, with what its watchers have to add."""
+        summary: dict[str, Any] = {
+            "steps": run.step,
+            "metrics": run.metrics,
             "wall_time_s": round(self.wall_time_s, 1),
             "peak_memory_gib": round(_peak_memory(), 2),
-            "peak_gpu_memory_gib": gpu,
-            "verdict": verdict.result if isinstance(verdict, Verdict) else None,
+            "peak_gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
+            "verdict": None,
         }
+        for watcher in watchers:
+            summary |= watcher.summary()
         write_json(self.folder / "summary.json", summary)
         return summary

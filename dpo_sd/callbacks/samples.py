@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
-from typing import Any
 
-import lightning as L
 from PIL import Image
 
+from dpo_sd.callbacks.watcher import Run, Watcher
 from dpo_sd.errors import UserError
+from dpo_sd.evaluation.drawing import draw_as
 from dpo_sd.files.images import save_png
 from dpo_sd.files.sheets import comparison
-from dpo_sd.lora.adapters import adapter_names, using
+from dpo_sd.lora.adapters import adapter_names
 from dpo_sd.noise import check_uint64, image_seed
-from dpo_sd.training.step import DiffusionModule
 
 log = logging.getLogger(__name__)
 
 
-class Samples(L.Callback):
+class Samples(Watcher):
     """Writes `samples/step=000200.png`: base, reference (where it is not the base) and policy.
 
     Args:
         every: updates between sheets, at least 1; the first and the last state are always drawn.
-        n_prompts: at most so many of the held-out prompts, at least 1; ignored where `prompts` are given.
-        prompts: what to draw instead.
-        seed: of the pictures.
+        n_prompts: number of held-out prompts to draw, at least 1; ignored where `prompts` are given.
+        prompts: prompts to draw instead of held-out ones.
+        seed: seed of the images.
     """
 
     def __init__(self, every: int = 100, n_prompts: int = 8, prompts: list[str] | None = None, seed: int = 0):
@@ -40,33 +38,25 @@ class Samples(L.Callback):
         self.every, self.n_prompts, self.prompts, self.seed = every, n_prompts, prompts, seed
         self._fixed: dict[str, list[Image.Image]] = {}  # rows that training does not change
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step == 0:
-            self.write(trainer, pl_module)
+    def on_start(self, run: Run) -> None:
+        if run.step == 0:
+            self.write(run)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches:
-            return
-        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
-            self.write(trainer, pl_module)
+    def on_update(self, run: Run) -> None:
+        if run.due(self.every):
+            self.write(run)
 
-    def write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero:
+    def write(self, run: Run) -> None:
+        """Draws and writes the sheet of this update."""
+        if not run.is_global_zero:
             return
-        assert isinstance(pl_module, DiffusionModule)
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        prompts = self.prompts or data.data.held_out_prompts[: self.n_prompts]
+        model, sampler = run.module.model, run.data.sampler
+        prompts = self.prompts or run.data.data.held_out_prompts[: self.n_prompts]
         seeds = [image_seed(self.seed, prompt, 0, 0) for prompt in prompts]
-
-        def draw(which: Any) -> list[Image.Image]:
-            with using(pl_module.model, which):
-                return data.sampler.draw(pl_module.model, prompts, seeds)
-
         for which in ("base", "reference"):
-            if which not in self._fixed and (which == "base" or which in adapter_names(pl_module.model)):
-                self._fixed[which] = draw(which)
-        file = Path(trainer.default_root_dir) / "samples" / f"step={trainer.global_step:06d}.png"
-        save_png(comparison(prompts, {**self._fixed, "policy": draw("policy")}), file)
+            if which not in self._fixed and (which == "base" or which in adapter_names(model)):
+                self._fixed[which] = draw_as(which, model, sampler, prompts, seeds)
+        rows = {**self._fixed, "policy": draw_as("policy", model, sampler, prompts, seeds)}
+        file = run.folder / "samples" / f"step={run.step:06d}.png"
+        save_png(comparison(prompts, rows), file)
         log.info("wrote %s", file)

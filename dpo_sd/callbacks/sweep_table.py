@@ -1,4 +1,4 @@
-"""The table at the end of a sweep: what each job changed, and what came of it."""
+"""The table at the end of a sweep: a row per job with its overrides and results."""
 
 from __future__ import annotations
 
@@ -59,8 +59,7 @@ def sweep_rows(folder: Path) -> list[dict[str, str]]:
     """One row for each job of a sweep, keyed by `COLUMNS`, in the order of the jobs.
 
     Args:
-        folder: of the sweep, with a folder for each job that holds job.json and, where the job got that far,
-            summary.json.
+        folder: folder of the sweep, in which each job has a folder with job.json and, if it got that far, summary.json.
     """
     paths = sorted(folder.glob(f"*/{JOB_NAME}"), key=lambda path: (len(path.parent.name), path.parent.name))
     jobs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]

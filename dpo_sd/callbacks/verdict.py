@@ -1,109 +1,102 @@
-"""Did it get better? Base and policy draw the same held-out prompts with the same seeds, and a judge compares them."""
+"""The verdict of a training: does the policy draw better images than its reference, on prompts it has not seen?"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import lightning as L
-import numpy as np
-
+from dpo_sd.callbacks.watcher import Run, Watcher
+from dpo_sd.data.prompts import read_prompts
 from dpo_sd.errors import UserError
+from dpo_sd.evaluation.comparison import Comparison, compare, power
+from dpo_sd.evaluation.drawing import draw_as, questions
 from dpo_sd.judges.judge import Judge
-from dpo_sd.lora.adapters import using
-from dpo_sd.noise import check_uint64, image_seed
-from dpo_sd.statistics import WinRate, mean_difference, minimal_detectable_rate, win_rate, win_shares
-from dpo_sd.training.step import DiffusionModule
+from dpo_sd.noise import check_uint64
 
 
-class Verdict(L.Callback):
-    """After the last update, the win rate of the policy over its reference on prompts that training has not seen.
+class Verdict(Watcher):
+    """After the last update, the win rate of the policy over its reference on held-out prompts, by the run's judge.
 
     Args:
-        n_prompts: how many held-out prompts, at least 2.
-        seeds_per_prompt: pictures per prompt and model, at least 1; with 2 or more, the reference is also compared with
+        n_prompts: number of held-out prompts, at least 2.
+        seeds_per_prompt: images per prompt and side, at least 1; with 2 or more, the reference is also compared with
             itself under other seeds (A/A), which shows what a win rate of two equal models looks like here.
-        seed: of the pictures.
+        seed: seed of the images, and of the split of `shapes:held_out`.
+        prompts: held-out prompts to use instead of the data's own: a text file with a prompt a line, a list, or
+            `shapes:held_out` (the captions that no pair of the shapes world has). Those that training has seen are left
+            out.
+
+    Raises:
+        UserError: if a value is out of range or the prompts cannot be read.
     """
 
-    def __init__(self, n_prompts: int = 128, seeds_per_prompt: int = 2, seed: int = 0):
+    def __init__(
+        self,
+        n_prompts: int = 128,
+        seeds_per_prompt: int = 2,
+        seed: int = 0,
+        prompts: str | list[str] | None = None,
+    ):
         if n_prompts < 2:
             raise UserError(f"n_prompts must be at least 2, got {n_prompts}")
         if seeds_per_prompt < 1:
             raise UserError(f"seeds_per_prompt must be at least 1, got {seeds_per_prompt}")
         check_uint64("seed", seed)
         self.n_prompts, self.seeds_per_prompt, self.seed = n_prompts, seeds_per_prompt, seed
-        self.result: dict[str, Any] | None = None
+        self.prompts = None if prompts is None else read_prompts(prompts, seed)
+        self.result: Comparison | None = None
 
-    def promise(self, judge: Judge | None, held_out_prompts: Sequence[str]) -> str:
-        """What so many prompts can show, to be said before the training."""
+    def check(self, judge: Judge | None, size: tuple[int, int], prompts: Sequence[str]) -> None:
         if judge is None:
-            return "none: only people can judge this data; see val/reward_accuracy and the samples"
-        n = min(self.n_prompts, len(held_out_prompts))
-        fewer = "" if n == self.n_prompts else f" (there are no {self.n_prompts})"
-        rate = minimal_detectable_rate(n)
-        if rate > 0.995:
-            return f"{n} held-out prompts{fewer} cannot tell any win rate from chance"
-        return f"on {n} held-out prompts{fewer}, a win rate of {rate:.0%} is told from chance with 80 % power"
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        judge: Judge | None = data.source.judge
-        if trainer.global_step < trainer.max_steps or not trainer.is_global_zero or judge is None:
+            if self.prompts is not None:
+                raise UserError("callbacks.verdict.prompts is given, but nobody judges: add judge=, or leave it out")
             return
-        assert isinstance(pl_module, DiffusionModule)
-        held_out = data.data.held_out_prompts[: self.n_prompts]
-        prompts = [prompt for prompt in held_out for _ in range(self.seeds_per_prompt)]
-        seeds = [image_seed(self.seed, prompt, 1, k) for prompt in held_out for k in range(self.seeds_per_prompt)]
-        pictures = {}
-        for which in ("reference", "policy"):
-            with using(pl_module.model, which):
-                pictures[which] = data.sampler.draw(pl_module.model, prompts, seeds, f"verdict: {which}")
+        try:
+            judge.check(size, prompts if self.prompts is None else self.prompts)
+        except UserError as error:
+            raise UserError(f"{judge.name} cannot judge this run: {error}") from error
 
-        def by_prompt(scores: list[float]) -> np.ndarray:
-            return np.array(scores).reshape(len(held_out), -1)
+    def promise(self, run: Run) -> str:
+        judge, labeller = run.judge, run.data.source.labeller
+        if judge is None:
+            return "verdict none: only people can judge this data; see val/reward_accuracy and the samples"
+        prompts, seen = self.held_out(run)
+        left_out = f"; {seen} that training has seen are left out" if seen else ""
+        same = "; the same judge labelled the pairs" if judge.name == labeller else ""
+        return f"verdict {power(len(prompts), self.n_prompts)}{left_out}{same}"
 
-        before, after = (by_prompt(judge.judge(pictures[which], prompts)) for which in pictures)
-        first, second = (judge.properties(pictures[which], prompts) for which in pictures)
-        rate = win_rate(win_shares(after, before))
-        self.result = {
-            "win_rate": rate.rate,
-            "low": rate.low,
-            "high": rate.high,
-            "n_prompts": len(held_out),
-            "seeds_per_prompt": self.seeds_per_prompt,
-            "judge": judge.name,
-            "score_before": float(before.mean()),
-            "score_after": float(after.mean()),
-            "properties": {
-                name: {"before": float(np.mean(first[name])), "after": float(np.mean(second[name]))}
-                | mean_difference(by_prompt(first[name]), by_prompt(second[name]))._asdict()
-                for name in first
-            },
-        }
-        if self.seeds_per_prompt > 1:
-            # each picture against another seed of its own prompt and model
-            same = win_rate(win_shares(before[:, 1:], before[:, :-1]))
-            self.result["a_a"] = same._asdict()
+    def held_out(self, run: Run) -> tuple[list[str], int]:
+        """Prompts of the verdict, and how many were left out because training has seen them.
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.result is None:  # a run that was killed after its last update has no training to end
-            self.on_train_end(trainer, pl_module.to(trainer.strategy.root_device))
+        Raises:
+            UserError: if training has seen all of them.
+        """
+        if self.prompts is None:
+            return run.data.data.held_out_prompts[: self.n_prompts], 0
+        seen = set(run.data.data.train.prompts.texts)
+        unseen = [prompt for prompt in self.prompts if prompt not in seen]
+        if not unseen:
+            raise UserError("callbacks.verdict.prompts: training has seen all of them: name others, or leave them out")
+        return unseen[: self.n_prompts], len(self.prompts) - len(unseen)
+
+    def on_end(self, run: Run) -> None:
+        if run.judge is None or not run.is_last or not run.is_global_zero:
+            return
+        prompts, seeds = questions(self.held_out(run)[0], self.seeds_per_prompt, self.seed)
+        before, after = (
+            draw_as(side, run.module.model, run.data.sampler, prompts, seeds, f"verdict: {side}")
+            for side in ("reference", "policy")
+        )
+        try:
+            self.result = compare(run.judge, prompts, before, after, run.data.source.labeller)
+        except Exception as error:
+            self.failure = error
+
+    def summary(self) -> dict[str, Any]:
+        return {"verdict": None if self.result is None else self.result.record()}
 
     def report(self) -> str:
-        """The result in words; empty before there is one."""
         if self.result is None:
             return ""
-        r = self.result
-        rate = WinRate(r["win_rate"], r["low"], r["high"], r["n_prompts"])
-        lines = [
-            f"The policy wins {rate} against its reference on held-out prompts.",
-            f"  judge         {r['judge']}",
-            f"  score         {r['score_before']:.2f} → {r['score_after']:.2f}",
-        ]
-        for name, p in r["properties"].items():
-            change = f"{p['mean']:+.3f} [{p['low']:+.3f}, {p['high']:+.3f}]"
-            lines.append(f"  {name:<13} {p['before']:.3f} → {p['after']:.3f}  change {change}")
-        if "a_a" in r:
-            lines.append(f"  A/A control   {WinRate(**r['a_a'])}: the reference against itself, other seeds")
-        return "\n".join(lines)
+        first = f"The policy wins {self.result.win} against its reference on held-out prompts."
+        return "\n".join([first, *self.result.lines()])

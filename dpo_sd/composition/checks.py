@@ -11,16 +11,15 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from dpo_sd.composition.messages import (
     KINDS,
-    chosen,
     explain_value,
     nearest,
     no_value,
-    options,
     settings_of,
     unknown_setting,
     written,
 )
-from dpo_sd.composition.schema import CONF_DIR, SCHEMAS, class_attribute
+from dpo_sd.composition.options import chosen, options, targets
+from dpo_sd.composition.schema import CONF_DIR, class_attribute
 from dpo_sd.errors import UserError
 from dpo_sd.training.cluster import launched
 from dpo_sd.training.hardware import accumulation
@@ -33,44 +32,60 @@ def check_composition(cfg: DictConfig) -> None:
         cfg: composed from train.yaml.
 
     Raises:
-        UserError: when `check_settings` refuses it, when a value is out of range, when a loss needs pairs where there
-            are none, when pictures are framed that cannot be, and when pairs_per_update does not divide into
-            micro-batches.
+        UserError: if `check_settings` refuses it, a value is out of range, a loss needs pairs where there are none,
+            images are framed that cannot be, or pairs_per_update does not divide into micro-batches.
     """
     check_settings(cfg)
-    if not cfg.cache_dir:
-        raise UserError("cache_dir is empty: name a folder, or leave it out")
-    if cfg.name in ("", ".", "..") or "/" in cfg.name or "\\" in cfg.name:
-        raise UserError(f"name must be the name of a folder, got {written(cfg.name)}")
+    _check_names(cfg)
     _check_seed(cfg.seed)
-    for key in ("max_steps", "validate_every", "log_every", "devices", "num_nodes"):
-        if cfg.trainer[key] < 1:
-            raise UserError(f"trainer.{key} must be at least 1, got {cfg.trainer[key]}")
-    if cfg.trainer.gradient_clip is not None and not cfg.trainer.gradient_clip > 0:
-        raise UserError(f"trainer.gradient_clip must be positive, or null for none, got {cfg.trainer.gradient_clip}")
-    if _says(cfg.loss._target_, "needs_pairs") and _says(cfg.data._target_, "has_pairs") is False:
-        paired = [name for name, target in SCHEMAS.items() if _says(target, "has_pairs")]
-        single = [name for name, target in SCHEMAS.items() if _says(target, "needs_pairs") is False]
-        raise UserError(
-            f"{chosen('loss', cfg)} needs pairs, but {chosen('data', cfg)} has single images: "
-            f"use {' or '.join(paired + single).replace('/', '=')}"
-        )
-    framing = cfg.framing
-    fixed = _says(cfg.data._target_, "fixed_resolution")
-    if fixed and (framing.flip or framing.random_crop or framing.resolution not in (None, fixed)):
-        raise UserError(
-            f"{chosen('data', cfg)} has pictures of {fixed} pixels whose places matter: leave out "
-            "framing.resolution, framing.flip and framing.random_crop"
-        )
+    _check_trainer(cfg.trainer)
+    _check_data(cfg)
     _check_cache(cfg)
     if cfg.optimizer.get("text_encoder_lr") is not None and not cfg.lora.get("text_encoder"):
         raise UserError(
             "optimizer.text_encoder_lr is given, but no text encoder is trained: add lora.text_encoder=true"
         )
     processes = cfg.trainer.devices * cfg.trainer.num_nodes
-    if cfg.trainer.num_nodes > 1 and not launched():
+    _check_processes(cfg.trainer.num_nodes, processes)
+    accumulation(cfg.pairs_per_update, cfg.hardware.micro_batch, processes)
+
+
+def _check_names(cfg: DictConfig) -> None:
+    if not cfg.cache_dir:
+        raise UserError("cache_dir is empty: name a folder, or leave it out")
+    if cfg.name in ("", ".", "..") or "/" in cfg.name or "\\" in cfg.name:
+        raise UserError(f"name must be the name of a folder, got {written(cfg.name)}")
+
+
+def _check_trainer(trainer: DictConfig) -> None:
+    for key in ("max_steps", "validate_every", "log_every", "devices", "num_nodes"):
+        if trainer[key] < 1:
+            raise UserError(f"trainer.{key} must be at least 1, got {trainer[key]}")
+    if trainer.gradient_clip is not None and not trainer.gradient_clip > 0:
+        raise UserError(f"trainer.gradient_clip must be positive, or null for none, got {trainer.gradient_clip}")
+
+
+def _check_data(cfg: DictConfig) -> None:
+    """Refuses data without the pairs that the loss needs, and frames that its images cannot have."""
+    if class_attribute(cfg.loss._target_, "needs_pairs") and not class_attribute(cfg.data._target_, "has_pairs"):
+        fitting = [*_having("data", "has_pairs", True), *_having("loss", "needs_pairs", False)]
         raise UserError(
-            f"trainer.num_nodes={cfg.trainer.num_nodes} needs a launcher that starts the other machines: "
+            f"{chosen('loss', cfg)} needs pairs, but {chosen('data', cfg)} has single images: "
+            f"use {' or '.join(fitting)}"
+        )
+    framing, fixed = cfg.framing, class_attribute(cfg.data._target_, "fixed_resolution")
+    if fixed and (framing.flip or framing.random_crop or framing.resolution not in (None, fixed)):
+        raise UserError(
+            f"{chosen('data', cfg)} has pictures of {fixed} pixels whose places matter: leave out "
+            "framing.resolution, framing.flip and framing.random_crop"
+        )
+
+
+def _check_processes(num_nodes: int, processes: int) -> None:
+    """Refuses several machines without a launcher, and several processes in a sweep."""
+    if num_nodes > 1 and not launched():
+        raise UserError(
+            f"trainer.num_nodes={num_nodes} needs a launcher that starts the other machines: "
             "srun in a Slurm job, or torchrun on each of them; on this machine alone use trainer.num_nodes=1"
         )
     if processes > 1 and sweeping():
@@ -78,11 +93,10 @@ def check_composition(cfg: DictConfig) -> None:
             f"a sweep trains on one device, got {processes}: the processes of DDP start by repeating the command line, "
             "which here is the whole sweep; use trainer.devices=1, or one command for each run"
         )
-    accumulation(cfg.pairs_per_update, cfg.hardware.micro_batch, processes)
 
 
 def _check_cache(cfg: DictConfig) -> None:
-    """Nothing is kept that changes from visit to visit."""
+    """Refuses a cache of what changes from visit to visit."""
     if cfg.framing.random_crop and cfg.cache != "off":
         raise UserError("framing.random_crop cuts another part at every visit, which no cache can hold: add cache=off")
     if cfg.lora.get("text_encoder") and cfg.cache == "all":
@@ -110,7 +124,7 @@ def check_generation(cfg: DictConfig) -> None:
     """Refuse a drawing that cannot run.
 
     Raises:
-        UserError: when `check_settings` refuses it, and when a value is out of range.
+        UserError: if `check_settings` refuses it or a value is out of range.
     """
     check_settings(cfg)
     _check_seed(cfg.seed)
@@ -132,8 +146,8 @@ def check_settings(cfg: DictConfig) -> None:
     """Refuse what composition alone lets pass.
 
     Raises:
-        UserError: when a value is missing, an interpolation leads nowhere, nothing reads a key, or a value is none of
-            its choices.
+        UserError: if a value is missing, an interpolation leads nowhere, nothing reads a key, or a value is none of its
+            choices.
     """
     for key in sorted(OmegaConf.missing_keys(cfg)):
         raise UserError(no_value(key))
@@ -152,12 +166,17 @@ def check_settings(cfg: DictConfig) -> None:
         _check_kinds(cfg.logger, OmegaConf.merge(*map(OmegaConf.load, (CONF_DIR / "logger").glob("*.yaml"))))
 
 
-def _says(target: str, attribute: str) -> bool | None:
-    return class_attribute(target, attribute) if target in SCHEMAS.values() else None
+def _having(group: str, attribute: str, value: bool) -> list[str]:
+    """The options of a group whose classes have an attribute of that value, as they are written: "data=pairs"."""
+    return [
+        name.replace("/", "=")
+        for name, target in targets().items()
+        if name.startswith(f"{group}/") and class_attribute(target, attribute) is value
+    ]
 
 
 def _check_typed(cfg: DictConfig) -> None:
-    """No typed node holds a key beyond its settings, and every value is among its choices."""
+    """Refuses a key beyond the settings of a typed node, and a value that is none of its choices."""
     declared = settings_of(OmegaConf.get_type(cfg))
     for key, value in ((str(key), value) for key, value in cfg.items()):
         full_key = cfg._get_full_key(key)
@@ -177,7 +196,7 @@ def _check_typed(cfg: DictConfig) -> None:
 
 
 def _check_kinds(cfg: DictConfig, shipped: Any) -> None:
-    """A class that is not ours has no schema: its values keep the kind they have in the shipped file."""
+    """Refuses values of another kind than the shipped file's, for classes that are not ours and have no schema."""
     for key in [str(key) for key in cfg if key in shipped]:
         new = cfg[key]
         try:

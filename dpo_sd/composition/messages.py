@@ -21,7 +21,8 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from dpo_sd.composition.schema import CONF_DIR, SCHEMAS, schema
+from dpo_sd.composition.options import chosen, groups, options, targets
+from dpo_sd.composition.schema import schema
 from dpo_sd.errors import UserError
 
 _UNWRITABLE = (
@@ -39,13 +40,8 @@ LAUNCHERS = ("joblib", "submitit_")  # of the extra `sweep`
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
 
 
-def options(group: str) -> list[str]:
-    """What a group of conf/ offers; nothing where there is no such group."""
-    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
-
-
 def no_value(key: str) -> str:
-    """What to say of a setting that must be given."""
+    """Message for a setting that must be given and is not."""
     return f"{key} has no value: give {key}={'|'.join(options(key)) or '<value>'}"
 
 
@@ -55,19 +51,13 @@ def written(value: Any) -> str:
 
 
 def nearest(word: Any, words: Iterable[Any], prefix: str = "") -> str:
-    """The question whether another word was meant; empty where none is near."""
+    """Question whether the nearest other word was meant; empty where none is near."""
     near = get_close_matches(str(word), [str(other) for other in words], n=1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
-def chosen(key: str, root: Any) -> str:
-    """How the node at `key` was chosen, "loss=dpo", where its class tells; otherwise the key."""
-    target = OmegaConf.select(root, f"{key}._target_")
-    return next((name.replace("/", "=") for name, of in SCHEMAS.items() if of == target and f"{key}/" in name), key)
-
-
 def unknown_setting(full_key: str, siblings: Iterable[Any], root: Any) -> str:
-    """What to say of a key that is none.
+    """Message for an unknown setting, with the nearest valid name.
 
     Args:
         full_key: dotted path from the root.
@@ -77,9 +67,9 @@ def unknown_setting(full_key: str, siblings: Iterable[Any], root: Any) -> str:
     parent, _, key = full_key.rpartition(".")
     siblings = [str(name) for name in siblings if not str(name).startswith("_") and name != "hydra"]
     if not parent:
-        siblings += [path.name for path in CONF_DIR.iterdir() if path.is_dir() and path.name not in siblings]
+        siblings += [group for group in groups() if group not in siblings]
     hint = nearest(key, siblings, f"{parent}." if parent else "")
-    owners = [name for name in SCHEMAS if name.startswith(f"{parent}/") and key in settings_of(schema(SCHEMAS[name]))]
+    owners = [name for name, target in targets().items() if name.startswith(f"{parent}/") and key in _settings(target)]
     if owners:
         hint = f"; it belongs to {' and '.join(owners).replace('/', '=')}"
     if not hint:  # perhaps it only lacks its group
@@ -95,6 +85,14 @@ def settings_of(kind: Any) -> dict[str, Field[Any]]:
     return {each.name: each for each in fields(kind)} if is_dataclass(kind) else {}
 
 
+def _settings(target: str) -> dict[str, Field[Any]]:
+    """Fields of a class's schema; none where its source cannot be read, as of a broken option beside the chosen one."""
+    try:
+        return settings_of(schema(target))
+    except UserError:
+        return {}
+
+
 def _paths(node: Any, prefix: str = "") -> Iterator[str]:
     for key, value in node.items() if isinstance(node, dict) else []:
         if key != "hydra" and not str(key).startswith("_"):
@@ -103,7 +101,7 @@ def _paths(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def explain_value(error: OmegaConfBaseException) -> str:
-    """What to say of a key or a value that OmegaConf refused."""
+    """Message for a key or a value that OmegaConf refused."""
     key, parent, child = error.full_key or "", error.parent_node, error.child_node
     if isinstance(error, ConfigKeyError | ConfigAttributeError) and isinstance(parent, DictConfig):
         return unknown_setting(key, parent, parent._get_root())
@@ -118,8 +116,18 @@ def explain_value(error: OmegaConfBaseException) -> str:
     return f"{key}: {reason}" if key else f"{reason}; choose an option with override /<group>: <option> under defaults"
 
 
+def _of_composition(place: str | None, error: OmegaConfBaseException) -> str:
+    """Message for a value that did not fit when the file at `place` was composed."""
+    if place is None:
+        return explain_value(error)
+    remedy = ""
+    if place.startswith("experiment/") and isinstance(error, ConfigKeyError | ConfigAttributeError):
+        remedy = f"; leave out {place.replace('/', '=')} and give what else it sets, or let the class take this one"
+    return f"in {place}.yaml: {explain_value(error)}{remedy}"
+
+
 def explain(error: BaseException) -> str | None:
-    """The message for a mistake of the user's; None for anything else, which deserves its traceback."""
+    """Message for a mistake of the user's; None for any other exception, which keeps its traceback."""
     causes = [error]
     while following := causes[-1].__cause__ or (
         causes[-1].__context__ if isinstance(causes[-1], CompactHydraException) else None
@@ -144,7 +152,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, CompactHydraException) and not isinstance(error, InstantiationException):
         value = next((cause for cause in causes if isinstance(cause, OmegaConfBaseException)), None)
         place = re.match(r"In '(.+?)': ", str(error))
-        return (f"in {place[1]}.yaml: " if place and value else "") + (explain_value(value) if value else str(error))
+        return _of_composition(place[1] if place else None, value) if value else str(error)
     if isinstance(error, InterpolationResolutionError):
         return explain_value(error)
     cause = causes[-1]

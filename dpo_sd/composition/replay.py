@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from dpo_sd.composition.options import own_flags
 from dpo_sd.errors import UserError
 
 
@@ -17,7 +18,8 @@ def resume_arguments(arguments: list[str]) -> list[str]:
         arguments: the command line without the program; `resume=` names a run folder or a checkpoint in it.
 
     Raises:
-        UserError: when there is no such run, when its run.json is unfit, and in a sweep.
+        UserError: if there is no such run, its run.json is unfit, it needs a --config-dir that is not given, and in a
+            sweep.
     """
     given = {_key(argument): argument for argument in arguments}
     value = given.get("resume", "=null").partition("=")[2].strip("'\"")
@@ -34,12 +36,17 @@ def resume_arguments(arguments: list[str]) -> list[str]:
     if run is None:
         raise UserError(f"resume={value}: no run.json there, so this is no run folder or checkpoint of one")
     try:
-        overrides = json.loads((run / "run.json").read_text("utf-8"))["overrides"]
+        record = json.loads((run / "run.json").read_text("utf-8"))
+        overrides, command = record["overrides"], record.get("command", [])
         if not all(isinstance(override, str) and not override.startswith("-") for override in [*overrides]):
             raise TypeError
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"resume={value}: {run / 'run.json'} is damaged, it does not list the overrides") from error
 
+    own = own_flags(command)
+    if lacking := sorted(own.keys() - own_flags(arguments).keys()):
+        flags = " ".join(f"{flag} {own[flag]}" for flag in lacking)
+        raise UserError(f"resume={value}: that run has options of the user's own: add {flags}")
     # of the sweep that the run was part of, only the run goes on
     replayed = {_key(override): override for override in overrides if _key(override) not in {*given, "sweep", "resume"}}
     for key, override in replayed.items():

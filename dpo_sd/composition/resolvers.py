@@ -9,17 +9,16 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from dpo_sd.composition.messages import options
+from dpo_sd.composition.options import groups, options, register_files
 from dpo_sd.composition.roots import Annotate, Export, Generate, Plan, Train, Trainer
-from dpo_sd.composition.schema import CONF_DIR, SCHEMAS, schema
 from dpo_sd.errors import UserError
 from dpo_sd.training.cluster import run_id
 
 
 def _groups(*names: str) -> str:
     """Groups of conf/ and their options, for `--help`; all of them where none is named."""
-    groups = names or sorted(path.name for path in CONF_DIR.iterdir() if path.is_dir() and path.name != "annotator")
-    return "\n".join(f"  {group:<11}{', '.join(options(group))}" for group in groups)
+    named = names or [group for group in groups() if group != "annotator"]
+    return "\n".join(f"  {group:<11}{', '.join(options(group))}" for group in named)
 
 
 def _wandb_logged_out() -> bool:
@@ -49,7 +48,8 @@ def _micro_batch(most: Any, _root_: DictConfig) -> int:
 
 
 def register() -> None:
-    """Makes the resolvers and the schemas of conf/ known to Hydra."""
+    """Makes the types of the top levels, the resolvers of conf/ and the way to read its files known to Hydra."""
+    register_files()
     store = ConfigStore.instance()
     store.store(group="schema", name="train", node=Train)
     store.store(group="schema", name="plan", node=Plan)
@@ -57,9 +57,6 @@ def register() -> None:
     store.store(group="schema", name="annotate", node=Annotate)
     store.store(group="schema", name="export", node=Export)
     store.store(group="schema", name="trainer", node=Trainer)
-    for name, target in SCHEMAS.items():
-        group, _, option = f"schema/{name}".rpartition("/")
-        store.store(group=group, name=option, node=schema(target))
     OmegaConf.register_new_resolver("config_groups", _groups, replace=True)
     OmegaConf.register_new_resolver("run_id", lambda otherwise: run_id() or otherwise, replace=True)
     OmegaConf.register_new_resolver("micro_batch", _micro_batch, replace=True)

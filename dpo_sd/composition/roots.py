@@ -22,6 +22,7 @@ class Train:
     lora: Any = MISSING
     data: Any = MISSING
     loss: Any = MISSING
+    judge: Any = MISSING
     optimizer: Any = MISSING
     trainer: Any = MISSING
     callbacks: Any = field(default_factory=dict)

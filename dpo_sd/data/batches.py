@@ -1,4 +1,4 @@
-"""Prepared pairs, and the order in which a training run visits them."""
+"""Prepared samples, their visits with noise and timestep, and the order in which a training run visits them."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Tensors(Protocol):
     def __len__(self) -> int: ...
 
 
-class Pictures(Protocol):
-    """One picture of each sample, as the training step takes it."""
+class Images(Protocol):
+    """One image of each sample, as the training step takes it."""
 
     def read(self, row: int, flip: bool, where: tuple[float, float]) -> tuple[Tensor, Tensor]:
-        """The picture and what SDXL is told of its size.
+        """The image of one sample, with the time ids by which SDXL knows its size.
 
         Args:
-            row: of the sample.
-            flip: mirrors it.
-            where: how far right and down the part lies that is cut out, each in [0, 1].
+            row: number of the sample.
+            flip: True mirrors the image.
+            where: position of the crop, from left and top (0) to right and bottom (1).
 
         Returns:
             Latents (4, h/8, w/8), scaled, or pixels (3, h, w) as uint8 that the step encodes; and time ids (6,), fp32.
@@ -42,10 +42,10 @@ class Pictures(Protocol):
 
 
 class Latents:
-    """Pictures that are encoded already.
+    """Images that are encoded already.
 
     Args:
-        latents: scaled; where there are mirrored ones they follow all others.
+        latents: n latents, (4, h/8, w/8), scaled, in the order of the samples; or 2·n, the mirrored ones following.
         time_ids: (n, 6), int32, one row per sample.
     """
 
@@ -53,18 +53,18 @@ class Latents:
         self.latents, self.time_ids = latents, time_ids
 
     def read(self, row: int, flip: bool, where: tuple[float, float]) -> tuple[Tensor, Tensor]:
-        latents = self.latents[row + len(self.time_ids) * flip]
+        latents = self.latents[row + len(self.time_ids) * flip]  # the mirrored image of sample i is number n + i
         return latents.float(), torch.from_numpy(self.time_ids[row]).float()
 
 
 class Prompts:
-    """The text of each sample.
+    """The prompt of each sample, with its embeddings.
 
     Args:
         texts: prompts, each once.
-        row: which of them each sample has, (n,), int.
-        hidden, pooled: what the text encoders make of `texts` and, as the last one, of the empty prompt; None where
-            the step asks the text encoders itself. `pooled` is SDXL's alone.
+        row: (n,), int, number of each sample's prompt in `texts`.
+        hidden, pooled: embeddings of `texts` and, as the last one, of the empty prompt; None where the step runs the
+            text encoders itself. Only SDXL has `pooled`.
     """
 
     def __init__(self, texts: Sequence[str], row: np.ndarray, hidden: Tensors | None, pooled: Tensors | None = None):
@@ -77,7 +77,7 @@ class Prompts:
         return self.texts[int(self.row[sample])]
 
     def embeds(self, sample: int, dropped: bool) -> TextEmbeds | None:
-        """What the text encoders make of a sample's prompt, or of the empty one where it is dropped."""
+        """Embeddings of a sample's prompt, or of the empty one where it is dropped; None where the step makes them."""
         if self.hidden is None:
             return None
         row = len(self.texts) if dropped else int(self.row[sample])
@@ -89,22 +89,22 @@ class PreparedSamples:
     """A dataset as the training step takes it.
 
     Args:
-        chosen: the better picture of each pair, or single pictures.
-        rejected: the worse ones; None for single pictures.
-        prompts: their texts.
-        label: P(chosen is better), (n,), fp32, in [0.5, 1].
-        weight: share of each sample in the loss, (n,), fp32, 1 on average.
-        sample_ids: content ids that key the randomness, (n,), int64, one per sample.
-        sizes: number of each sample's size, (n,); None where all are of one.
-        flip: mirrors half of the visits.
-        random_crop: cuts another part out at every visit.
+        chosen: the better image of each pair, or single images.
+        rejected: the worse image of each pair; None for single images.
+        prompts: texts of the samples.
+        label: (n,), fp32, P(chosen is better), in [0.5, 1].
+        weight: (n,), fp32, weight of each sample in the loss, 1 on average.
+        sample_ids: (n,), int64, content ids that key the randomness.
+        sizes: (n,), number of each sample's image size; None where all images have one size.
+        flip: True mirrors half of the visits.
+        random_crop: True cuts out another part at every visit.
         vary: makes another text of a prompt at every visit, given a generator; None leaves it as it is.
-        content_ids: of prompts and pictures, chosen and rejected in their order, (n,), int64: what is computed from
-            them may be kept under these; None where `sample_ids` are such.
+        content_ids: (n,), int64, hashes of prompt, chosen and rejected image in this order, under which results that
+            depend on these alone may be kept; None where `sample_ids` are such hashes.
     """
 
-    chosen: Pictures
-    rejected: Pictures | None
+    chosen: Images
+    rejected: Images | None
     prompts: Prompts
     label: np.ndarray
     weight: np.ndarray
@@ -120,12 +120,12 @@ class PreparedSamples:
 
     @property
     def contents(self) -> np.ndarray:
-        """`content_ids`, or the `sample_ids` where they are such."""
+        """`content_ids`, or `sample_ids` where these are such hashes: (n,), int64."""
         return self.sample_ids if self.content_ids is None else self.content_ids
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the samples, their pictures, prompts, labels and weights: 16 hexadecimal digits."""
+        """Hash of the samples with their images, prompts, labels and weights: 16 hexadecimal digits."""
         hashed = hashlib.sha256(repr((self.flip, self.random_crop)).encode())
         for column in (self.sample_ids, self.contents, self.label, self.weight):
             hashed.update(np.ascontiguousarray(column).tobytes())
@@ -135,18 +135,18 @@ class PreparedSamples:
 
 
 class Visit(NamedTuple):
-    """One sample at one visit.
+    """One pair or single image at one visit.
 
     Args:
-        chosen, rejected: as `Pictures.read` gives them; of single pictures there are no rejected ones.
-        chosen_time_ids, rejected_time_ids: (6,), see there.
-        prompt: its text; "" where the caption was dropped.
-        embeds: what the text encoders make of it; None where the step asks them itself.
+        chosen, rejected: images as `Images.read` gives them; `rejected` is None for single images.
+        chosen_time_ids, rejected_time_ids: (6,), fp32, time ids as `Images.read` gives them.
+        prompt: text of the sample; "" where the caption was dropped.
+        embeds: embeddings of the prompt; None where the step runs the text encoders itself.
         noise: (4, h, w), standard normal, shared by chosen and rejected.
-        timestep: shared by chosen and rejected.
-        label, weight: of the sample.
+        timestep: number in the noise schedule, shared by chosen and rejected.
+        label, weight: label and weight of the sample, as in `PreparedSamples`.
         index: row of the sample in its dataset.
-        draw: number of the visit, from 0.
+        draw: number of the visit, from 0; modulo draws_per_pair.
     """
 
     chosen: Tensor
@@ -164,19 +164,19 @@ class Visit(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Samples of one size, which one pass of the UNet takes together.
+    """Pairs, or single images, of one size, which one pass of the UNet takes together.
 
     Args:
-        chosen, rejected: latents, (pairs, 4, h, w), scaled, or pixels, (pairs, 3, h, w), uint8, for the step to encode;
-            of single pictures there are no rejected ones.
-        chosen_time_ids, rejected_time_ids: (pairs, 6), what SDXL is told of sizes.
-        prompts: their texts.
-        embeds: what the text encoders make of them; None where the step asks them itself.
-        noise: (pairs, 4, h, w), standard normal, shared by chosen and rejected.
-        timesteps: (pairs,), int64, shared by chosen and rejected.
-        label: P(chosen is better), (pairs,).
-        weight: share of each pair in the loss, (pairs,).
-        index, draw: row of each pair in its dataset and number of the visit; for the host, never on the device.
+        chosen, rejected: latents, (n, 4, h, w), scaled, or pixels, (n, 3, h, w), uint8, for the step to encode;
+            single images are `chosen`, and `rejected` is None.
+        chosen_time_ids, rejected_time_ids: (n, 6), the sizes that SDXL is told.
+        prompts: texts of the samples.
+        embeds: embeddings of the prompts; None where the step runs the text encoders itself.
+        noise: (n, 4, h, w), standard normal, shared by chosen and rejected.
+        timesteps: (n,), int64, shared by chosen and rejected.
+        label: (n,), P(chosen is better), in [0.5, 1].
+        weight: (n,), weight of each sample in the loss, 1 on average over the dataset.
+        index, draw: row of each sample in its dataset, and number of the visit; they stay on the host.
     """
 
     chosen: Tensor
@@ -198,10 +198,10 @@ class Visits(Dataset):
 
     Args:
         factor: pixels along one side of a latent pixel.
-        draws_per_pair: after so many visits a sample is seen again as at its first one, noise, timestep and all; None
-            makes every visit a new one.
-        timesteps: None draws them uniformly from the schedule; otherwise the grid on which visit k takes entry k, and
-            captions, crops and flips stay as they are.
+        draws_per_pair: number of visits after which those of a sample repeat, noise, timestep and all; None makes
+            every visit a new one.
+        timesteps: fixed grid, whose entry k visit k takes, with captions, crops and flips left as they are; None draws
+            timesteps uniformly from the schedule.
     """
 
     def __init__(
@@ -255,7 +255,7 @@ class Visits(Dataset):
 
 
 def stack(visits: list[Visit]) -> list[Batch]:
-    """The visits of a micro-batch, those of one size together: one batch where all have the same size."""
+    """Batches of the visits of a micro-batch, one for each size of image in it."""
     by_size: dict[tuple[int, ...], list[Visit]] = {}
     for visit in visits:
         by_size.setdefault(tuple(visit.chosen.shape), []).append(visit)
@@ -292,16 +292,21 @@ def _batch(visits: list[Visit]) -> Batch:
 class UpdateOrder(Sampler[list[tuple[int, int]]]):
     """Micro-batches of visits in the order of training: a function of the position, so that a run resumes anywhere.
 
-    The run visits the samples in an endless row of permutations; update u takes the next `pairs_per_update` of them,
-    whatever the micro-batch and the number of devices. Within an update those of one size stand together, which leaves
-    its gradient as it is and lets most micro-batches be one pass.
+    The run is one long row of visits, a new permutation of the n samples in every epoch. Position p of the row is
+    place p mod n of epoch p div n, and update u holds the positions from u · pairs_per_update up to the next update's,
+    whatever the micro-batch and the number of devices. Within an update the visits of one size stand together, which
+    leaves its gradient as it is and lets most micro-batches be one pass; micro-batch m of it belongs to the device
+    m mod world_size.
 
     Args:
         n: samples in the dataset.
-        updates: the updates to go through.
+        seed: seed of the permutations.
+        updates: numbers of the updates to go through, from 0.
+        pairs_per_update: samples per update, on all devices together.
         micro_batch: samples per micro-step on one device; `world_size * micro_batch` divides `pairs_per_update`.
-        sizes: number of each sample's size, (n,); None where all are of one.
-        rank: which device of `world_size` this is.
+        sizes: (n,), number of each sample's image size; None where all images have one size.
+        rank: number of this device, in [0, world_size).
+        world_size: number of devices.
     """
 
     def __init__(

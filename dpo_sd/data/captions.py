@@ -65,6 +65,7 @@ class Captions(FileSource):
     """
 
     has_pairs: ClassVar[bool] = False
+    labeller: str | None = None
 
     def __init__(
         self,

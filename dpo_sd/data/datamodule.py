@@ -1,4 +1,4 @@
-"""The prepared samples as Lightning takes them."""
+"""Batches of the prepared samples, as Lightning asks for them."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from dpo_sd.data.batches import Batch, UpdateOrder, Visits, stack
 from dpo_sd.data.source import PreparedData, Source
 from dpo_sd.models.sampling import Sampler
 
-GRID = 4  # noises and timesteps of the fixed validation grid, spread evenly over the schedule
+GRID = 4  # noises and timesteps per sample in the fixed validation grid, spread evenly over the schedule
 
 
 def grid_batch(micro_batch: int) -> int:
-    """Samples of the grid that go through the networks together: all of a pair's, of as many pairs as fit."""
+    """Size of a validation batch: all GRID visits of a sample together, of as many samples as a micro-batch holds."""
     return max(micro_batch, GRID) // GRID * GRID
 
 
 class DataModule(L.LightningDataModule):
-    """Batches in the order of training, beginning at whatever update the trainer stands at.
+    """Serves batches in the order of training, from the update at which the trainer stands, and the validation grid.
 
     Args:
-        data, source: the prepared samples and where they come from.
-        sampler: how callbacks draw pictures.
-        pairs_per_update, micro_batch: pairs behind one optimiser update, and per micro-step on one device.
-        seed: of order, noise, timesteps, caption dropout, crops and flips.
+        data, source: the prepared samples and the source that they come from.
+        sampler: settings with which callbacks draw images.
+        pairs_per_update, micro_batch: samples per optimiser update, and per micro-step on one device.
+        seed: seed of order, noise, timesteps, caption dropout, crops and flips.
         num_train_timesteps: length of the noise schedule.
         factor: pixels along one side of a latent pixel.
-        draws_per_pair: of the loss, see `Visits`.
+        draws_per_pair: as in `Loss`, see `Visits`.
         num_workers: processes that prepare batches; 0 prepares them in the training process.
     """
 
@@ -73,7 +73,7 @@ class DataModule(L.LightningDataModule):
         )
 
     def validation_batches(self) -> DataLoader[list[Batch]]:
-        """Every validation sample at every point of the grid, sample by sample."""
+        """Every validation sample at each of its GRID noises and timesteps, sample by sample."""
         visits = [(index, k) for index in range(len(self.data.validation)) for k in range(GRID)]
         size = grid_batch(self.micro_batch)
         batches = [visits[start : start + size] for start in range(0, len(visits), size)]

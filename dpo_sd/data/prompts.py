@@ -10,18 +10,21 @@ from dpo_sd.shapes.captions import split_prompts
 
 
 def read_prompts(prompts: str | Sequence[str], seed: int = 0) -> list[str]:
-    """Prompts of a text file, a list, or the shapes world, each once, in the order of their first appearance.
+    """Prompts of a text file, a list or the shapes world, each once, in the order of their first appearance.
 
     Args:
         prompts: path of a file with one prompt a line, in which blank lines and lines that begin with # are skipped; a
-            list of prompts; or "shapes", for the training prompts that `data=shapes` and `data=renders` have.
-        seed: seed of the latter.
+            list of prompts; "shapes", for the training prompts that `data=shapes` and `data=renders` have; or
+            "shapes:held_out", for those that neither has for training or validation.
+        seed: seed of the split of the latter two.
 
     Raises:
         UserError: if there is no such file, it is no text, or there are no prompts.
     """
     if prompts == "shapes":
         return split_prompts(seed).train
+    if prompts == "shapes:held_out":
+        return split_prompts(seed).held_out
     if isinstance(prompts, str):
         file = Path(prompts).expanduser()
         if not file.is_file():
@@ -34,6 +37,8 @@ def read_prompts(prompts: str | Sequence[str], seed: int = 0) -> list[str]:
         except (UnicodeDecodeError, OSError) as error:
             raise UserError(f"prompts={prompts} is no text in UTF-8 ({error}): save it as such") from error
         found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    elif not isinstance(prompts, Sequence):
+        raise UserError(f"prompts must be a text file or a list of prompts, got {prompts!r}")
     else:
         if others := [prompt for prompt in prompts if type(prompt) not in (str, int, float)]:
             raise UserError(f"prompts: {others[0]!r:.100} is no prompt: give texts, in quotes where they hold a comma")

@@ -111,7 +111,6 @@ class Shapes(_World):
         super().__init__(n_pairs, n_validation, caption_dropout, seed)
         self.oracle = Oracle(preference, style)
         self.labeller = self.oracle.name
-        self.judge = self.oracle
         self.annotator = SimulatedAnnotator(temperature, tie_band, side_bias, flip_rate, seed)
 
     def prepare(self, model: StableDiffusion, sampler: Sampler, framing: Framing, cache: Cache) -> PreparedData:
@@ -132,7 +131,7 @@ class Shapes(_World):
         captions = [prompt for prompt, _ in wanted for _ in range(2)]
         seeds = [image_seed(self.seed, prompt, set_index, k) for prompt, set_index in wanted for k in range(2)]
         images = _drawn(model, sampler, cache.folder, captions, seeds, f"drawing {part} pairs")
-        scores = self.oracle.judge(images, captions)
+        scores = self.oracle.scores(images, captions)
         ties, chosen, rejected, ids, kept = 0, [], [], [], []
         for i, (prompt, _) in enumerate(wanted):
             first, second = 2 * i, 2 * i + 1  # rows of the pair's images
@@ -172,6 +171,7 @@ class Renders(_World):
     """
 
     has_pairs: ClassVar[bool] = False
+    labeller: str | None = None
 
     def __init__(
         self,
@@ -188,9 +188,6 @@ class Renders(_World):
         super().__init__(n_pictures, n_validation, caption_dropout, seed)
         check_known(style, STYLES, "style")
         self.style = style
-        from dpo_sd.judges.oracle import Oracle
-
-        self.judge = Oracle("style", style)
 
     def prepare(self, model: StableDiffusion, sampler: Sampler, framing: Framing, cache: Cache) -> PreparedData:
         """Renders and encodes the images."""

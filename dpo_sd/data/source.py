@@ -62,7 +62,6 @@ class Source:
     fixed_resolution: ClassVar[int | None] = None
     caption_dropout: float = 0.0
     labeller: str | None = None
-    judge: Any = None
 
     def check(self, model: StableDiffusion) -> None:
         """Refuses a model that cannot be trained on this data.

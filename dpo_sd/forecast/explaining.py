@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 DOING = {  # functions in a traceback: what was being done in them, and how the names of its phases begin
     "prepare": ("encoding the data", "encoding"),
     "draw": ("drawing pictures", "samples"),
-    "_validate": ("the validation", "validation"),
+    "validate": ("the validation", "validation"),
     "training_step": ("the forward pass of an update", "update"),
     "backward": ("the backward pass of an update", "update"),
 }

@@ -19,7 +19,7 @@ from dpo_sd.data.datamodule import grid_batch
 from dpo_sd.forecast.counting import CONTEXT, GIB, OWNED, Alive, Operations, kernels
 from dpo_sd.lora.adapters import policy_parameters
 from dpo_sd.lora.attaching import LoRA
-from dpo_sd.losses import DiffusionDPOLoss, SFTLoss
+from dpo_sd.losses import Loss
 from dpo_sd.models import quantization
 from dpo_sd.models.families import Family
 from dpo_sd.models.sampling import Sampler
@@ -72,7 +72,7 @@ class Workload:
 
     family: Family
     lora: LoRA
-    loss: SFTLoss | DiffusionDPOLoss
+    loss: Loss
     optimizer: AdamW
     hardware: Hardware
     sampler: Sampler
@@ -237,7 +237,7 @@ class Workload:
         """What the passes of the phases do, for each pair."""
         update = sum(phase.flops for phase in self._tried("update")) / self.hardware.micro_batch
         both = self._tried("validation")[-1].flops / grid_batch(self.hardware.micro_batch)
-        reference = both / 2 if self.loss.needs_pairs else 0.0
+        reference = both / 2 if self.loss.needs_reference else 0.0
         picture = self._tried("pictures")[0].flops / encoded_together(self.resolution**2)
         encoding = picture * (2 if self.loss.needs_pairs else 1)
         text = self._tried("prompts")[0].flops / PROMPTS

@@ -13,7 +13,8 @@ from dpo_sd.errors import UserError
 from dpo_sd.files.atomic import replacing, write_json
 from dpo_sd.lora.names import kohya_name, modules_of
 from dpo_sd.lora.weights import ATTENTION, PEFT_CONFIG, PEFT_WEIGHTS, LoRAWeights
-from dpo_sd.models.families import Family, PredictionType
+from dpo_sd.losses import PredictionType
+from dpo_sd.models.families import Family
 from dpo_sd.models.stable_diffusion import StableDiffusion
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DDPMScheduler
 
-    from dpo_sd.models.families import Family, PredictionType
+    from dpo_sd.losses import PredictionType
+    from dpo_sd.models.families import Family
     from dpo_sd.models.quantization import Weights
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 Family = Literal["tiny", "sd15", "sd21", "sdxl"]
-PredictionType = Literal["epsilon", "v_prediction"]
 TINY = Path(__file__).parent.parent / "assets" / "tiny-sd"
 SHAPES = Path(__file__).parent.parent / "assets" / "families"  # settings of the networks, without weights or vocabulary
 REPOSITORIES: dict[Family, str] = {

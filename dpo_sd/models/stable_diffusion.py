@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    from dpo_sd.models.families import Family, PredictionType
+    from dpo_sd.losses import PredictionType
+    from dpo_sd.models.families import Family
 
 DECODED_PIXELS = 512 * 512  # that the VAE decodes together: its fp32 activations are the largest of all
 ENCODED_PIXELS = 8 * 512 * 512  # that it encodes together

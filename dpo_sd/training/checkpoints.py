@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not at all, tensors and plain values only."""
+"""Checkpoint files, written whole or not at all, with tensors and plain values only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint whole or not at all, and reads tensors and plain values only, never arbitrary objects.
 
     Args:
-        accumulation: micro-batches of one update in this run; a checkpoint may come from a start with another number.
+        accumulation: micro-batches in one update of this run; a checkpoint may come from a start with another number.
     """
 
     def __init__(self, accumulation: int = 1):

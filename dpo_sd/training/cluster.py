@@ -1,4 +1,4 @@
-"""What a job scheduler adds: one run folder for all processes and restarts of a job, and its place in the queue."""
+"""Jobs of a scheduler: one run folder for all processes and restarts of a job, and the way back into the queue."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def in_slurm() -> bool:
 
 
 def run_id() -> str | None:
-    """What all processes and restarts of a job share: the number of the Slurm job or of torchrun's; None outside."""
+    """Number that all processes and restarts of a Slurm or torchrun job share; None outside of a job."""
     job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
     return None if job in (None, "", "none") else job
 
@@ -27,22 +27,22 @@ def restarted() -> bool:
 
 
 def first_process() -> bool:
-    """Whether this process, of all that train together, is the one that speaks for them."""
+    """Whether this process speaks for all that train together."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 def local_rank() -> int:
-    """Which of the processes on this machine this one is: as torchrun and Lightning say it, or else Slurm's srun."""
+    """Number of this process among those on this machine, from torchrun or Lightning, or else from Slurm's srun."""
     return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
 
 
 def launched() -> bool:
-    """Whether a launcher starts the processes of the other machines too."""
+    """Whether a launcher starts the processes on other machines too."""
     return in_slurm() or "TORCHELASTIC_RUN_ID" in os.environ or "MASTER_ADDR" in os.environ
 
 
 def requeue() -> str:
-    """Puts this Slurm job back into the queue; what came of it, in words."""
+    """Puts this Slurm job back into the queue, and returns a line on whether that worked."""
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"

@@ -1,4 +1,4 @@
-"""What the machine dictates: precision, micro-batch, memory; never what is learnt."""
+"""The settings that a machine dictates: precision, micro-batch, memory; never what is learnt."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ from dpo_sd.training.cluster import local_rank
 if TYPE_CHECKING:
     import torch
 
+    from dpo_sd.models.quantization import Weights
+
 Accelerator = Literal["cpu", "cuda"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
-Weights = Literal["float32", "bfloat16", "float16", "int8", "nf4"]
-PRESETS = {8: "1x8gb", 12: "1x12gb", 16: "1x16gb", 24: "1x24gb", 80: "1x80gb"}  # by the memory of their card in GiB
-ENOUGH = 0.9  # of what a preset's card is sold with: a card never shows its program all that its name says
+PRESETS = {8: "1x8gb", 12: "1x12gb", 16: "1x16gb", 24: "1x24gb", 80: "1x80gb"}  # by memory of their card, in GiB
+ENOUGH = 0.9  # share of the memory a preset's card is sold with: a card never shows a program all that its name says
 
 
 class Hardware:
-    """What one kind of machine can do.
+    """Settings for one kind of machine.
 
     Args:
-        accelerator: where the networks live.
-        precision: of the arithmetic in a training step, in Lightning's words.
-        weights: how the frozen base is stored; adapters always are float32. int8 and nf4 (4 bit) are for its linear
+        accelerator: device that the networks live on.
+        precision: arithmetic of a training step, in Lightning's words.
+        weights: format of the frozen base; adapters always are float32. int8 and nf4 (4 bit) are for its linear
             layers, the rest of it is bfloat16 then.
         micro_batch: pairs in one forward pass on one device, at least 1.
         gradient_checkpointing: computes activations again in the backward pass instead of keeping them.
         num_workers: processes that load data, at least 0.
-        memory_gib: memory of the GPU these values were chosen for, in GiB, positive; None asks for none.
+        memory_gib: memory of the GPU that these values were chosen for, in GiB, positive; None asks for none.
         compile: fuses operations in the UNet's transformer blocks with `torch.compile`. The first update waits for it,
-            and so does the first of every other size of pictures.
+            and so does the first of every other size of images.
 
     Raises:
-        UserError: when a value is out of range.
+        UserError: if a value is out of range.
     """
 
     def __init__(
@@ -76,37 +77,37 @@ class Hardware:
 
     @property
     def arithmetic(self) -> str:
-        """What decides the rounding of a training step, for keys of caches."""
+        """All that decides the rounding of a training step, for keys of caches."""
         return f"{self.precision} {self.weights} {self.accelerator}" + (" compiled" if self.compile else "")
 
     @property
     def half(self) -> torch.dtype | None:
-        """What a training step multiplies in; None for single precision."""
+        """Type in which a training step multiplies; None for single precision."""
         import torch
 
         return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
 
     @property
     def device(self) -> torch.device:
-        """Where this process works, one of several when a launcher says so."""
+        """Device of this process, one of several where a launcher started it."""
         import torch
 
         return torch.device("cpu" if self.accelerator == "cpu" else f"cuda:{local_rank()}")
 
     def accumulation(self, pairs_per_update: int, world_size: int = 1) -> int:
-        """How many micro-batches make one update; see `accumulation`."""
+        """Number of micro-batches in one update; see `accumulation`."""
         return accumulation(pairs_per_update, self.micro_batch, world_size)
 
     def check(self, devices: int = 1, preset: str | None = None) -> None:
         """Refuse a machine that cannot do this, before anything is loaded.
 
         Args:
-            devices: how many devices of this machine the run uses, at least 1.
+            devices: number of devices of this machine that the run uses, at least 1.
             preset: name of the option of the hardware group, for the message.
 
         Raises:
-            UserError: when there is no such GPU, too few of them, or one that lacks the precision or the memory, and
-                when the library of nf4 or what `compile` works with is not installed.
+            UserError: if there is no such GPU, there are too few, one lacks the precision or the memory, or the library
+                of nf4 or a tool of `compile` is not installed.
         """
         if self.weights == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
             raise UserError(
@@ -147,7 +148,7 @@ class Hardware:
 
 
 def _check_compiler(accelerator: Accelerator) -> None:
-    """What torch.compile calls: a C++ compiler with Python's headers, and on a GPU Triton."""
+    """Refuse a machine without what torch.compile calls: a C++ compiler, Python's headers, and on a GPU Triton."""
     lacking = [] if any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))) else ["a C++ compiler"]
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         lacking.append("Python's headers")
@@ -161,7 +162,7 @@ def _check_compiler(accelerator: Accelerator) -> None:
 
 
 def accumulation(pairs_per_update: int, micro_batch: int, world_size: int = 1) -> int:
-    """How many micro-batches on every process make one optimiser update.
+    """Number of micro-batches on every process in one optimiser update.
 
     Args:
         pairs_per_update: pairs behind one update, over all processes, at least 1.
@@ -169,7 +170,7 @@ def accumulation(pairs_per_update: int, micro_batch: int, world_size: int = 1) -
         world_size: number of processes, at least 1.
 
     Raises:
-        UserError: when they do not divide.
+        UserError: if a number is below 1, or pairs_per_update is not divisible by micro_batch times world_size.
     """
     for name, value in (
         ("pairs_per_update", pairs_per_update),

@@ -1,4 +1,4 @@
-"""`metrics.csv`, a row per step."""
+"""The file of all metrics, a row per step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def resume(self, step: int) -> None:
-        """Takes up the rows of an earlier start up to and including `step`."""
+        """Keeps the rows of an earlier start up to and including `step`, and drops those after it."""
         if self.file.exists():
             try:
                 with self.file.open(newline="", encoding="utf-8") as file:

@@ -25,12 +25,12 @@ class AdamW:
         betas: decay rates of the two running means, each in [0, 1).
         eps: added to the denominator, positive.
         weight_decay: decoupled from the gradient, at least 0.
-        schedule: of lr after the warm-up; "cosine" and "linear" end at 0.
+        schedule: course of lr after the warm-up; "cosine" and "linear" end at 0.
         warmup_steps: updates over which lr rises from 0, at least 0.
-        text_encoder_lr: lr of text encoders where they are trained, positive; None takes lr.
+        text_encoder_lr: learning rate of text encoders where they are trained, positive; None takes lr.
 
     Raises:
-        UserError: when a value is out of range.
+        UserError: if a value is out of range.
     """
 
     def __init__(
@@ -64,18 +64,24 @@ class AdamW:
         self.text_encoder_lr = text_encoder_lr
 
     def check(self, max_steps: int) -> None:
-        """Refuse a warm-up that takes all updates, and a package that is not installed.
+        """Checks what does not depend on the model, before weights load.
+
+        Args:
+            max_steps: updates of the run.
 
         Raises:
-            UserError: when there is such a thing.
+            UserError: if warmup_steps ≥ max_steps, or if the optimiser's package is missing.
         """
         self.check_schedule(max_steps)
 
     def check_schedule(self, max_steps: int) -> None:
-        """Refuse a warm-up that takes all updates.
+        """Checks the schedule alone, for plans on a machine without the optimiser's package.
+
+        Args:
+            max_steps: updates of the run.
 
         Raises:
-            UserError: when it does.
+            UserError: if warmup_steps ≥ max_steps.
         """
         if self.warmup_steps >= max_steps:
             raise UserError(
@@ -84,18 +90,18 @@ class AdamW:
             )
 
     def state_bytes(self, n: int) -> int:
-        """Bytes of the state that belongs to a parameter of n numbers."""
+        """Bytes of optimiser state for one parameter tensor of n numbers."""
         return 8 * n
 
     def build(self, parameters: Mapping[str, Sequence[Parameter]], max_steps: int) -> tuple[Optimizer, LRScheduler]:
-        """The optimiser of these parameters and its schedule, which is stepped once an update.
+        """Builds the optimiser and its schedule, which is stepped once per update.
 
         Args:
-            parameters: by the network they train, one group each: `unet`, `text_encoder`, `text_encoder_2`.
+            parameters: trained parameters by their network, one group each: `unet`, `text_encoder`, `text_encoder_2`.
             max_steps: updates until the schedule ends, at least 1.
 
         Raises:
-            UserError: as `check`, and when text_encoder_lr is given without a text encoder to train.
+            UserError: as `check`, and if text_encoder_lr is given without a text encoder to train.
         """
         from diffusers.optimization import get_scheduler
 
@@ -124,7 +130,7 @@ class AdamW8bit(AdamW):
         lr, betas, eps, weight_decay, schedule, warmup_steps, text_encoder_lr: as in `AdamW`.
 
     Raises:
-        UserError: when a value is out of range.
+        UserError: if a value is out of range.
     """
 
     def check(self, max_steps: int) -> None:
@@ -142,14 +148,14 @@ class AdamW8bit(AdamW):
 
 
 class Prodigy(AdamW):
-    """Prodigy (Mishchenko and Defazio 2023, arXiv:2306.06101), which finds the step size, one for all; by prodigyopt.
+    """Prodigy (Mishchenko and Defazio 2023, arXiv:2306.06101), which estimates one step size for all; by prodigyopt.
 
     Args:
-        lr: factor on the step size found, positive; the paper's is 1.
+        lr: factor on the estimated step size, positive; 1 in the paper.
         betas, eps, weight_decay, schedule, warmup_steps: as in `AdamW`.
 
     Raises:
-        UserError: when a value is out of range.
+        UserError: if a value is out of range.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Where a result comes from: commit, versions, device."""
+"""Origin of a result: commit, versions, device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "lightning", "hydra-co
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout the package runs from, with `+changes` where files differ from it; None outside of one."""
+    """Commit of the checkout that the package runs from, with `+changes` if files differ; None outside of one."""
 
     def git(*arguments: str) -> str:
         folder = Path(dpo_sd.__file__).parent
@@ -32,14 +32,14 @@ def git_commit() -> str | None:
 
 
 def device_name(accelerator: Literal["cpu", "cuda"]) -> str:
-    """The GPU, or the processor's kind and its number of cores."""
+    """Name of the GPU, or the processor's kind and number of cores."""
     if accelerator == "cuda":
         return torch.cuda.get_device_name()
     return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
 def versions() -> dict[str, Any]:
-    """Of this package, its checkout, Python, and what results depend on."""
+    """Versions of this package, its checkout, Python, and the libraries that results depend on."""
     return {
         "version": dpo_sd.__version__,
         "commit": git_commit(),

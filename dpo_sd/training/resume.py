@@ -1,4 +1,4 @@
-"""The newest checkpoint of a run, and whether it belongs to the same run."""
+"""The newest checkpoint of a run, and the check that it belongs to the same run."""
 
 from __future__ import annotations
 
@@ -7,13 +7,17 @@ from typing import Any, Literal
 
 from dpo_sd.errors import UserError
 
-# What may change when a run is continued: where and how it runs and what watches it, but not what it learns.
-FREE = ("resume", "name", "cache_dir", "hardware", "callbacks", "logger")
+# Settings that may change when a run is continued: where and how it runs and who watches it, but not what it learns.
+FREE = ("resume", "name", "cache_dir", "hardware", "judge", "callbacks", "logger")
 FREE_TRAINER = ("max_steps", "validate_every", "log_every", "devices", "num_nodes", "strategy")
 
 
 def newest_checkpoint(resume: str | None) -> Path | None:
-    """The checkpoint that `resume=` names, or the last one of the run folder it names; None when there is none yet."""
+    """Checkpoint that `resume=` names, or the last one in the run folder it names; None if there is none yet.
+
+    Raises:
+        UserError: if that run is finished and its checkpoints are gone.
+    """
     if resume is None:
         return None
     path = Path(resume).expanduser()
@@ -27,6 +31,11 @@ def newest_checkpoint(resume: str | None) -> Path | None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Content of a checkpoint: tensors and plain values.
+
+    Raises:
+        UserError: if it is no whole checkpoint of this package.
+    """
     import pickle
 
     import torch
@@ -43,7 +52,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def check_same_run(checkpoint: Path, settings: dict[str, Any]) -> None:
-    """Raises UserError, naming the settings that differ, when a checkpoint comes from another composition."""
+    """Refuse a checkpoint of another composition.
+
+    Raises:
+        UserError: if settings differ that decide what is learnt, or more updates are done than are wanted.
+    """
     state = read_checkpoint(checkpoint)
     before = state["identity"]["settings"]
     if settings["trainer"]["max_steps"] < state["global_step"]:
@@ -68,7 +81,11 @@ def check_same_run(checkpoint: Path, settings: dict[str, Any]) -> None:
 
 
 def check_same(checkpoint: Path, what: Literal["model", "data"], fingerprint: str) -> None:
-    """Raises UserError when a checkpoint comes from other weights or other pairs under the same settings."""
+    """Refuse a checkpoint of other weights or other pairs under the same settings.
+
+    Raises:
+        UserError: if the fingerprints differ.
+    """
     there = read_checkpoint(checkpoint)["identity"][what]
     if there != fingerprint:
         named = {"model": "model weights", "data": "pairs"}[what]
@@ -79,7 +96,7 @@ def check_same(checkpoint: Path, what: Literal["model", "data"], fingerprint: st
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys."""
+    """Nested settings under dotted keys."""
     result: dict[str, Any] = {}
     for key, value in tree.items():
         result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

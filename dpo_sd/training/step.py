@@ -1,8 +1,9 @@
-"""The training step: the same noise and timestep through policy and reference, and a loss on their errors."""
+"""The training step: policy and reference denoise the same noisy latents, and a loss weighs their errors."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -10,6 +11,7 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
 from dpo_sd.data.batches import Batch
+from dpo_sd.errors import UserError
 from dpo_sd.lora.adapters import (
     adapter_names,
     adapter_state,
@@ -18,29 +20,52 @@ from dpo_sd.lora.adapters import (
     reference,
     trains_text,
 )
-from dpo_sd.losses import DiffusionDPOLoss, PairErrors, SFTLoss, min_snr_weights, reward_margin, squared_error
+from dpo_sd.losses import (
+    Loss,
+    LossInputs,
+    PairErrors,
+    Residuals,
+    min_snr_weights,
+    residual,
+    squared_error,
+)
 from dpo_sd.models.stable_diffusion import StableDiffusion, TextEmbeds, encode_bytes
 from dpo_sd.training.optimizers import AdamW
 from dpo_sd.training.reference_cache import ReferenceErrors
 
+# names of values that a run logs by itself, or keeps beside them
+OURS = ("loss", "reward_margin", "reward_accuracy", "chosen_drift", "rejected_drift", "lr", "index")
+
+
+class Denoised(NamedTuple):
+    """One pass of a network over a batch.
+
+    Args:
+        errors: each (n,), fp32, mean over pixels, min-SNR weighted if the loss says so.
+        residuals: each (n, 4, h, w), fp32, where the loss needs them; None elsewhere.
+    """
+
+    errors: PairErrors
+    residuals: Residuals | None
+
 
 class DiffusionModule(L.LightningModule):
-    """Trains the adapter `policy` by fine-tuning or by Diffusion-DPO (Wallace et al. 2023, arXiv:2311.12908).
+    """Trains the adapter `policy` with a loss, by Diffusion-DPO for example (Wallace et al. 2023, arXiv:2311.12908).
 
     Args:
         model: the base, with its adapters attached.
-        loss: `SFTLoss` trains on the chosen pictures only; `DiffusionDPOLoss` on both and on the reference's errors.
+        loss: declares which images, reference and residuals it needs, and weighs the errors.
         optimizer: builds the optimiser and its schedule.
         max_steps: updates of the whole run, for the schedule.
-        seed: of whatever the adapters' dropout draws.
+        seed: seed of the adapters' dropout.
         encodes: networks that steps need beside the UNet because the cache does not have their results.
-        reference_cache: keeps the reference's errors of the training samples; None computes them at every visit.
+        reference_cache: keeps the reference's errors on the training samples; None computes them at every visit.
     """
 
     def __init__(
         self,
         model: StableDiffusion,
-        loss: SFTLoss | DiffusionDPOLoss,
+        loss: Loss,
         optimizer: AdamW,
         max_steps: int,
         seed: int = 0,
@@ -54,11 +79,11 @@ class DiffusionModule(L.LightningModule):
         self.strict_loading = False  # checkpoints leave the base out
         self.identity: dict[str, Any] = {}  # what the run is, kept in its checkpoints
         self._seen: list[dict[str, Tensor]] = []  # one entry per pass since the last update
-        self._rows: list[int] = []  # of their samples
+        self._rows: list[int] = []  # of those passes' samples in the dataset
 
     # -------------------------------------------------------------------------------------------------------- the step
 
-    def errors(
+    def residuals(
         self,
         latents: Tensor,
         noise: Tensor,
@@ -66,13 +91,13 @@ class DiffusionModule(L.LightningModule):
         embeds: TextEmbeds,
         time_ids: Tensor | None = None,
     ) -> Tensor:
-        """Squared error of the UNet's prediction, mean over pixels: (n,), fp32, min-SNR weighted if the loss says so.
+        """Prediction of the UNet minus its target: (n, 4, h, w), fp32.
 
         Args:
             latents, noise: (n, 4, h, w); latents are scaled.
             timesteps: (n,), int64.
-            embeds: of the prompts, n of them.
-            time_ids: (n, 6), what SDXL is told of sizes; other families do not read it.
+            embeds: embeddings of n prompts.
+            time_ids: (n, 6), the sizes that SDXL is told; other families do not read them.
         """
         scheduler: Any = self.model.noise_scheduler
         noisy_latents = scheduler.add_noise(latents, noise, timesteps)
@@ -80,89 +105,108 @@ class DiffusionModule(L.LightningModule):
         target = noise if prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
         told = {"text_embeds": embeds.pooled, "time_ids": time_ids} if self.model.is_xl else None
         model_pred = self.unet(noisy_latents, timesteps, embeds.hidden, added_cond_kwargs=told).sample
-        errors = squared_error(model_pred, target)
+        return residual(model_pred, target)
+
+    def errors(self, residuals: Tensor, timesteps: Tensor) -> Tensor:
+        """Mean square of each residual, min-SNR weighted if the loss says so: (n,).
+
+        Args:
+            residuals: (n, 4, h, w).
+            timesteps: (n,), int64.
+        """
+        errors = squared_error(residuals)
         if self.loss.min_snr_gamma is None:
             return errors
-        return errors * min_snr_weights(compute_snr(scheduler, timesteps), self.loss.min_snr_gamma, prediction_type)
+        snr = compute_snr(self.model.noise_scheduler, timesteps)
+        return errors * min_snr_weights(snr, self.loss.min_snr_gamma, self.model.prediction_type)
 
-    def pair_errors(self, batch: Batch) -> PairErrors:
-        """Errors on the chosen and the rejected picture under one noise and one timestep, in one pass of the UNet."""
-        assert batch.rejected is not None and batch.rejected_time_ids is not None
-        embeds = self.embeds(batch)
-        errors = self.errors(
-            torch.cat([batch.chosen, batch.rejected]),
-            batch.noise.repeat(2, 1, 1, 1),
-            batch.timesteps.repeat(2),
-            TextEmbeds(embeds.hidden.repeat(2, 1, 1), None if embeds.pooled is None else embeds.pooled.repeat(2, 1)),
-            torch.cat([batch.chosen_time_ids, batch.rejected_time_ids]),
-        )
-        return PairErrors(*errors.chunk(2))
+    def denoised(self, batch: Batch) -> Denoised:
+        """One pass of the UNet over all images of a batch, both images of a pair under one noise and one timestep.
 
-    def reference_errors(self, batch: Batch, kept: ReferenceErrors | None) -> PairErrors:
-        """`pair_errors` of the frozen reference, or what is kept of them from an earlier visit."""
-        if kept is None:
+        Args:
+            batch: images as latents.
+        """
+        latents, noise, timesteps, embeds = batch.chosen, batch.noise, batch.timesteps, self.embeds(batch)
+        time_ids, n = batch.chosen_time_ids, len(latents)
+        if batch.rejected is not None and batch.rejected_time_ids is not None:
+            latents, time_ids = torch.cat([latents, batch.rejected]), torch.cat([time_ids, batch.rejected_time_ids])
+            noise, timesteps = noise.repeat(2, 1, 1, 1), timesteps.repeat(2)
+            pooled = None if embeds.pooled is None else embeds.pooled.repeat(2, 1)
+            embeds = TextEmbeds(embeds.hidden.repeat(2, 1, 1), pooled)
+        residuals = self.residuals(latents, noise, timesteps, embeds, time_ids)
+        errors = self.errors(residuals, timesteps)
+        wanted = Residuals(residuals[:n], residuals[n:]) if self.loss.needs_residuals else None
+        return Denoised(PairErrors(errors[:n], errors[n:]), wanted)
+
+    def denoised_by_reference(self, batch: Batch, kept: ReferenceErrors | None) -> Denoised:
+        """`denoised` with the frozen reference; errors that are kept from an earlier visit are taken from there."""
+        if kept is None or self.loss.needs_residuals:
             with torch.no_grad(), reference(self.model):
-                return self.pair_errors(batch)
+                return self.denoised(batch)
         known, before = kept.get(batch.index, batch.draw)
         before = PairErrors(*(errors.to(batch.noise.device, non_blocking=True) for errors in before))
         if known.all():
-            return before
-        now = self.reference_errors(batch, None)
+            return Denoised(before, None)
+        now = self.denoised_by_reference(batch, None).errors
         kept.put(batch.index, batch.draw, now)
         known = known.to(batch.noise.device, non_blocking=True)
-        return PairErrors(*(torch.where(known, old, new) for old, new in zip(before, now, strict=True)))
+        mixed = (torch.where(known[: len(old)], old, new) for old, new in zip(before, now, strict=True))
+        return Denoised(PairErrors(*mixed), None)
 
     def embeds(self, batch: Batch) -> TextEmbeds:
-        """What the text encoders make of the prompts: kept, or asked with the adapters that are set."""
+        """Embeddings of the prompts: those of the cache, or the text encoders' with the adapters that are set."""
         return self.model.embed(batch.prompts) if batch.embeds is None else batch.embeds
 
-    def latents(self, pictures: Tensor) -> Tensor:
-        """The pictures as latents; pixels are encoded."""
-        if pictures.is_floating_point():
-            return pictures
-        with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):
-            return encode_bytes(self.model, pictures).float()
+    def latents(self, images: Tensor) -> Tensor:
+        """Images as latents, (n, 4, h, w); pixels, (n, 3, h, w), uint8, are encoded."""
+        if images.is_floating_point():
+            return images
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            return encode_bytes(self.model, images).float()
+
+    def encoded(self, batch: Batch) -> Batch:
+        """The batch as latents, without the rejected images where the loss needs no pairs."""
+        batch = batch._replace(chosen=self.latents(batch.chosen))
+        if not self.loss.needs_pairs:
+            return batch._replace(rejected=None, rejected_time_ids=None)
+        assert batch.rejected is not None  # the composition asks for pairs where a loss needs them
+        return batch._replace(rejected=self.latents(batch.rejected))
 
     def losses(self, batch: Batch, kept: ReferenceErrors | None = None) -> dict[str, Tensor]:
-        """Loss and what is watched beside it, each (pairs,); only `loss` carries gradients.
+        """Loss and metrics of a batch by name, each (n,); only `loss` carries gradients.
 
         Args:
             kept: errors of the reference on these samples; None computes them.
+
+        Raises:
+            UserError: as `evaluated`.
         """
-        loss: Any = self.loss
-        batch = batch._replace(chosen=self.latents(batch.chosen))
-        if not loss.needs_pairs:
-            errors = self.errors(batch.chosen, batch.noise, batch.timesteps, self.embeds(batch), batch.chosen_time_ids)
-            return {"loss": loss(errors)}
-        assert batch.rejected is not None  # the composition asks for pairs where a loss needs them
-        batch = batch._replace(rejected=self.latents(batch.rejected))
-        ref = self.reference_errors(batch, kept)  # first: nothing of the policy's pass lies beside it
-        policy = self.pair_errors(batch)
-        margin = reward_margin(policy, ref).detach()
-        return {
-            "loss": loss(policy, ref, batch.label),
-            "reward_margin": margin,
-            "reward_accuracy": torch.heaviside(margin, margin.new_full((), 0.5)),  # a tie counts half
-            "chosen_drift": (policy.chosen - ref.chosen).detach(),
-            "rejected_drift": (policy.rejected - ref.rejected).detach(),
-        }
+        batch, frozen, frozen_residuals = self.encoded(batch), None, None
+        if self.loss.needs_reference:  # first: nothing of the policy's pass lies beside it
+            frozen, frozen_residuals = self.denoised_by_reference(batch, kept)
+        policy, residuals = self.denoised(batch)
+        inputs = LossInputs(policy, frozen, batch.label, batch.timesteps, residuals, frozen_residuals)
+        values = evaluated(self.loss, inputs)
+        return {"loss": values.pop("loss"), **rewards(inputs), **values}
 
     def on_train_batch_start(self, batch: list[Batch], batch_idx: int) -> None:
         # dropout draws from the global generator: tying it to the micro-step keeps a resumed run exact
         torch.manual_seed(self.seed * 1_000_003 + batch_idx)
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> Tensor:
-        """Mean loss of a micro-batch, one pass for each size of picture in it."""
+        """Mean loss of a micro-batch, with one pass for each size of image in it."""
         total = torch.zeros((), device=self.device)
         for part in batch:
             values = self.losses(part, self.reference_cache)
+            if self._seen and values.keys() != self._seen[0].keys():
+                raise UserError(f"{type(self.loss).__name__} must return values of the same names for every batch")
             self._seen.append({name: value.detach() for name, value in values.items()})
             self._rows += part.index
             total = total + (values["loss"] * part.weight).sum()
         return total / sum(len(part.index) for part in batch)
 
     def seen(self) -> dict[str, Tensor]:
-        """Values of every pair since the last update on this device, by name: (pairs,)."""
+        """Loss and metrics of every sample since the last update on this device, by name, and its row: each (n,)."""
         values = {name: torch.cat([values[name] for values in self._seen]) for name in self._seen[0]}
         return values | {"index": torch.tensor(self._rows, device=self.device)}
 
@@ -171,7 +215,7 @@ class DiffusionModule(L.LightningModule):
         self._rows.clear()
 
     def set_training(self, training: bool) -> None:
-        """Adapters' dropout on or off, in all networks that they are on."""
+        """Switches the adapters' dropout on or off, in all networks that have adapters."""
         for network in self.model.networks.values():
             network.train(training)
 
@@ -197,11 +241,50 @@ class DiffusionModule(L.LightningModule):
             load_adapter_state(self.model, name, state)
 
 
+def rewards(inputs: LossInputs) -> dict[str, Tensor]:
+    """Metrics of the policy against the reference, each (n,), without gradients; none where there is no reference."""
+    policy, frozen = inputs.policy, inputs.reference
+    if frozen is None:
+        return {}
+    chosen_drift = (policy.chosen - frozen.chosen).detach()
+    if not len(policy.rejected):
+        return {"chosen_drift": chosen_drift}
+    margin = inputs.margin.detach()
+    return {
+        "reward_margin": margin,
+        "reward_accuracy": torch.heaviside(margin, margin.new_full((), 0.5)),  # a tie counts half
+        "chosen_drift": chosen_drift,
+        "rejected_drift": (policy.rejected - frozen.rejected).detach(),
+    }
+
+
+def evaluated(loss: Loss, inputs: LossInputs) -> dict[str, Tensor]:
+    """The loss of each sample as "loss", and the values that the loss names; each (n,), only "loss" with gradients.
+
+    Raises:
+        UserError: if one of them is not one number per sample, or bears a name of `OURS`.
+    """
+    who, n = type(loss).__name__, len(inputs.policy.chosen)
+    returned = loss(inputs)
+    value, named = returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, {})
+    if not isinstance(named, Mapping):
+        raise UserError(f"{who} must return its named values as a dictionary, got {type(named).__name__}")
+    for name in named:
+        if str(name).partition("/")[0] in OURS:
+            raise UserError(f"{who} returns a value named {name!r}, which every run logs by itself: rename it")
+    values = {"loss": value, **named}
+    for name, each in values.items():
+        shape = tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__
+        if shape != (n,):
+            raise UserError(f"{who} must return {name!r} as a tensor with one number per sample, ({n},), got {shape}")
+    return {"loss": value} | {str(name): each.detach().float() for name, each in named.items()}
+
+
 def needed_networks(model: StableDiffusion, keep: str) -> tuple[nn.Module, ...]:
     """Networks that training steps need beside the UNet.
 
     Args:
-        keep: what the cache has, as in `dpo_sd.data.cache.Cache`.
+        keep: results that the cache has, as in `dpo_sd.data.cache.Cache`.
     """
     text = tuple(model.text_encoders) if keep != "all" or trains_text(model) else ()
     return (*text, model.vae) if keep == "off" else text

@@ -1,4 +1,4 @@
-"""Lightning's trainer as a run uses it."""
+"""Lightning's trainer with the loggers and checkpoint files of a run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from dpo_sd.training.metrics_file import MetricsFile
 def make_trainer(
     cfg: DictConfig, hardware: Hardware, run: Path, accumulation: int, callbacks: list[L.Callback]
 ) -> L.Trainer:
-    """Lightning's loop, with metrics and checkpoints of our own.
+    """Lightning's loop, with metrics and checkpoint files of our own.
 
     Args:
-        cfg: composed from train.yaml.
-        run: folder of the run.
+        cfg: composition of train.yaml.
+        run: run folder.
         accumulation: micro-batches behind one update, see `Hardware.accumulation`.
     """
     quiet_lightning()
@@ -52,7 +52,7 @@ def make_trainer(
 
 
 def quiet_lightning() -> None:
-    """Keeps from the user what Lightning says about choices that are made for him here."""
+    """Silences Lightning's advice on choices that are made here for the user."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
         ".*isinstance.treespec.*",

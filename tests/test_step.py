@@ -1,4 +1,4 @@
-"""The step: what the UNet is given, and that losses are those of the paper's symbols worked out by hand."""
+"""The step: inputs of the UNet, inputs of the loss, and losses that are those of the paper's symbols by hand."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from small_model import make_model, trained
+from steps import PAIRS, TIMESTEPS, error, hidden, listen, make_batch, move
 from torch.testing import assert_close
 
 from dpo_sd.data.batches import Batch, PreparedSamples, Prompts, UpdateOrder, Visits, stack
@@ -21,16 +22,13 @@ from dpo_sd.lora.adapters import adapter_state, policy_parameters, reference, we
 from dpo_sd.lora.attaching import LoRA
 from dpo_sd.lora.weights import WEIGHTS_NAME
 from dpo_sd.lora.writing import save_diffusers
-from dpo_sd.losses import DiffusionDPOLoss, PairErrors, SFTLoss
+from dpo_sd.losses import DiffusionDPOLoss, Loss, LossInputs, PairErrors, SFTLoss, squared_error
 from dpo_sd.models.base import Base
 from dpo_sd.models.skeletons import on_meta
 from dpo_sd.models.stable_diffusion import StableDiffusion, TextEmbeds, encode_bytes
 from dpo_sd.training.optimizers import AdamW
 from dpo_sd.training.reference_cache import ReferenceErrors
 from dpo_sd.training.step import DiffusionModule, needed_networks
-
-PAIRS = 3
-TIMESTEPS = [10, 400, 900]  # from hardly any noise to hardly anything else
 
 
 @pytest.fixture(scope="module")
@@ -52,73 +50,30 @@ def build(base):
     return build
 
 
-def move(model: StableDiffusion, size: float = 0.1) -> None:
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in policy_parameters(model)["unet"]:
-            parameter += size * torch.randn(parameter.shape, generator=generator)
-
-
-def make_batch(dtype: torch.dtype = torch.float32) -> Batch:
-    generator = torch.Generator().manual_seed(1)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(PAIRS, *shape, generator=generator).to(dtype)
-
-    return Batch(
-        chosen=normal(4, 8, 8),
-        rejected=normal(4, 8, 8),
-        chosen_time_ids=torch.zeros(PAIRS, 6),
-        rejected_time_ids=torch.zeros(PAIRS, 6),
-        prompts=["a star"] * PAIRS,
-        embeds=TextEmbeds(normal(32, 128), None),
-        noise=normal(4, 8, 8),
-        timesteps=torch.tensor(TIMESTEPS),
-        label=torch.ones(PAIRS),
-        weight=torch.ones(PAIRS),
-        index=list(range(PAIRS)),
-        draw=[0] * PAIRS,
-    )
-
-
 def row(batch: Batch, i: int) -> Batch:
     assert batch.embeds is not None
     alone: Any = {name: column[i : i + 1] for name, column in batch._asdict().items() if name != "embeds"}
     return Batch(**alone, embeds=TextEmbeds(hidden(batch)[i : i + 1], None))
 
 
-def hidden(batch: Batch) -> torch.Tensor:
-    assert batch.embeds is not None
-    return batch.embeds.hidden
-
-
-def listen(unet: Any) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Every (noisy_latents, timesteps, encoder_hidden_states) that the UNet is called with from now on."""
-    calls: list[Any] = []
-    unet.register_forward_pre_hook(lambda _, given: calls.append(tuple(value.clone() for value in given)))
-    return calls
-
-
 class RecordingLoss(DiffusionDPOLoss):
-    policy: PairErrors
-    reference: PairErrors
+    given: LossInputs
 
-    def __call__(self, policy: PairErrors, reference: PairErrors, label: torch.Tensor | None = None) -> torch.Tensor:
-        self.policy, self.reference = policy, reference
-        return super().__call__(policy, reference, label)
+    def __call__(self, inputs: LossInputs) -> torch.Tensor:
+        self.given = inputs
+        return super().__call__(inputs)
 
+    @property
+    def of_policy(self) -> PairErrors:
+        return self.given.policy
 
-def error(module: DiffusionModule, latents: Any, batch: Batch, i: int) -> torch.Tensor:
-    """The error of one picture, from the formulas of DDPM and a UNet call of its own."""
-    t = TIMESTEPS[i]
-    alpha = module.model.noise_scheduler.alphas_cumprod[t]
-    noisy = alpha.sqrt() * latents[i] + (1 - alpha).sqrt() * batch.noise[i]
-    with torch.no_grad():
-        predicted = module.unet(noisy[None], torch.tensor([t]), hidden(batch)[i : i + 1]).sample[0]
-    return (predicted - batch.noise[i]).square().mean()
+    @property
+    def of_reference(self) -> PairErrors:
+        assert self.given.reference is not None
+        return self.given.reference
 
 
-# ----------------------------------------------------------------------------------------------- what the UNet is given
+# ------------------------------------------------------------------------------------------------- inputs of the UNet
 
 
 def test_policy_and_reference_are_given_the_same_bytes(build):
@@ -151,6 +106,69 @@ def test_sft_is_given_the_chosen_pictures_once_and_nothing_else(build):
     expected = module.model.noise_scheduler.add_noise(batch.chosen, batch.noise, batch.timesteps)
     assert torch.equal(noisy_latents, expected)
     assert_close(values["loss"].detach(), torch.stack([error(module, batch.chosen, batch, i) for i in range(PAIRS)]))
+
+
+# --------------------------------------------------------------------------------------------------- inputs of the loss
+
+
+def test_a_loss_is_given_errors_labels_and_timesteps_and_no_residuals_unless_it_asks(build):
+    module, batch = build(loss := RecordingLoss(50.0), moved=True), make_batch()
+    module.losses(batch._replace(label=torch.tensor([0.5, 0.7, 1.0])))
+    given = loss.given
+    assert given.label is not None and given.label.tolist() == pytest.approx([0.5, 0.7, 1.0])
+    assert given.timesteps is not None and given.timesteps.tolist() == TIMESTEPS
+    assert given.policy_residuals is given.reference_residuals is None
+
+
+class OfResiduals(RecordingLoss):
+    needs_residuals = True
+
+
+def test_residuals_on_request_are_those_whose_mean_square_the_errors_are(build, tmp_path):
+    """Also where errors of the reference are kept, for residuals are not: every visit computes them."""
+    module, batch = build(loss := OfResiduals(50.0), moved=True), make_batch()
+    for kept in (None, ReferenceErrors(tmp_path, np.arange(PAIRS), 1)):
+        for _ in range(2):
+            calls = listen(module.unet)
+            module.losses(batch, kept)
+            assert len(calls) == 2
+            given = loss.given
+            for errors, residuals in (
+                (given.policy, given.policy_residuals),
+                (given.reference, given.reference_residuals),
+            ):
+                assert errors is not None and residuals is not None
+                for side, residual in zip(errors, residuals, strict=True):
+                    assert residual.shape == (PAIRS, 4, 8, 8)
+                    assert torch.equal(squared_error(residual), side)
+
+
+class Single(Loss):
+    """A loss on single images with a reference, as KTO has."""
+
+    needs_pairs = False
+
+    def __call__(self, inputs: LossInputs) -> torch.Tensor:
+        assert inputs.reference is not None and inputs.policy.rejected.shape == inputs.reference.rejected.shape == (0,)
+        return inputs.policy.chosen - inputs.reference.chosen
+
+
+@pytest.mark.parametrize("rejected", [True, False])
+def test_a_loss_on_single_images_with_a_reference_takes_the_chosen_images_of_pairs_too(build, tmp_path, rejected):
+    module, batch = build(Single(reference="cached", draws_per_pair=1), moved=True), make_batch()
+    if not rejected:
+        batch = batch._replace(rejected=None, rejected_time_ids=None)
+    expected = [error(module, batch.chosen, batch, i) for i in range(PAIRS)]
+    with reference(module.model):
+        frozen = [error(module, batch.chosen, batch, i) for i in range(PAIRS)]
+    calls = listen(module.unet)
+    kept = ReferenceErrors(tmp_path, np.arange(PAIRS), 1, images=1)
+    for _ in range(2):
+        values = module.losses(batch, kept)
+        assert values.keys() == {"loss", "chosen_drift"}
+        assert_close(values["loss"].detach(), torch.stack(expected) - torch.stack(frozen), rtol=1e-3, atol=1e-5)
+    assert [len(latents) for latents, _, _ in calls] == [PAIRS] * 3  # reference, policy, policy
+    assert kept.filled == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ the value
@@ -223,7 +241,7 @@ def test_min_snr_weighs_the_errors_of_policy_and_reference_alike(build):
     snr = alphas / (1 - alphas)
     weights = snr.clamp(max=5.0) / snr
     assert weights[0] < 0.1 and weights[-1] == 1  # both sides of the cap
-    for mine, its in ((plain.policy, weighted.policy), (plain.reference, weighted.reference)):
+    for mine, its in ((plain.of_policy, weighted.of_policy), (plain.of_reference, weighted.of_reference)):
         for unweighted, value in zip(mine, its, strict=True):
             assert_close(value, unweighted * weights)
 
@@ -232,12 +250,17 @@ def test_min_snr_weighs_the_errors_of_policy_and_reference_alike(build):
 def test_latents_in_half_precision_give_errors_in_float32(build, dtype):
     module, batch = build(), make_batch(dtype)
     module.unet.to(dtype)
-    assert batch.embeds is not None
-    errors = module.errors(batch.chosen, batch.noise, batch.timesteps, batch.embeds)
-    exact = build().errors(*(value.float() for value in (batch.chosen, batch.noise)), batch.timesteps,
-                           TextEmbeds(hidden(batch).float(), None))  # fmt: skip
-    assert errors.dtype == torch.float32
-    assert_close(errors, exact, rtol=0.1, atol=0.01)
+    assert batch.embeds is not None and batch.rejected is not None
+    errors = module.denoised(batch).errors
+    precise = batch._replace(
+        chosen=batch.chosen.float(),
+        rejected=batch.rejected.float(),
+        noise=batch.noise.float(),
+        embeds=TextEmbeds(hidden(batch).float(), None),
+    )
+    for mine, exact in zip(errors, build().denoised(precise).errors, strict=True):
+        assert mine.dtype == torch.float32
+        assert_close(mine, exact, rtol=0.1, atol=0.01)
 
 
 # ------------------------------------------------------------------------------------------------------------ gradients
@@ -260,8 +283,8 @@ def test_after_a_first_update_every_policy_parameter_and_nothing_else_has_a_grad
 def test_the_reference_pass_adds_no_graph(build):
     loss = RecordingLoss()
     values = build(loss, moved=True).losses(make_batch())
-    assert all(errors.requires_grad for errors in loss.policy)
-    assert not any(errors.requires_grad for errors in loss.reference)
+    assert all(errors.requires_grad for errors in loss.of_policy)
+    assert not any(errors.requires_grad for errors in loss.of_reference)
     assert [name for name, value in values.items() if value.requires_grad] == ["loss"]
 
 
@@ -274,8 +297,8 @@ def test_a_policy_that_starts_from_a_lora_has_that_lora_as_its_reference(build, 
     assert torch.equal(values["reward_margin"], torch.zeros(PAIRS))
     assert_close(values["loss"].detach(), torch.full((PAIRS,), math.log(2)))
     with torch.no_grad(), reference(started.model):
-        base_errors = started.pair_errors(batch)
-    assert (loss.reference.chosen - base_errors.chosen).abs().max() > 1e-3
+        base_errors = started.denoised(batch).errors
+    assert (loss.of_reference.chosen - base_errors.chosen).abs().max() > 1e-3
 
 
 def test_dropout_is_a_function_of_seed_and_micro_step(build):
@@ -496,8 +519,8 @@ def test_a_text_encoder_that_is_trained_is_asked_with_the_policy_and_with_the_re
     LoRA(rank=2).attach(base)
     plain = DiffusionModule(base, loss, AdamW(), max_steps=10)
     kept = TextEmbeds(base.text_encoders[0](tokens).last_hidden_state, None)
-    expected = plain.pair_errors(batch._replace(embeds=kept))
-    for mine, its in zip(loss.reference, expected, strict=True):
+    expected = plain.denoised(batch._replace(embeds=kept)).errors
+    for mine, its in zip(loss.of_reference, expected, strict=True):
         assert_close(mine, its.detach())
 
 
@@ -532,9 +555,9 @@ def test_where_some_errors_are_known_the_others_are_computed(build, tmp_path):
     kept = ReferenceErrors(tmp_path, np.arange(PAIRS), 1)
     kept.put([1], [0], PairErrors(torch.tensor([7.0]), torch.tensor([9.0])))
     module.losses(batch)
-    live = module.loss.reference
+    live = module.loss.of_reference
     module.losses(batch, kept)
-    mixed = module.loss.reference
+    mixed = module.loss.of_reference
     assert mixed.chosen[1] == 7 and mixed.rejected[1] == 9
     for mine, its in zip(mixed, live, strict=True):
         assert torch.equal(mine[[0, 2]], its[[0, 2]])

@@ -1,0 +1,1 @@
+"""Is it better? Images of both sides from the same prompts and seeds, and their comparison by a judge."""
