@@ -11,7 +11,7 @@ LOOP := outputs/loop/$(shell date +%Y-%m-%d_%H-%M-%S)
 loop: $(VENV)/.installed  ## style LoRA, pairs, simulated choices, DPO: the commands that a person runs by hand
 	$(RUN) -m dpo_sd.train experiment=style_sft hydra.run.dir=$(LOOP)/style
 	$(RUN) -m dpo_sd.generate loras=$(LOOP)/style prompts=shapes out=$(LOOP)/pairs
-	$(RUN) -m dpo_sd.annotate pairs=$(LOOP)/pairs annotator=oracle annotator.style=pastel
+	$(RUN) -m dpo_sd.annotate pairs=$(LOOP)/pairs annotator=oracle judge.style=pastel
 	$(RUN) -m dpo_sd.train experiment=style_dpo data.pairs=$(LOOP)/pairs lora.init_from=$(LOOP)/style \
 		judge=oracle judge.preference=centred judge.style=pastel \
 		callbacks.verdict.prompts=shapes:held_out hydra.run.dir=$(LOOP)/dpo

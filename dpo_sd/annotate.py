@@ -23,7 +23,8 @@ def main(cfg: DictConfig) -> None:
         if cfg.export is not None:
             print(f"{cfg.export}: {export_pickapic(folder, Path(cfg.export).expanduser())} pairs")
         return
-    instantiate(cfg.annotator).annotate(folder)
+    annotator = instantiate(cfg.annotator)
+    annotator.annotate(folder, instantiate(cfg.judge) or None)  # judge=none holds nothing
 
 
 if __name__ == "__main__":

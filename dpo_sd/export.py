@@ -20,6 +20,8 @@ from dpo_sd.lora.programs import diffusers_scales, loader_report, unmatched
 from dpo_sd.lora.reading import read_lora
 from dpo_sd.lora.weights import LoRAFile
 from dpo_sd.lora.writing import save_diffusers, save_kohya, save_peft
+from dpo_sd.models.families import PROGRAMS
+from dpo_sd.models.ready import ready
 from dpo_sd.models.skeletons import blank, on_meta
 
 if TYPE_CHECKING:
@@ -44,36 +46,39 @@ def export(cfg: DictConfig) -> None:
     out = Path(cfg.out).expanduser()
     check_place(out, cfg.format)
     base = instantiate(cfg.model)
-    if cfg.lora.path is None:
-        if cfg.format != "merged":
-            raise UserError(
-                "lora has no value: give lora=<file or run folder>; only format=merged writes a model alone"
-            )
-        write_merged(base.load(), None, out)
+    if cfg.lora.path is not None:
+        export_lora(read_lora(cfg.lora.path), base, cfg.format, out)
+    elif cfg.format == "merged":
+        write_merged(ready(base, "cpu"), None, out)
         print(f"wrote     {out}")
-        return
-    lora = read_lora(cfg.lora.path)
-    at_hand = cfg.format == "merged" or Path(base.path).expanduser().exists()
-    model = base.load() if at_hand else on_meta(base.name)
+    else:
+        raise UserError("lora has no value: give lora=<file or run folder>; only format=merged writes a model alone")
+
+
+def export_lora(lora: LoRAFile, base: Base, form: str, out: Path) -> None:
+    """Writes a LoRA, or the base with it, and compares both where the base's weights are at hand."""
+    at_hand = form == "merged" or Path(base.path).expanduser().exists()
+    model = ready(base, "cpu") if at_hand else on_meta(base.name)
     check_base(model, lora)
     print(f"lora      {lora.path}: {lora.summary()}")
     shape = blank(model)
     expected = outputs_with(model, lora) if at_hand else {}
     del model  # before another one is loaded
-    if cfg.format == "merged":
+    if form == "merged":
         write_merged(base.load(), lora, out)
     else:
-        write(lora, cfg.format, out, shape, base)
+        write(lora, form, out, shape, base)
     print(f"wrote     {out}")
-    check(lora, cfg.format, out, shape)
+    if form != "merged":
+        check(lora, form, out, shape)
     if at_hand:
-        compare(expected, outputs(loaded_by_its_library(base, cfg.format, out)), out)
+        compare(expected, outputs(loaded_by_its_library(base, form, out)), out)
     else:
         print(f"outputs   not compared: the weights of {base.path} were not loaded")
 
 
 def check_place(out: Path, form: str) -> None:
-    """Raises UserError when `out` cannot be what the form is, or is there already."""
+    """Raises UserError if `out` cannot be what the form is, or is there already."""
     if form in ("kohya", "diffusers") and out.suffix != ".safetensors":
         raise UserError(f"out={out}: format={form} is a file, so its name must end in .safetensors")
     if form in ("peft", "merged") and out.suffix == ".safetensors":
@@ -95,7 +100,7 @@ def write(lora: LoRAFile, form: str, out: Path, shape: StableDiffusion, base: Ba
 
 
 def write_merged(model: StableDiffusion, lora: LoRAFile | None, out: Path) -> None:
-    """Writes a whole model as a diffusers folder, what the LoRA adds added to its weights; it appears whole or not."""
+    """Writes a model with a LoRA merged into its weights, as a diffusers folder that appears whole or not at all."""
     from diffusers import DDIMScheduler
 
     for name, change in ((name, lora.change(name)) for name in lora.modules) if lora is not None else ():
@@ -118,22 +123,25 @@ def write_merged(model: StableDiffusion, lora: LoRAFile | None, out: Path) -> No
 
 
 def check(lora: LoRAFile, form: str, out: Path, shape: StableDiffusion) -> None:
-    """Reads a LoRA back and reports it; raises UserError when it is not the same, or a key would be left unread."""
-    if form == "merged":
-        return
+    """Reads a LoRA back and reports it; raises UserError if it is not the same, or a key would be left unread."""
     again = read_lora(out)
     differences = [difference(lora.change(module), again.change(module)) for module in lora.modules]
     if again.alphas.keys() != lora.alphas.keys() or max(differences) > TOLERANCE:
         raise UserError(f"{out} does not hold what {lora.path} does: please report this")
     print(f"weights   {len(differences)} modules read back, differing by {_words(max(differences))}")
-    if form == "peft":
-        return
-    programs = {"kohya": ("ComfyUI", "A1111", "InvokeAI", "diffusers"), "diffusers": ("diffusers",)}[form]
+    if form == "kohya":
+        check_programs(again, out, shape, PROGRAMS)
+    elif form == "diffusers":
+        check_programs(again, out, shape, ("diffusers",))
+
+
+def check_programs(again: LoRAFile, out: Path, shape: StableDiffusion, programs: tuple[str, ...]) -> None:
+    """Reports what programs read of a file; raises UserError if they leave a key unread, or change its strength."""
     for line in loader_report(out, shape):
         if line.startswith(programs):
             print(line)
-    if form == "kohya" and shape.name == "tiny":
-        print("          (ComfyUI, A1111 and InvokeAI have no model of this size)")
+    if without := [program for program in programs if program not in shape.family.programs]:
+        print(f"          ({', '.join(without[:-1])} and {without[-1]} have no model of this size)")
     left = {program: keys for program, keys in unmatched(out, shape).items() if keys and program in programs}
     if left:
         raise UserError(f"{out} is written, but {' and '.join(left)} would leave out what is named above")
@@ -170,7 +178,7 @@ def outputs_with(model: StableDiffusion, lora: LoRAFile) -> dict[str, Tensor]:
 
 
 def outputs(model: StableDiffusion) -> dict[str, Tensor]:
-    """What text encoders and UNet answer to two prompts and two noises."""
+    """Outputs of text encoders and UNet for two prompts and two noises."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -179,13 +187,13 @@ def outputs(model: StableDiffusion) -> dict[str, Tensor]:
     latents = torch.randn(2, config.in_channels, side, side, generator=generator)
     with torch.inference_mode():
         embeds = model.embed(PROMPTS)
-        told = {"text_embeds": embeds.pooled, "time_ids": torch.full((2, 6), 8.0 * side)} if model.is_xl else None
-        noise: Any = model.unet(latents, torch.tensor([20, 700]), embeds.hidden, added_cond_kwargs=told)
+        added = model.added(embeds.pooled, torch.full((2, 6), 8.0 * side))
+        noise: Any = model.unet(latents, torch.tensor([20, 700]), embeds.hidden, added_cond_kwargs=added)
     return {"text": embeds.hidden, "unet": noise.sample}
 
 
 def compare(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], out: Path) -> None:
-    """Prints by how much outputs differ; raises UserError when it can be seen."""
+    """Prints by how much outputs differ; raises UserError if it can be seen."""
     apart = {name: difference(value, found[name]) for name, value in expected.items()}
     words = ", ".join(f"{name} by {_words(value)}" for name, value in apart.items())
     print(f"outputs   differ from those of the LoRA that was read: {words}")

@@ -1,4 +1,4 @@
-"""Draws sets of pictures as a pair folder: `python -m dpo_sd.generate prompts=prompts.txt out=pairs/style`."""
+"""Draws sets of images as a pair folder: `python -m dpo_sd.generate prompts=prompts.txt out=pairs/style`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,20 +16,18 @@ from omegaconf import DictConfig
 from dpo_sd.composition.application import entry_point
 from dpo_sd.data.prompts import read_prompts
 from dpo_sd.errors import UserError
-from dpo_sd.files.atomic import write_json
 from dpo_sd.files.hashes import sha256
 from dpo_sd.files.images import save_png
 from dpo_sd.lora.attaching import load_for_drawing
 from dpo_sd.lora.weighted import lora_name, parse_lora
 from dpo_sd.noise import image_seed
+from dpo_sd.preferences.drawn_with import read_record, write_record
 from dpo_sd.preferences.pair_folder import PAIRS, Pair, current, pair_id, read_pairs, write_pairs
 
 if TYPE_CHECKING:
     from dpo_sd.lora.weighted import WeightedLoRA
     from dpo_sd.models.sampling import Sampler
     from dpo_sd.models.stable_diffusion import StableDiffusion
-
-RECORD = "generate.json"  # how the pictures of a folder are drawn
 
 
 @entry_point("generate")
@@ -50,30 +48,32 @@ def main(cfg: DictConfig) -> None:
         **sampler.settings(),
     }
     check_same_folder(folder, made_by)
-    pictures = [
-        Picture(prompt, set_index, k, image_seed(cfg.seed, prompt, set_index, k))
-        for prompt in prompts
-        for set_index in range(cfg.num_sets)
-        for k in range(cfg.set_size)
-    ]
-    missing = [picture for picture in pictures if not (folder / picture.file).exists()]
-    print(f"{folder}: {len(prompts)} prompts, {len(pictures)} pictures, {len(pictures) - len(missing)} drawn before")
-    write_json(folder / RECORD, made_by)
+    images = planned(prompts, cfg.num_sets, cfg.set_size, cfg.seed)
+    missing = [image for image in images if not (folder / image.file).exists()]
+    print(f"{folder}: {len(prompts)} prompts, {len(images)} pictures, {len(images) - len(missing)} drawn before")
+    write_record(folder, made_by)
     try:
         if missing:
-            model = base.load(hardware.weights)
-            model.unet.to(hardware.device)
-            draw(model, loras, sampler, missing, folder, made_by)
+            from dpo_sd.models.ready import ready
+
+            draw(ready(base, hardware.device, hardware.weights), loras, sampler, missing, folder, made_by)
     except KeyboardInterrupt:
         print("stopped; the same command goes on")
         raise
     finally:
-        pairs = list_pairs(folder, pictures, made_by)
+        pairs = list_pairs(folder, images, made_by)
     print(f"{len(pairs)} pairs; choose the better pictures with\n  python -m dpo_sd.annotate pairs={folder}")
 
 
-class Picture(NamedTuple):
-    """One picture of a set of pictures of one prompt."""
+class SetImage(NamedTuple):
+    """An image of a set, all of one prompt.
+
+    Args:
+        prompt: the prompt.
+        set_index: number of the set among those of the prompt.
+        k: number of the image in its set.
+        seed: seed of its first noise.
+    """
 
     prompt: str
     set_index: int
@@ -87,29 +87,34 @@ class Picture(NamedTuple):
 
     @property
     def file(self) -> str:
-        """Where it lies in the pair folder."""
+        """Its path in the pair folder."""
         return f"images/{self.set_id}-{self.k}.png"
 
 
+def planned(prompts: Sequence[str], num_sets: int, set_size: int, seed: int) -> list[SetImage]:
+    """All images of all sets, set by set."""
+    return [
+        SetImage(prompt, set_index, k, image_seed(seed, prompt, set_index, k))
+        for prompt in prompts
+        for set_index in range(num_sets)
+        for k in range(set_size)
+    ]
+
+
 def check_same_folder(folder: Path, made_by: dict[str, Any]) -> None:
-    """Raises UserError when what the folder holds cannot be gone on with, naming the settings that differ."""
-    file = folder / RECORD
+    """Raises UserError, naming the settings that differ, if the folder was not drawn with these settings."""
     if not (folder / PAIRS).exists() and not any((folder / "images").rglob("*.png")):
         return
-    if not file.exists():
+    before = read_record(folder)
+    if before is None:
         raise UserError(f"{folder} holds pairs that this command did not draw: choose another folder with out=")
     if (folder / PAIRS).exists():
         read_pairs(folder)  # refused now, or it would be after the drawing
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-        same_keys = sorted(before) == sorted(made_by)
-        differing = [key for key in made_by if _identity(before, key) != _identity(made_by, key)] if same_keys else []
-        named = ", ".join(f"{key} (there {_named(before, key)!r}, here {_named(made_by, key)!r})" for key in differing)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({error}): choose another folder with out=") from error
-    if not same_keys:
-        raise UserError(f"{file} was written by another version of this program: choose another folder with out=")
+    if sorted(before) != sorted(made_by):
+        raise UserError(f"{folder} was drawn by another version of this program: choose another folder with out=")
+    differing = [key for key in made_by if _identity(before, key) != _identity(made_by, key)]
     if differing:
+        named = ", ".join(f"{key} (there {_named(before, key)!r}, here {_named(made_by, key)!r})" for key in differing)
         raise UserError(
             f"{folder} was drawn with other settings: {named}. Leave them as they were to go on with that folder, "
             "or choose another one with out="
@@ -129,33 +134,34 @@ def draw(
     model: StableDiffusion,
     loras: Sequence[WeightedLoRA],
     sampler: Sampler,
-    pictures: Sequence[Picture],
+    images: Sequence[SetImage],
     folder: Path,
     made_by: dict[str, Any],
 ) -> None:
-    """Draws the pictures, batch by batch, each with what it was drawn with in its text chunk."""
+    """Draws the images, batch by batch, and writes each with the settings that drew it in its text chunk."""
     from tqdm import tqdm
 
     for line in load_for_drawing(model, [(lora.path, lora.weight) for lora in loras]):
         print(f"lora    {line}")
-    for prompt in model.truncated(list(dict.fromkeys(picture.prompt for picture in pictures)))[:5]:
+    for prompt in model.truncated(list(dict.fromkeys(image.prompt for image in images)))[:5]:
         print(f"cut at the text encoder's limit: {prompt!r}")
     started = time.monotonic()
-    with tqdm(total=len(pictures), desc="drawing", unit="picture") as bar:
-        for start in range(0, len(pictures), sampler.batch_size):
-            batch = pictures[start : start + sampler.batch_size]
-            drawn = sampler.draw(model, [picture.prompt for picture in batch], [picture.seed for picture in batch])
-            for picture, image in zip(batch, drawn, strict=True):
-                text = {"prompt": picture.prompt, "seed": str(picture.seed), "dpo_sd": json.dumps(made_by)}
-                save_png(image, folder / picture.file, text)
+    # the UNet stays on its device between the batches
+    with model.working(model.unet), tqdm(total=len(images), desc="drawing", unit="picture") as bar:
+        for start in range(0, len(images), sampler.batch_size):
+            batch = images[start : start + sampler.batch_size]
+            drawn = sampler.draw(model, [image.prompt for image in batch], [image.seed for image in batch])
+            for image, pixels in zip(batch, drawn, strict=True):
+                text = {"prompt": image.prompt, "seed": str(image.seed), "dpo_sd": json.dumps(made_by)}
+                save_png(pixels, folder / image.file, text)
             bar.update(len(batch))
-    print(f"{len(pictures) / (time.monotonic() - started):.1f} pictures a second")
+    print(f"{len(images) / (time.monotonic() - started):.1f} pictures a second")
 
 
-def list_pairs(folder: Path, pictures: Sequence[Picture], made_by: dict[str, Any]) -> list[Pair]:
+def list_pairs(folder: Path, images: Sequence[SetImage], made_by: dict[str, Any]) -> list[Pair]:
     """Adds the pairs of the complete sets to pairs.jsonl, and returns all that it lists."""
     earlier = read_pairs(folder) if (folder / PAIRS).exists() else []
-    pairs = list({pair.pair_id: pair for pair in [*earlier, *listed(folder, pictures, made_by)]}.values())
+    pairs = list({pair.pair_id: pair for pair in [*earlier, *listed(folder, images, made_by)]}.values())
     if outdated := len(pairs) - len(current(pairs)):
         are = "pairs are" if outdated > 1 else "pair is"
         print(f"{outdated} {are} of pictures that have changed since, and listed anew beside the former ones")
@@ -164,38 +170,38 @@ def list_pairs(folder: Path, pictures: Sequence[Picture], made_by: dict[str, Any
     return pairs
 
 
-def listed(folder: Path, pictures: Sequence[Picture], made_by: dict[str, Any]) -> list[Pair]:
+def listed(folder: Path, images: Sequence[SetImage], made_by: dict[str, Any]) -> list[Pair]:
     """All pairs of the sets that are complete on disk; those of a larger set share a `ranking_id`."""
+    pairs = []
+    for _, group in itertools.groupby(images, key=lambda image: (image.prompt, image.set_index)):
+        members = list(group)
+        if all((folder / member.file).exists() for member in members):
+            pairs += pairs_of_set(folder, members, made_by)
+    return pairs
+
+
+def pairs_of_set(folder: Path, members: Sequence[SetImage], made_by: dict[str, Any]) -> Iterator[Pair]:
+    """Every two images of a set."""
     drawn_by = made_by["model"]
     for lora in made_by["loras"]:
         drawn_by += f" + {lora_name(Path(lora['path']))}" + (f":{lora['weight']:g}" if lora["weight"] != 1 else "")
     settings = {key: value for key, value in made_by.items() if key not in ("loras", "seed")}
-    pairs = []
-    for _, group in itertools.groupby(pictures, key=lambda picture: (picture.prompt, picture.set_index)):
-        members = list(group)
-        files = [folder / member.file for member in members]
-        if not all(file.exists() for file in files):
-            continue
-        uids = [sha256(file) for file in files]
-        ranking_id = members[0].set_id if len(members) > 2 else None
-        for a, b in itertools.combinations(range(len(members)), 2):
-            pairs.append(
-                Pair(
-                    pair_id=pair_id(members[a].prompt, uids[a], uids[b]),
-                    prompt=members[a].prompt,
-                    image_0=members[a].file,
-                    image_1=members[b].file,
-                    image_0_uid=uids[a],
-                    image_1_uid=uids[b],
-                    ranking_id=ranking_id,
-                    model_0=drawn_by,
-                    model_1=drawn_by,
-                    seed_0=members[a].seed,
-                    seed_1=members[b].seed,
-                    settings=settings,
-                )
-            )
-    return pairs
+    hashed = [(member, sha256(folder / member.file)) for member in members]
+    for (one, one_uid), (other, other_uid) in itertools.combinations(hashed, 2):
+        yield Pair(
+            pair_id=pair_id(one.prompt, one_uid, other_uid),
+            prompt=one.prompt,
+            image_0=one.file,
+            image_1=other.file,
+            image_0_uid=one_uid,
+            image_1_uid=other_uid,
+            ranking_id=one.set_id if len(members) > 2 else None,
+            model_0=drawn_by,
+            model_1=drawn_by,
+            seed_0=one.seed,
+            seed_1=other.seed,
+            settings=settings,
+        )
 
 
 if __name__ == "__main__":

@@ -187,20 +187,9 @@ def resumed(cfg: DictConfig, run: Path) -> str | None:
 
 def loaded(base: Any, hardware: Any, lora: Any, seed: int) -> StableDiffusion:
     """The model as the hardware is to have it, with its adapters."""
-    import torch
+    from dpo_sd.models.ready import ready
 
-    from dpo_sd.models import compilation
-
-    if hardware.accelerator == "cuda":
-        torch.cuda.set_device(hardware.device)  # which nf4 is quantised on
-    model = base.load(hardware.weights)
-    model.device = hardware.device
-    if hardware.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
-    if hardware.compile:
-        compilation.compile_blocks(model.unet)
-    for note in base.notes:
-        say(f"model   {note}")
+    model = ready(base, hardware.device, hardware.weights, hardware.gradient_checkpointing, hardware.compile, say)
     say(f"lora    {lora.attach(model, seed)}")
     return model
 
@@ -237,7 +226,7 @@ def reference_cache(
 
 def reference_notes(source: Source, init_from: str | None) -> Iterator[str]:
     """What is to be said where pairs were drawn with another LoRA than the training starts from."""
-    from dpo_sd.lora.reading import lora_digest
+    from dpo_sd.lora.finding import lora_digest
 
     drawn_with = source.drawn_with()
     if drawn_with is None:

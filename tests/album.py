@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from dpo_sd.data.batches import PreparedSamples
+from dpo_sd.models.families import FAMILIES
 from dpo_sd.models.stable_diffusion import Fingerprints, TextEmbeds
 
 
 class Album:
     """Stands for a StableDiffusion; `encoded` keeps the pixels that it was asked to encode, (n, 3, h, w) in [-1, 1]."""
 
-    name, resolution, factor, is_xl, max_tokens, device = "tiny", 64, 8, False, 77, "cpu"
+    name, family, resolution, factor, max_tokens, device = "tiny", FAMILIES["tiny"], 64, 8, 77, "cpu"
 
     def __init__(self, fingerprint: str = "base", arithmetic: str = "float32", networks: Any = None):
         self.fingerprint, self.fingerprints = fingerprint, Fingerprints(fingerprint, "vae", "text")

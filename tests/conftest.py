@@ -154,9 +154,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="session")
 def train(command: Callable[..., Ended], small: Callable[..., list[str]]) -> Callable[..., Ended]:
-    """`train(folder, *overrides, patch=f)`: that run, in a forked process."""
+    """`train(folder, *overrides, patch=f)`: that run, in a forked process; `without` leaves out small settings."""
 
-    def train(folder: Path, *overrides: str, **options: object) -> Ended:
-        return command(*small(folder, *overrides), **options)
+    def train(folder: Path, *overrides: str, without: tuple[str, ...] = (), **options: object) -> Ended:
+        arguments = [each for each in small(folder) if not each.startswith(without)] if without else small(folder)
+        return command(*arguments, *overrides, **options)
 
     return train

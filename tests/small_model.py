@@ -13,7 +13,7 @@ from dpo_sd.lora.adapters import adapter_state, load_adapter_state
 from dpo_sd.lora.attaching import LoRA
 from dpo_sd.lora.names import modules_of
 from dpo_sd.lora.weights import ATTENTION, LoRAWeights
-from dpo_sd.models.families import Family
+from dpo_sd.models.families import FamilyName
 from dpo_sd.models.skeletons import on_meta
 from dpo_sd.models.stable_diffusion import Fingerprints, StableDiffusion
 
@@ -51,7 +51,7 @@ def make_model(width: int = 32) -> StableDiffusion:
         network.eval().requires_grad_(False)
     nothing: Any = None
     scheduler = DDPMScheduler(steps_offset=1, clip_sample=False)
-    return StableDiffusion("tiny", unet, nothing, [encoder], [nothing], scheduler, Fingerprints("", "", ""))
+    return StableDiffusion("tiny", unet, nothing, [encoder], [nothing], scheduler, Fingerprints("", "", ""), "cpu")
 
 
 def predict(model: StableDiffusion) -> torch.Tensor:
@@ -80,7 +80,7 @@ def trained(lora: LoRA, model: StableDiffusion | None = None) -> StableDiffusion
     return model
 
 
-def ones(family: Family, *ends: str) -> LoRAWeights:
+def ones(family: FamilyName, *ends: str) -> LoRAWeights:
     """A LoRA of rank 2 and alpha 1 on all modules of a family, or on those whose names end so."""
     networks, state = (model := on_meta(family)).networks, {}
     modules = {name: inside for name, inside in modules_of(model).items() if not ends or name.endswith(ends)}

@@ -17,6 +17,7 @@ from uuid import uuid4
 import numpy as np
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
@@ -27,6 +28,7 @@ from dpo_sd.annotation.items import REPEAT_AFTER, implied, judgements, make_item
 from dpo_sd.annotation.summary import position_words, smoothing_override, smoothing_words, summarise, train_command
 from dpo_sd.errors import UserError
 from dpo_sd.files.hashes import read_sha256
+from dpo_sd.preferences.drawn_with import RECORD, write_record
 from dpo_sd.preferences.events import Event, flag, vote
 from dpo_sd.preferences.log import REFUSED
 from dpo_sd.preferences.outcome import standing
@@ -530,17 +532,25 @@ def test_a_habit_of_sides_is_only_claimed_when_there_are_votes_enough(pairs, lef
     assert words in position_words(summarise(pairs, events).together)
 
 
-@pytest.mark.parametrize("name", ["pairs/style", "my pairs", "a,b", "it's", "a=b [x]", "back\\'s", "end\\", "ü"])
-def test_the_train_command_survives_the_shell_and_hydra(tmp_path, name):
-    drawn_by = {"model": "tiny", "loras": [{"path": "outputs/style/2031-05-17_12-00-00"}]}
-    (tmp_path / "generate.json").write_text(json.dumps(drawn_by))
-    assert train_command(tmp_path).endswith(" lora.init_from=outputs/style/2031-05-17_12-00-00")
-    (tmp_path / "generate.json").write_text(json.dumps(drawn_by | {"model": "sdxl"}))
+def test_the_train_command_starts_from_what_drew_the_images(tmp_path):
+    drawn_by = {"model": "tiny", "loras": [{"path": "outputs/style/2031-05-17", "weight": 0.8, "sha256": "ab"}]}
+    write_record(tmp_path, drawn_by)
+    assert train_command(tmp_path).endswith(" lora.init_from=outputs/style/2031-05-17")
+    write_record(tmp_path, drawn_by | {"model": "sdxl"})
     assert " model=sdxl lora.init_from=" in train_command(tmp_path)
+    write_record(tmp_path, drawn_by | {"loras": drawn_by["loras"] * 2})
+    assert "lora.init_from" not in train_command(tmp_path)
+    (tmp_path / RECORD).write_text("of another program")
+    assert train_command(tmp_path).endswith(f" data.pairs={tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["pairs/style", "my pairs", "it's", "back\\'s", "end\\", "ü", "${seed}"])
+def test_the_train_command_survives_the_shell_and_hydra(name):
     words = shlex.split(train_command(Path(name)))
     assert words[:4] == ["python", "-m", "dpo_sd.train", "experiment=style_dpo"]
-    override = OverridesParser.create().parse_override(words[4])
-    assert (override.key_or_group, override.value()) == ("data.pairs", name)
+    setting = OverridesParser.create().parse_override(words[4])
+    composed = OmegaConf.create({setting.key_or_group: setting.value()})
+    assert composed["data.pairs"] == name
 
 
 # pages
@@ -640,4 +650,4 @@ def test_settings_out_of_range_are_refused(setting, message):
 def test_best_worst_needs_sets_of_four(tmp_path, pairs):
     write_pairs(tmp_path, pairs[:3])
     with pytest.raises(UserError, match="no complete sets of four"):
-        Person(mode="best_worst").annotate(tmp_path)
+        Person(mode="best_worst").annotate(tmp_path, None)

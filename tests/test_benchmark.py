@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
 import torch
+from conftest import run_forked
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from dpo_sd.benchmark import Bench, Case, adapted
+from dpo_sd import benchmark
+from dpo_sd.composition.application import entry_point
 from dpo_sd.composition.schema import CONF_DIR
+from dpo_sd.forecast.side_by_side import Case, PublicWay, table
 from dpo_sd.lora.adapters import adapter_state
 
 SMALL = Case("tiny", 64, 2, 2, 1)
@@ -22,14 +26,14 @@ def bench() -> Any:
     """`bench()`: a fresh one, always with the same weights."""
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         cfg = compose("benchmark", ["lora.rank=2"])
-    return lambda: Bench(SMALL, cfg)
+    return lambda: benchmark.bench(cfg, SMALL)
 
 
 def test_ours_and_the_bare_loop_train_to_the_same_weights(bench):
     trained = []
     for way in ("ours", "bare"):
         each = bench()
-        assert len(getattr(each, way)()) == SMALL.updates
+        assert len(each.ways[way]()) == SMALL.updates
         trained.append(torch.cat([v.flatten() for k, v in adapter_state(each.model).items() if "lora_B" in k]))
     assert trained[0].abs().max() > 1e-5
     # Adam's first steps turn the rounding of a vanishing gradient into a whole step
@@ -37,32 +41,27 @@ def test_ours_and_the_bare_loop_train_to_the_same_weights(bench):
 
 
 def test_the_public_way_leaves_our_networks_as_they_were_but_for_the_policy(bench):
-    from dpo_sd.benchmark import _PublicWay
-
     each = bench()
     before = {name: value.clone() for name, value in each.model.unet.named_parameters() if "lora_" not in name}
-    assert len(_PublicWay(each).updates()) == SMALL.updates
+    assert len(PublicWay(each).updates()) == SMALL.updates
     assert all(torch.equal(value, before[name]) for name, value in each.model.unet.named_parameters() if name in before)
 
 
-def test_a_way_that_runs_out_of_memory_is_none_and_the_others_are_told(bench, monkeypatch, capsys):
-    from dpo_sd import benchmark
-
-    def full(*_: Any) -> None:
+def test_a_way_that_runs_out_of_memory_is_none_and_the_others_are_told(bench):
+    def full() -> list[float]:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(benchmark._PublicWay, "updates", full)
-    rows = bench().compare() | {"memory_gib": {"planned": 1.0, "measured": 1.0}}
+    each = bench()
+    rows = each.compare({**each.ways, "public": full}) | {"memory_gib": {"planned": 1.0, "measured": 1.0}}
     assert rows["speedup_over_public"] is None and rows["public_s"] is None
     assert rows["step_over_bare_loop"]["median"] > 0
-    benchmark._print("small", rows)
-    assert "speedup_over_public       runs out of memory" in capsys.readouterr().out
+    assert "  speedup_over_public       runs out of memory" in table("small", rows)
 
 
 def test_a_case_takes_what_the_preset_says_of_its_model():
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         cfg = compose("benchmark", ["hardware=1x8gb", "model=tiny"])
-    hardware = instantiate(adapted(cfg, Case("sdxl", 1024, 1, 1, 1)).hardware)
+    hardware = instantiate(benchmark.adapted(cfg, Case("sdxl", 1024, 1, 1, 1)).hardware)
     assert (hardware.weights, hardware.gradient_checkpointing, hardware.micro_batch) == ("int8", True, 1)
 
 
@@ -71,15 +70,14 @@ def test_fine_tuning_has_no_reference_to_compare(command, tmp_path):
     assert ended.code == 1 and "the benchmark compares ways of Diffusion-DPO: use loss=dpo" in ended.err
 
 
-def test_the_table_holds_what_is_claimed_from_it(command, tmp_path):
+def test_the_table_holds_what_is_claimed_from_it(tmp_path):
     def small() -> None:
-        from dpo_sd import benchmark
+        sys.argv = ["benchmark", f"hydra.run.dir={tmp_path}/run", f"cache_dir={tmp_path}/cache"]
+        entry_point("benchmark")(lambda cfg: benchmark.run(cfg, [SMALL]))()
 
-        benchmark.CASES["cpu"] = [SMALL]
-
-    ended = command(f"hydra.run.dir={tmp_path}", f"cache_dir={tmp_path}/cache", patch=small, program="benchmark")
+    ended = run_forked(small, tmp_path)
     assert ended.code == 0, ended.err
-    results = json.loads((tmp_path / "benchmark.json").read_text())
+    results = json.loads((tmp_path / "run" / "benchmark.json").read_text())
     for name in ("step_over_bare_loop", "speedup_over_public", "speedup_cached_reference"):
         assert 0 < results[name]["low"] <= results[name]["median"] <= results[name]["high"]
     case = results[str(SMALL)]

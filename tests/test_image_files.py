@@ -32,6 +32,7 @@ from dpo_sd.data.usable import usable
 from dpo_sd.errors import UserError
 from dpo_sd.files.tensors import TensorStore, read_header
 from dpo_sd.models.base import Base
+from dpo_sd.models.families import FAMILIES
 from dpo_sd.models.stable_diffusion import Fingerprints, StableDiffusion, TextEmbeds, encode_bytes
 
 MIDDLE = (0.5, 0.5)
@@ -483,7 +484,7 @@ def test_turned_pictures_have_the_size_they_are_seen_at(model, tmp_path):
 class Pretender:
     """Stands for the model, with a VAE that does nothing."""
 
-    factor, resolution, is_xl, max_tokens, networks, text_encoders = 8, 64, False, 77, {}, []
+    factor, resolution, family, max_tokens, networks, text_encoders = 8, 64, FAMILIES["tiny"], 77, {}, []
     fingerprints, device, working = Fingerprints("model", "vae", "text"), "cpu", StableDiffusion.working
 
     def __init__(self, model: StableDiffusion):

@@ -38,7 +38,7 @@ def loop(command, tmp_path_factory) -> Path:
     run("experiment=style_sft", *SMALL, *few, f"hydra.run.dir={style}", f"cache_dir={folder}")
     prompts = ",".join(f"a large {colour} circle on a black background" for colour in ("red", "blue", "cyan", "pink"))
     run(f"loras={style}", f"prompts=[{prompts}]", "num_sets=2", "sampler.steps=2", f"out={pairs}", program="generate")
-    run(f"pairs={pairs}", "annotator=oracle", "annotator.style=outlined", program="annotate")
+    run(f"pairs={pairs}", "annotator=oracle", "judge.style=outlined", program="annotate")
     judged = ("judge=oracle", "judge.style=outlined", "callbacks.verdict.prompts=shapes:held_out")
     refined = (f"data.pairs={pairs}", f"lora.init_from={style}")
     run("experiment=style_dpo", *SMALL, *judged, *refined, f"hydra.run.dir={folder / 'dpo'}", f"cache_dir={folder}")

@@ -120,7 +120,7 @@ def test_importing_lora_costs_neither_torch_nor_diffusers() -> None:
 
 def test_checking_the_file_to_start_from_costs_neither_torch_nor_diffusers(start: Path) -> None:
     code = (
-        f"import sys; from dpo_sd.lora.adapters import LoRA; LoRA(init_from={str(start)!r}).check(); "
+        f"import sys; from dpo_sd.lora.attaching import LoRA; LoRA(init_from={str(start)!r}).check(); "
         "sys.exit(any(m in sys.modules for m in ('torch', 'diffusers', 'peft')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -18,10 +18,11 @@ from small_model import CONVOLUTIONS, FULL, TRANSFORMER, make_model, ones, outpu
 from dpo_sd.errors import UserError
 from dpo_sd.lora.adapters import weights_of
 from dpo_sd.lora.attaching import TEXT_ATTENTION, LoRA, load_for_drawing
-from dpo_sd.lora.reading import find_lora, lora_digest, read_lora
+from dpo_sd.lora.finding import find_lora, lora_digest
+from dpo_sd.lora.reading import read_lora
 from dpo_sd.lora.weights import ATTENTION, PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS_NAME, LoRAWeights
 from dpo_sd.lora.writing import save_diffusers, save_kohya, save_peft
-from dpo_sd.models.families import Family
+from dpo_sd.models.families import FamilyName
 from dpo_sd.models.skeletons import on_meta
 from dpo_sd.models.stable_diffusion import StableDiffusion
 
@@ -32,7 +33,7 @@ Q_PROJ = f"{LAYERS}.1.self_attn.q_proj"
 FORMS = ["diffusers", "kohya", "peft"]
 
 
-def save(lora: LoRAWeights, form: str, folder: Path, family: Family = "tiny") -> Path:
+def save(lora: LoRAWeights, form: str, folder: Path, family: FamilyName = "tiny") -> Path:
     if form == "kohya":
         return save_kohya(lora, folder / "style.safetensors", family)
     return (
@@ -150,7 +151,9 @@ def test_alphas_that_diffusers_would_misread_become_one_and_b_makes_up_for_it(tm
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
-def test_every_module_of_a_real_model_keeps_its_name_in_every_form(tmp_path: Path, family: Family, form: str) -> None:
+def test_every_module_of_a_real_model_keeps_its_name_in_every_form(
+    tmp_path: Path, family: FamilyName, form: str
+) -> None:
     lora = ones(family)
     assert same(read_lora(save(lora, form, tmp_path, family)), lora)
 
@@ -166,7 +169,7 @@ def test_every_module_of_a_real_model_keeps_its_name_in_every_form(tmp_path: Pat
     ],
 )
 def test_kohya_files_carry_the_metadata_that_other_tools_read(
-    tmp_path: Path, family: Family, prediction_type: Any, version: str, architecture: str
+    tmp_path: Path, family: FamilyName, prediction_type: Any, version: str, architecture: str
 ) -> None:
     lora = ones(family, "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
     path = save_kohya(

@@ -23,13 +23,13 @@ from dpo_sd.data.drawn import encode_images
 from dpo_sd.errors import UserError
 from dpo_sd.lora.attaching import LoRA
 from dpo_sd.models.base import Base
-from dpo_sd.models.families import REPOSITORIES, TINY, Family
-from dpo_sd.models.skeletons import skeleton
-from dpo_sd.models.stable_diffusion import Fingerprints, StableDiffusion, TextEmbeds, encode_bytes
+from dpo_sd.models.families import FAMILIES, TINY, FamilyName
+from dpo_sd.models.skeletons import on_meta
+from dpo_sd.models.stable_diffusion import StableDiffusion, TextEmbeds, encode_bytes
 
 PROMPTS = ["a small red circle on a blue background", "", "star", "Ünïcödé 漢字 🔴 مرحبا"]
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-FAMILIES: list[Family] = ["sd15", "sd21", "sdxl"]
+REAL: list[FamilyName] = ["sd15", "sd21", "sdxl"]
 
 
 @pytest.fixture(autouse=True)
@@ -159,32 +159,27 @@ def test_the_pipeline_shares_the_parts(model, twin, family):
 # ------------------------------------------------------------------------------------------------------------- families
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", REAL)
 def test_networks_at_their_real_shapes_take_a_lora_and_a_step(family):
     """Full depth and width, without weights: what a step is given and gives back, in shapes."""
-    with torch.device("meta"):
-        parts = skeleton(family)
-    encoders = [parts[name] for name in ("text_encoder", "text_encoder_2") if name in parts]
-    nothing = Fingerprints("", "", "")
-    model = StableDiffusion(family, parts["unet"], parts["vae"], encoders, [], parts["scheduler"], nothing)
+    model = on_meta(family)
     width = {"sd15": 768, "sd21": 1024, "sdxl": 2048}[family]
     resolution = {"sd15": 512, "sd21": 768, "sdxl": 1024}[family]
     parameters = {"sd15": 859_520_964, "sd21": 865_910_724, "sdxl": 2_567_463_684}[family]
     assert sum(parameter.numel() for parameter in model.unet.parameters()) == parameters
-    assert (model.resolution, model.factor, model.is_xl) == (resolution, 8, family == "sdxl")
+    assert (model.resolution, model.family.resolution, model.factor) == (resolution, resolution, 8)
     assert model.prediction_type == ("v_prediction" if family == "sd21" else "epsilon")
     LoRA(rank=4).attach(model)
     side = resolution // 8
     with torch.device("meta"):
-        told = {"text_embeds": torch.zeros(2, 1280), "time_ids": torch.zeros(2, 6)} if model.is_xl else None
+        added = model.added(torch.zeros(2, 1280), torch.zeros(2, 6))
         given = torch.zeros(2, 4, side, side), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 77, width)
-        assert model.unet(*given, added_cond_kwargs=told).sample.shape == (2, 4, side, side)
+        assert model.unet(*given, added_cond_kwargs=added).sample.shape == (2, 4, side, side)
         assert model.encode_pixels(torch.zeros(1, 3, resolution, resolution)).shape == (1, 4, side, side)
-        states = [
-            encoder(torch.zeros(1, 77, dtype=torch.int64), output_hidden_states=True).hidden_states[-2]
-            for encoder in encoders
-        ]
-    assert sum(state.shape[-1] for state in states) == width
+        embeds = model.embed(["a prompt"])
+    assert embeds.hidden.shape == (1, *model.hidden_shape) == (1, 77, width)
+    assert (None if embeds.pooled is None else embeds.pooled.shape[1]) == model.pooled_width
+    assert model.pooled_width == (1280 if family == "sdxl" else None)
 
 
 def test_the_twin_of_sd2_predicts_velocity_on_a_schedule_that_ends_in_pure_noise(twin):
@@ -573,14 +568,16 @@ def unreachable(tmp_path) -> Any:
 def test_a_repository_that_cannot_be_reached_is_one_line_in_seconds(unreachable, offline, settings):
     message, seconds = unreachable(lambda: Base("sd15", **settings).load(), offline)
     why = "HF_HUB_OFFLINE is set" if offline else "the Hub cannot be reached"
-    assert message.startswith(f"{REPOSITORIES['sd15']} is not on this computer and {why}: fetch it once with a network")
+    assert message.startswith(
+        f"{FAMILIES['sd15'].repository} is not on this computer and {why}: fetch it once with a network"
+    )
     assert seconds < 20
 
 
 @pytest.mark.parametrize("offline", [True, False])
 def test_settings_and_vaes_that_cannot_be_reached_are_one_line_too(unreachable, single_file, offline):
     settings, _ = unreachable(lambda: Base("sd15", str(single_file("sd15").file)).load(), offline)
-    assert settings.startswith(f"{REPOSITORIES['sd15']} is not on this computer")
+    assert settings.startswith(f"{FAMILIES['sd15'].repository} is not on this computer")
     vae, _ = unreachable(lambda: Base(vae="madebyollin/sdxl-vae-fp16-fix").load(), offline)
     assert vae.startswith("madebyollin/sdxl-vae-fp16-fix is not on this computer")
 

@@ -291,3 +291,22 @@ def test_an_oracle_of_a_style_reads_pictures_in_it_and_scores_it_too():
     flat = [render(replace(scene, style="flat")) for scene in scenes]
     assert min(likes_style.scores(pictures, prompts)) > max(likes_style.scores(flat, prompts))
     assert likes_style.name == "oracle: style, in the outlined style"
+
+
+def test_only_what_all_captions_ask_for_is_a_property():
+    image = render(Scene(*RED_CIRCLE, radius=12))
+    properties = Oracle().properties([image, image], [caption(RED_CIRCLE), "a red circle"])
+    assert list(properties) == ["shape", "colour", "clean", "overall", "faithful"]
+
+
+@pytest.mark.parametrize(
+    ("size", "prompts", "message"),
+    [
+        ((128, 64), [caption(RED_CIRCLE)], "64x64 pixels, got 128x64: use judge=none, or a judge for such pictures"),
+        ((64, 64), [caption(RED_CIRCLE), "a red fox"], "'a red fox' names no shape"),
+    ],
+)
+def test_the_oracle_refuses_what_it_cannot_measure_before_it_has_to(size, prompts, message):
+    with pytest.raises(UserError, match=message):
+        Oracle().check(size, prompts)
+    Oracle().check((64, 64), prompts[:1])

@@ -540,7 +540,8 @@ def writer(folder: Path, work: str) -> subprocess.Popen[str]:
     """A process with an open `log` of the folder, its first `pair`, and work to do."""
     start = (
         "import sys\n"
-        "from dpo_sd.preferences.log import EventLog, vote\n"
+        "from dpo_sd.preferences.events import vote\n"
+        "from dpo_sd.preferences.log import EventLog\n"
         f"log = EventLog({str(folder)!r})\n"
         "pair = next(iter(log.pairs.values()))\n"
     )

@@ -46,11 +46,11 @@ def test_what_the_command_line_sets_anew_is_not_replayed(finished_run):
     assert [argument for argument in resumed if argument.startswith("hydra")] == ["hydra.run.dir=elsewhere"]
 
 
-def test_resuming_a_resumed_command_line_changes_nothing(finished_run, monkeypatch):
+@pytest.mark.parametrize("name", ["plain", "it's a=run", "end\\", "back\\'s", "${seed}", "null"])
+def test_resuming_a_resumed_command_line_changes_nothing(finished_run, monkeypatch, name):
     # the processes of DDP are started with the rewritten command line
     monkeypatch.chdir(finished_run.parent)
-    plain = finished_run.rename("plain")
-    resumed = resume_arguments([f"resume={plain}"])
+    resumed = resume_arguments([f"resume={finished_run.rename(finished_run.parent / name)}"])
     assert resume_arguments(resumed) == resumed
 
 

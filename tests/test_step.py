@@ -419,7 +419,7 @@ def test_a_family_at_its_real_shape_makes_a_step_that_gives_its_lora_gradients(f
     model = on_meta(family)
     LoRA(rank=2).attach(model)
     module = DiffusionModule(model, DiffusionDPOLoss(2000.0, min_snr_gamma=5.0), AdamW(), max_steps=10)
-    side, pooled = model.latent_size, (1, 1280) if model.is_xl else None
+    side, pooled = model.latent_size, (1, 1280) if family == "sdxl" else None
     with torch.device("meta"):
         latents, ids, one = torch.zeros(1, 4, side, side), torch.zeros(1, 6), torch.zeros(1)
         embeds = TextEmbeds(torch.zeros(1, 77, width), None if pooled is None else torch.zeros(pooled))

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from dpo_sd.annotation.annotator import Annotator
 from dpo_sd.annotation.items import Mode
 from dpo_sd.errors import UserError
 
@@ -20,24 +21,25 @@ if TYPE_CHECKING:
     from starlette.routing import Route
 
     from dpo_sd.annotation.desk import Desk
+    from dpo_sd.judges.judge import Judge
 
 log = logging.getLogger(__name__)
 
 
-class Person:
-    """Annotation by people, in a browser.
+class Person(Annotator):
+    """People, who vote in a browser.
 
     Args:
-        name: of who annotates, to begin with; the page lets it be changed. None takes the login name.
+        name: whose votes they are at first; it can be changed on the page. None takes the login name.
         mode: "pairs", or "best_worst" for sets of four.
         repeats: share of the items that come back with the sides swapped, in [0, 1].
-        port: of the server, in [1, 65535].
-        address: that the server listens on.
-        allow_remote: lets `address` be one that other computers reach; whoever reaches it can read and vote.
-        browser: opens a browser window.
+        port: port that the server listens on, in [1, 65535].
+        address: address that the server listens on.
+        allow_remote: allows an `address` that other computers reach; whoever reaches it can read and vote.
+        browser: whether a browser window is opened.
 
     Raises:
-        UserError: when a value is out of range or `address` is not of this computer alone.
+        UserError: if a value is out of range, or other computers reach `address` without `allow_remote`.
     """
 
     def __init__(
@@ -68,12 +70,14 @@ class Person:
         self.address = address
         self.browser = browser
 
-    def annotate(self, folder: Path) -> None:
+    def annotate(self, folder: Path, judge: Judge | None) -> None:
         """Serves the app until it is stopped; every vote is on the disk when the page says so.
 
         Raises:
-            UserError: when the folder cannot be annotated or the port is taken.
+            UserError: if there is a judge, the folder cannot be annotated or the port is taken.
         """
+        if judge is not None:
+            raise UserError(f"people vote without a judge, but {judge.name!r} is given: leave out judge")
         from dpo_sd.annotation.desk import Desk
 
         desk = Desk(folder, self.repeats)

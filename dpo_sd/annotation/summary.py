@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shlex
 import statistics
 from collections import Counter, defaultdict
@@ -13,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dpo_sd.errors import override
+from dpo_sd.models.families import SHIPPED
+from dpo_sd.preferences.drawn_with import drawn_with
 from dpo_sd.preferences.events import Event
 from dpo_sd.preferences.outcome import Preference, counting, fold, standing
 from dpo_sd.preferences.pair_folder import Pair
@@ -184,22 +185,12 @@ def smoothing_override(who: Annotator) -> str | None:
 
 
 def train_command(folder: Path) -> str:
-    """The command that trains on the preferences of a folder: the model that drew its images, from its LoRA if it had
-    one."""
-    words = ["python", "-m", "dpo_sd.train", "experiment=style_dpo", _override("data.pairs", str(folder))]
-    try:
-        made_by = json.loads((folder / "generate.json").read_text(encoding="utf-8"))
-        if made_by["model"] != "tiny":  # which the experiment has
-            words.append(_override("model", made_by["model"]))
-        if len(made_by["loras"]) == 1:
-            words.append(_override("lora.init_from", made_by["loras"][0]["path"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # the images came from elsewhere
+    """The shell command that trains on the preferences of a folder: with the model that drew its images, from the LoRA
+    that did."""
+    words = ["python", "-m", "dpo_sd.train", "experiment=style_dpo", override("data.pairs", str(folder))]
+    made_by = drawn_with(folder)
+    if made_by and made_by["model"] != SHIPPED:  # which the experiment has
+        words.append(override("model", made_by["model"]))
+    if made_by and len(made_by["loras"]) == 1:
+        words.append(override("lora.init_from", made_by["loras"][0]["path"]))
     return shlex.join(words)
-
-
-def _override(key: str, value: str) -> str:
-    if re.fullmatch(r"[\w/.~-]+( [\w/.~-]+)*", value, re.ASCII):
-        return f"{key}={value}"
-    # other characters mean something to Hydra; in quotes only the quote itself does, and backslashes before it
-    return f"{key}='" + re.sub(r"(\\*)('|$)", r"\1\1\2", value).replace("'", r"\'") + "'"

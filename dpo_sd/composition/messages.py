@@ -69,7 +69,11 @@ def unknown_setting(full_key: str, siblings: Iterable[Any], root: Any) -> str:
     if not parent:
         siblings += [group for group in groups() if group not in siblings]
     hint = nearest(key, siblings, f"{parent}." if parent else "")
-    owners = [name for name, target in targets().items() if name.startswith(f"{parent}/") and key in _settings(target)]
+    owners = [
+        name
+        for name, target in targets().items()
+        if name.startswith(f"{parent}/") and key in settings_of(schema(target))
+    ]
     if owners:
         hint = f"; it belongs to {' and '.join(owners).replace('/', '=')}"
     if not hint:  # perhaps it only lacks its group
@@ -83,14 +87,6 @@ def unknown_setting(full_key: str, siblings: Iterable[Any], root: Any) -> str:
 def settings_of(kind: Any) -> dict[str, Field[Any]]:
     """Fields of a schema by name; none for a node without a schema."""
     return {each.name: each for each in fields(kind)} if is_dataclass(kind) else {}
-
-
-def _settings(target: str) -> dict[str, Field[Any]]:
-    """Fields of a class's schema; none where its source cannot be read, as of a broken option beside the chosen one."""
-    try:
-        return settings_of(schema(target))
-    except UserError:
-        return {}
 
 
 def _paths(node: Any, prefix: str = "") -> Iterator[str]:

@@ -12,13 +12,15 @@ from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dpo_sd.composition.schema import CONF_DIR, source, typed
+from dpo_sd.composition.schema import CONF_DIR, is_readable, typed
 from dpo_sd.errors import UserError
 
 CONTRACTS: dict[str, str] = {  # base classes of what the groups compose; a class of the user's own has them too
     "loss": "dpo_sd.losses.Loss",
+    "data": "dpo_sd.data.source.Source",
+    "annotator": "dpo_sd.annotation.annotator.Annotator",
     "judge": "dpo_sd.judges.judge.Judge",
     "callbacks": "dpo_sd.callbacks.watcher.Watcher",
 }
@@ -37,7 +39,12 @@ class TypedFiles(FileConfigSource):
         group = config_path.partition("/")[0] if "/" in config_path else ""
         if group not in ("experiment", "sweep", "hydra"):  # which only say what differs
             try:
-                result.config = typed(result.config, CONTRACTS.get(group))
+                config: Any = result.config
+                defaults = config.pop("defaults", None)  # no setting of the class
+                result.config = config = typed(config, CONTRACTS.get(group))
+                if defaults is not None:
+                    with open_dict(config):
+                        config["defaults"] = defaults
             except UserError as error:
                 raise UserError(f"{Path(self.path) / config_path}.yaml: {error}") from error
         if group in CONTRACTS and result.config and not _chooses(result.config):
@@ -49,7 +56,7 @@ class TypedFiles(FileConfigSource):
 
 def _chooses(config: Any) -> bool:
     """Whether an option says which class it sets, under a name of its own where it is a callback, or by an option."""
-    nodes = [config, *(node for node in config.values() if isinstance(node, DictConfig))]
+    nodes = [config, *(node for node in map(config._get_node, config) if isinstance(node, DictConfig))]
     return "defaults" in config or any("_target_" in node for node in nodes)
 
 
@@ -63,7 +70,7 @@ def register_files() -> None:
 def own_flags(arguments: list[str]) -> dict[str, str]:
     """The flags of a command line that say where options of the user's own lie, with their values."""
     found = {}
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         flag, equals, value = argument.partition("=")
         if name := {"-cd": "--config-dir", "-cn": "--config-name"}.get(flag, flag if flag in _FLAGS else ""):
             found[name] = value if equals else following
@@ -96,7 +103,7 @@ def targets() -> dict[str, str]:
     found: dict[str, str] = {}
     for folder in folders():
         for path in sorted(folder.glob("*/*.yaml")):
-            if (target := _target_in(path)) and source(target.rpartition(".")[0]) is not None:
+            if (target := _target_in(path)) and is_readable(target):
                 found[f"{path.parent.name}/{path.stem}"] = target
     return found
 

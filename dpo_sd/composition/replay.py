@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
 from dpo_sd.composition.options import own_flags
-from dpo_sd.errors import UserError
+from dpo_sd.errors import UserError, override
 
 
 def resume_arguments(arguments: list[str]) -> list[str]:
@@ -22,7 +25,7 @@ def resume_arguments(arguments: list[str]) -> list[str]:
             sweep.
     """
     given = {_key(argument): argument for argument in arguments}
-    value = given.get("resume", "=null").partition("=")[2].strip("'\"")
+    value = _value(given.get("resume", "resume=null"))
     if value == "null":
         return arguments
     if not value:
@@ -38,7 +41,7 @@ def resume_arguments(arguments: list[str]) -> list[str]:
     try:
         record = json.loads((run / "run.json").read_text("utf-8"))
         overrides, command = record["overrides"], record.get("command", [])
-        if not all(isinstance(override, str) and not override.startswith("-") for override in [*overrides]):
+        if not all(isinstance(setting, str) and not setting.startswith("-") for setting in [*overrides]):
             raise TypeError
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"resume={value}: {run / 'run.json'} is damaged, it does not list the overrides") from error
@@ -48,13 +51,13 @@ def resume_arguments(arguments: list[str]) -> list[str]:
         flags = " ".join(f"{flag} {own[flag]}" for flag in lacking)
         raise UserError(f"resume={value}: that run has options of the user's own: add {flags}")
     # of the sweep that the run was part of, only the run goes on
-    replayed = {_key(override): override for override in overrides if _key(override) not in {*given, "sweep", "resume"}}
-    for key, override in replayed.items():
-        if key.startswith("hydra") or "_target_" in override:  # a file may not choose what is executed
-            raise UserError(f"resume={value}: run.json sets {override}: say that on the command line yourself")
-    folder = [] if "hydra.run.dir" in given else [f"hydra.run.dir={_quoted(run)}"]
+    replayed = {_key(setting): setting for setting in overrides if _key(setting) not in {*given, "sweep", "resume"}}
+    for key, setting in replayed.items():
+        if key.startswith("hydra") or "_target_" in setting:  # a file may not choose what is executed
+            raise UserError(f"resume={value}: run.json sets {setting}: say that on the command line yourself")
+    folder = [] if "hydra.run.dir" in given else [override("hydra.run.dir", str(run))]
     at = arguments.index(given["resume"])
-    whence = f"resume={_quoted(path if path.is_file() else run)}"  # a folder inside the run means the run
+    whence = override("resume", str(path if path.is_file() else run))  # a folder inside the run means the run
     return [*arguments[:at], *replayed.values(), *folder, whence, *arguments[at + 1 :]]
 
 
@@ -62,6 +65,9 @@ def _key(argument: str) -> str:
     return argument.partition("=")[0].lstrip("+~")
 
 
-def _quoted(path: Path) -> str:
-    """The path as a value for Hydra, which would stumble over the = of step=000200.ckpt."""
-    return "'" + str(path).replace("'", r"\'") + "'"
+def _value(argument: str) -> str:
+    """The text after the =, as Hydra reads it where it is in quotes; without them step=000200.ckpt would stop Hydra."""
+    text = argument.partition("=")[2]
+    if text[:1] not in ("'", '"'):
+        return text
+    return str(OmegaConf.create({"value": OverridesParser.create().parse_override(argument).value()}).value)

@@ -63,6 +63,7 @@ class Annotate:
     merge: list[str] = field(default_factory=list)
     export: str | None = MISSING
     annotator: Any = MISSING
+    judge: Any = field(default_factory=dict)
 
 
 @dataclass

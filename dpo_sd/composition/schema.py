@@ -16,7 +16,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Optional, Union, get_args, get_origin
 
-from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from dpo_sd.errors import UserError
 
@@ -99,11 +99,7 @@ def typed(node: Any, contract: str | None = None) -> Any:
     target = node.get("_target_")
     if isinstance(target, str) and _is_to_be_typed(target, contract):
         structured = OmegaConf.structured(schema(target))
-        merged: Any = OmegaConf.merge(structured, {key: node._get_node(key) for key in node if key != "defaults"})
-        if "defaults" in node:  # for Hydra, which takes it out
-            with open_dict(merged):
-                merged.defaults = node.defaults
-        return merged
+        return OmegaConf.merge(structured, {key: node._get_node(key) for key in node})
     for key in node:
         child = node._get_node(key)
         if isinstance(child, DictConfig):
@@ -120,6 +116,14 @@ def _is_to_be_typed(target: str, contract: str | None) -> bool:
             f"_target_={target} cannot be used here: its class must have the base class {base[2]} of {base[0]}"
         )
     return True
+
+
+def is_readable(target: str) -> bool:
+    """Whether the source of a class can be found: not that of a library's, nor of one that is not there."""
+    try:
+        return next(_lineage(target), None) is not None
+    except UserError:
+        return False
 
 
 def is_a(target: str, contract: str) -> bool:

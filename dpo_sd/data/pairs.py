@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from dpo_sd.data.source import checked_dropout
 from dpo_sd.data.splitting import Split, check_validation, split
 from dpo_sd.data.usable import left_out, usable
 from dpo_sd.errors import UserError
+from dpo_sd.preferences.drawn_with import drawn_with
 from dpo_sd.preferences.outcome import Preference
 from dpo_sd.preferences.pair_folder import image_file, is_uid
 from dpo_sd.preferences.reading import read_preferences
@@ -92,11 +92,9 @@ class Pairs(FileSource):
         return split(found.samples.without(changed), self.validation, self.seed, report)
 
     def drawn_with(self) -> list[dict[str, Any]] | None:
-        try:
-            record = json.loads((self.folder / "generate.json").read_text(encoding="utf-8"))
-            return [{key: lora[key] for key in ("path", "weight", "sha256")} for lora in record["loras"]]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        """The LoRAs that drew the pictures: path, weight and sha256 of each; None where they come from elsewhere."""
+        record = drawn_with(self.folder)
+        return None if record is None else record["loras"]
 
 
 class _Inside:

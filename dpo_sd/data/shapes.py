@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dpo_sd.annotation.simulated import SimulatedAnnotator
 from dpo_sd.data.cache import Cache
 from dpo_sd.data.drawn import encode_drawn
 from dpo_sd.data.source import Found, PreparedData, Source, checked_dropout
@@ -12,7 +13,6 @@ from dpo_sd.data.texts import too_long
 from dpo_sd.errors import UserError
 from dpo_sd.lora.adapters import adapter_key, reference
 from dpo_sd.noise import generator, image_seed, sample_id
-from dpo_sd.shapes.annotator import SimulatedAnnotator
 from dpo_sd.shapes.captions import split_prompts
 from dpo_sd.shapes.scenes import RESOLUTION, STYLES
 

@@ -32,7 +32,7 @@ def encode_texts(
 
     if cache.keep != "all":
         return Prompts(texts, np.asarray(rows), None), []
-    stores = [cache.store("hidden"), cache.store("pooled")] if model.is_xl else [cache.store("hidden")]
+    stores = [cache.store("hidden"), *([cache.store("pooled")] if model.family.pooled else [])]
     wanted = [*texts, ""]
     encoder = [model.fingerprints.text, adapter_key(model, "policy", "text_encoder")]  # a LoRA may change it too
     keys = [content_key(kind="text 1", encoder=encoder, text=text) for text in wanted]

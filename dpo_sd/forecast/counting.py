@@ -1,9 +1,9 @@
-"""Bytes alive and floating-point operations of passes on the `meta` device."""
+"""Bytes alive and floating-point operations of passes on the `meta` device, whose tensors have shapes and no bytes."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
@@ -12,26 +12,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from dpo_sd.forecast.units import GIB
 from dpo_sd.models import quantization
 
-GIB = 2**30
-CONTEXT = GIB // 2  # CUDA itself and the workspaces of cuBLAS: assumed, not measured
-SPARE = 0.1  # of what comes and goes: gaps that the allocator cannot close, workspaces of cuDNN; assumed
-OWNED = 0.95  # of what a card is sold with, what its programs get; assumed
-ROUND = 512  # bytes that CUDA's allocator rounds up to
+CONTEXT = GIB // 2  # bytes of CUDA itself and the workspaces of cuBLAS: assumed, not measured
+SPARE = 0.1  # share of what passes: gaps that the allocator cannot close, workspaces of cuDNN; assumed
+OWNED = 0.95  # share of a card's nominal memory that its programs get; assumed
+ROUND = 512  # CUDA's allocator rounds every tensor up to a multiple of so many bytes
 
 
 class Phase(NamedTuple):
-    """One thing that a run does.
+    """One thing that a run does on the card, with the memory it takes.
 
     Args:
-        name: of it.
-        stays: bytes of what is on the card all the while: weights, adapters, gradients, optimiser state.
-        passes: bytes of what else there is at its peak.
-        flops: its floating-point operations, two for a multiplication and its addition.
+        name: as the table of the plan shows it, such as "update: backward".
+        stays: bytes on the card all the while: weights, adapters, gradients, optimiser state.
+        passes: bytes beyond these at the phase's peak.
+        flops: floating-point operations; a multiplication and its addition are two.
     """
 
     name: str
@@ -45,33 +45,15 @@ class Phase(NamedTuple):
 
     @property
     def needs(self) -> int:
-        """Bytes that the card must have for it: the peak, the allocator's gaps and CUDA itself."""
+        """Bytes that the card must have: the peak, the allocator's gaps and CUDA itself."""
         return round(self.peak + SPARE * self.passes + CONTEXT)
 
 
-class Operations(NamedTuple):
-    """Floating-point operations for a pair, or a picture of a loss without pairs.
-
-    Args:
-        policy: its forward and backward pass, with what checkpointing computes again.
-        reference: the forward pass of the reference; 0 for a loss without pairs.
-        forward: the forward pass of the policy alone.
-        encoding: of its pictures by the VAE.
-        text: of its prompt by the text encoders.
-    """
-
-    policy: float
-    reference: float
-    forward: float
-    encoding: float
-    text: float
-
-
 class Alive(TorchDispatchMode):
-    """Inside, counts the bytes of the tensors that are alive, and floating-point operations as PyTorch does.
+    """Context that counts the bytes of living tensors, and floating-point operations as PyTorch counts them.
 
     Args:
-        tensors: that are there already.
+        tensors: those that are there already.
     """
 
     def __init__(self, tensors: Iterable[Tensor] = ()):
@@ -83,17 +65,17 @@ class Alive(TorchDispatchMode):
         self.stays = self.now
 
     def phase(self, name: str) -> Phase:
-        """What was counted since the last call."""
+        """The peak and the operations since the last call, as a phase of that name."""
         phase = Phase(name, self.stays, self.peak - self.stays, self.flops)
         self.peak, self.flops = self.now, 0
         return phase
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = storage._cdata  # one for a tensor and all views of it
         if key in self._storages:
             return
-        size = -(-storage.nbytes() // ROUND) * ROUND
+        size = -(-storage.nbytes() // ROUND) * ROUND  # the next multiple of ROUND
 
         def freed(_: Any) -> None:
             self.now -= size
@@ -104,8 +86,8 @@ class Alive(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        result = _remembered(func, args, kwargs or {})
+        for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf)
         if count := flop_registry.get(func.overloadpacket):
@@ -113,36 +95,98 @@ class Alive(TorchDispatchMode):
         return result
 
 
+# ------------------------------------------------------------------------------------------------- operations on `meta`
+
+Form = tuple[torch.Size, tuple[int, ...], torch.dtype]  # all that a tensor on `meta` is: its shape, strides and type
+_RESULTS: dict[Any, list[Form] | None] = {}  # forms of the results by operation and arguments; None where they alias
+
+
+def _remembered(func: Any, args: Any, kwargs: Any) -> Any:
+    """Result of an operation; on `meta` new tensors of the form that it had before.
+
+    PyTorch works out the form of most results on `meta` in Python, which takes most of the time of a forecast, while
+    the blocks of a network repeat the same few thousand operations.
+    """
+    inputs: list[Tensor] = []
+    try:
+        key = (func, _key(args, inputs), _key(tuple(kwargs.items()), inputs))
+        known = _RESULTS.get(key, ())
+    except TypeError:  # an argument that is not hashable
+        return func(*args, **kwargs)
+    if not inputs or not all(tensor.is_meta for tensor in inputs):
+        return func(*args, **kwargs)
+    if known:
+        new = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in known]
+        return new[0] if len(new) == 1 else tuple(new)
+    result = func(*args, **kwargs)
+    if known is not None:
+        _RESULTS[key] = _forms(func, inputs, result)
+    return result
+
+
+def _key(value: Any, inputs: list[Tensor]) -> Any:
+    """A hashable twin of arguments, in which tensors are their forms; the tensors are appended to `inputs`."""
+    if isinstance(value, Tensor):
+        inputs.append(value)
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, tuple | list):
+        return tuple(_key(item, inputs) for item in value)
+    return type(value), value  # 1, 1.0 and True are equal, but promote types differently
+
+
+def _forms(func: Any, inputs: list[Tensor], result: Any) -> list[Form] | None:
+    """Forms of the tensors that an operation returns; None where they are not all new, whole and on `meta`."""
+    tensors = [result] if isinstance(result, Tensor) else list(result) if isinstance(result, tuple) else []
+    if not tensors or func._schema.is_mutable or not all(isinstance(each, Tensor) and each.is_meta for each in tensors):
+        return None
+    storages = [tensor.untyped_storage() for tensor in (*inputs, *tensors)]
+    for tensor in tensors:
+        alone = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        shared = sum(tensor.untyped_storage()._cdata == storage._cdata for storage in storages) > 1
+        if shared or tensor.storage_offset() or alone.untyped_storage().nbytes() != tensor.untyped_storage().nbytes():
+            return None
+    return [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
+
+
 @contextmanager
 def kernels(half: torch.dtype | None, accelerator: str) -> Iterator[None]:
-    """Inside, the `meta` device computes as the accelerator does: fused attention, and autocast's precisions.
+    """Context in which the `meta` device allocates what the accelerator's kernels and autocast would allocate.
 
-    Functions are replaced, because autocast knows no `meta` device and what backward passes compute again is hidden
-    from `TorchFunctionMode`.
+    The functions of `torch.nn.functional` are replaced, because autocast knows no `meta` device and what backward
+    passes compute again is hidden from `TorchFunctionMode`: attention by the fused kernel, which never holds its
+    (tokens, tokens) matrix; products by ones that first cast to `half`; norms on CUDA by ones that cast to float32.
 
     Args:
-        half: of autocast; None computes in the precision of the inputs.
+        half: precision of autocast; None computes in the precision of the inputs.
+        accelerator: "cpu" or "cuda"; autocast on the CPU leaves the norms as they are.
     """
-
-    def cast(function: Any, dtype: torch.dtype) -> Any:
-        def casting(*args: Any, **kwargs: Any) -> Any:
-            to = lambda t: t.to(dtype) if t.is_floating_point() else t  # noqa: E731
-            return function(*tree_map_only(torch.Tensor, to, args), **tree_map_only(torch.Tensor, to, kwargs))
-
-        return casting
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        if half is not None:
-            query, key, value = (tensor.to(half) for tensor in (query, key, value))
-        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
-
-    replaced: dict[str, Any] = {"scaled_dot_product_attention": attention}
+    replaced: dict[str, Any] = {"scaled_dot_product_attention": _fused_attention(half)}
     if half is not None:
-        replaced |= {name: cast(getattr(F, name), half) for name in ("linear", "conv2d")}
-        if accelerator == "cuda":  # autocast on the CPU leaves the norms as they are
-            replaced |= {name: cast(getattr(F, name), torch.float32) for name in ("group_norm", "layer_norm")}
+        replaced |= {name: _casting(getattr(F, name), half) for name in ("linear", "conv2d")}
+        if accelerator == "cuda":
+            replaced |= {name: _casting(getattr(F, name), torch.float32) for name in ("group_norm", "layer_norm")}
     with ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(F, **replaced))
         if half is not None:
             stack.enter_context(mock.patch.object(quantization, "arithmetic", lambda x: half))
         yield
+
+
+def _casting(function: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def casting(*args: Any, **kwargs: Any) -> Any:
+        return function(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+
+    return casting
+
+
+def _fused_attention(half: torch.dtype | None) -> Callable[..., Tensor]:
+    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        if half is not None:
+            query, key, value = (tensor.to(half) for tensor in (query, key, value))
+        # the kernel returns the output first, then what its backward pass reads
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+    return attention

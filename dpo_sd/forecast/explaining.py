@@ -1,21 +1,20 @@
-"""Running out of memory, explained."""
+"""Running out of memory, explained with the nearest settings that take less."""
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 
 from dpo_sd.errors import UserError
 from dpo_sd.forecast.counting import CONTEXT
+from dpo_sd.forecast.fitting import nearest, overrides
+from dpo_sd.forecast.phases import Forecast
+from dpo_sd.forecast.workload import Workload
 
-if TYPE_CHECKING:
-    from dpo_sd.forecast.workload import Workload
-
-DOING = {  # functions in a traceback: what was being done in them, and how the names of its phases begin
+DOING = {  # by functions in a traceback: what they do, and how the names of their phases begin
     "prepare": ("encoding the data", "encoding"),
     "draw": ("drawing pictures", "samples"),
     "validate": ("the validation", "validation"),
@@ -25,24 +24,37 @@ DOING = {  # functions in a traceback: what was being done in them, and how the 
 
 
 @contextmanager
-def explained(training: Workload, go_on: Callable[[str], str]) -> Iterator[None]:
-    """Turns a card that has no more memory into a message with the nearest settings that take less.
+def explained(workload: Workload, go_on: Callable[[str], str]) -> Iterator[None]:
+    """Context that turns an exhausted card into a message with the nearest settings that take less.
 
     Args:
-        go_on: what is kept, and the command that goes on with these overrides.
+        workload: settings of the run.
+        go_on: given overrides, says what is kept and names the command that goes on with them.
 
     Raises:
-        UserError: when memory ran out inside.
+        UserError: if memory runs out inside.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
         frames = traceback.extract_tb(error.__traceback__)
         doing, of = next((DOING[frame.name] for frame in frames if frame.name in DOING), ("the training", ""))
-        # the plan was too hopeful: clearly less than it said is wanted
-        said = max(phase.needs for phase in training.phases if phase.name.startswith(of))
-        smaller = training.nearest(round(0.9 * (said - CONTEXT)) + CONTEXT, of)
-        now = (training.resolution, training.cache)  # which a run that goes on cannot change
-        found = next((other.overrides for other in smaller if (other.resolution, other.cache) == now), "")
+        found = smaller(Forecast(workload), of)
         only = "" if found else "only a smaller framing.resolution or sampler.height takes less; "
         raise UserError(f"out of memory in {doing} ({str(error).splitlines()[0]}): {only}{go_on(found)}") from error
+
+
+def smaller(forecast: Forecast, of: str) -> str:
+    """Overrides with which a run can go on in clearly less memory; empty where there are none.
+
+    Args:
+        of: beginning of the names of the phases that ran out of memory.
+    """
+    workload = forecast.workload
+    # the forecast was too low: nine tenths of it leave room for that
+    needed = max(phase.needs for phase in forecast.phases if phase.name.startswith(of))
+    limit = round(0.9 * (needed - CONTEXT)) + CONTEXT
+    for other in nearest(forecast, lambda other: other.fits(limit, of)):
+        if (other.workload.resolution, other.workload.cache) == (workload.resolution, workload.cache):
+            return overrides(workload, other.workload)  # a run that goes on cannot change the other two
+    return ""

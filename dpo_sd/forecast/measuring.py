@@ -1,41 +1,38 @@
-"""The peak of an update as the allocator measures it."""
+"""Peak of an update as the allocator measures it."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from dpo_sd.data.batches import Batch
-from dpo_sd.forecast.counting import GIB, Alive
-from dpo_sd.forecast.workload import micro_step
+from dpo_sd.forecast.counting import Alive
+from dpo_sd.forecast.units import GIB
+from dpo_sd.forecast.workload import Workload, micro_step
 from dpo_sd.lora.adapters import policy_parameters
 
-if TYPE_CHECKING:
-    from dpo_sd.forecast.workload import Workload
 
+def measured(workload: Workload, device: torch.device) -> int:
+    """Bytes at the peak of a micro-step with random weights, which `Forecast.peak_of_update` foretells.
 
-def measured(training: Workload, device: torch.device) -> int:
-    """Bytes at the peak of a micro-step with random weights, by the allocator: `Workload.peak_of_update` foretells it.
-
-    On a CUDA device under a hard cap of the card that the hardware names.
+    On a CUDA device the process may take no more than the card that the hardware names would have.
     """
     cuda = device.type == "cuda"
-    if cuda and training.hardware.memory_gib is not None:
-        share = training.hardware.memory_gib * GIB / torch.cuda.get_device_properties(device).total_memory
+    if cuda and workload.hardware.memory_gib is not None:
+        share = workload.hardware.memory_gib * GIB / torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
-    model = training.build("cpu")
-    module = training.module(model).to(device)
+    model = workload.build(device)
+    module = workload.module(model).to(device)
     module.set_training(True)
-    batch, half = training.batch(model, training.hardware.micro_batch, device), training.hardware.half
+    batch, half = workload.batch(model, workload.hardware.micro_batch, device), workload.hardware.half
     trained = list(itertools.chain(*policy_parameters(model).values()))
-    state = [torch.empty(training.optimizer.state_bytes(p.numel()), dtype=torch.uint8, device=device) for p in trained]
-
+    state = [torch.empty(workload.optimizer.state_bytes(p.numel()), dtype=torch.uint8, device=device) for p in trained]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
 
@@ -49,8 +46,8 @@ def measured(training: Workload, device: torch.device) -> int:
         step()
         return torch.cuda.max_memory_allocated(device)
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
-    there = Alive([*module.parameters(), *module.buffers(), *gradients, *state, *_of_batch(batch)]).now
-    return there + _allocated(step)
+    before = Alive([*module.parameters(), *module.buffers(), *gradients, *state, *_tensors(batch)]).now
+    return before + _allocated(step)
 
 
 def _allocated(work: Callable[[], None]) -> int:
@@ -63,5 +60,5 @@ def _allocated(work: Callable[[], None]) -> int:
     return max(itertools.accumulate(event.nbytes() for event in events), default=0)
 
 
-def _of_batch(batch: Batch) -> Iterator[Tensor]:
+def _tensors(batch: Batch) -> Iterator[Tensor]:
     return (leaf for leaf in tree_leaves(tuple(batch)) if isinstance(leaf, Tensor))

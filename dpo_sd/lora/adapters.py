@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def summary(model: StableDiffusion, adapter: str = "policy") -> str:
-    """`LoRAWeights.summary` of an attached adapter, and which of its parts are not trained."""
+    """`LoRAWeights.summary` of an attached adapter, and the names of its parts that are not trained."""
     frozen = [
         name
         for name, network in model.networks.items()
@@ -32,13 +32,13 @@ def summary(model: StableDiffusion, adapter: str = "policy") -> str:
 
 
 def adapter_names(model: StableDiffusion) -> list[str]:
-    """Those of `reference` and `policy` that are attached."""
+    """The adapters that are attached, of `reference` and `policy`."""
     names = {name for network in model.networks.values() for name in getattr(network, "peft_config", {})}
     return [name for name in ("reference", "policy") if name in names]
 
 
 def trains_text(model: StableDiffusion) -> bool:
-    """Whether the policy trains a text encoder, so that what it makes of a prompt changes with every update."""
+    """Whether the policy trains a text encoder, so that embeddings of prompts change with every update."""
     return any(_any_trains(adapter_tensors(encoder, "policy").values()) for encoder in model.text_encoders)
 
 
@@ -47,7 +47,7 @@ def using(model: StableDiffusion, which: Literal["base", "reference", "policy"])
     """Inside, the model is the untouched base, the reference (where there is no such adapter, the base) or the policy.
 
     UNet and text encoders alike. Base and reference run without dropout; the policy keeps the mode it has, so call
-    `eval()` before drawing pictures with it. Gradients stay the caller's matter. On leaving, also by an exception, the
+    `eval()` before drawing images with it. Gradients stay the caller's matter. On leaving, also by an exception, the
     former state is back; contexts may be nested.
     """
     from torch import nn
@@ -76,14 +76,14 @@ def using(model: StableDiffusion, which: Literal["base", "reference", "policy"])
 
 
 def reference(model: StableDiffusion) -> AbstractContextManager[None]:
-    """`using(model, "reference")`: what the policy is measured against."""
+    """`using(model, "reference")`: inside, the model is the one that the policy is measured against."""
     return using(model, "reference")
 
 
 def policy_parameters(model: StableDiffusion) -> dict[str, list[nn.Parameter]]:
-    """The policy's parameters by network, in the order of its modules; only of networks that are trained.
+    """The policy's parameters by network, in the order of its modules, for the networks that are trained.
 
-    Of these networks all, a layer that is never read included: an optimiser passes over what has no gradient.
+    They include those of layers that are never read, which get no gradient and which optimisers pass over.
     """
     _check_attached(model, "policy")
     tensors = {name: list(adapter_tensors(network, "policy").values()) for name, network in model.networks.items()}
@@ -99,7 +99,7 @@ def load_adapter_state(model: StableDiffusion, adapter: str, state: Mapping[str,
     """Copy tensors named as by `adapter_state` into an attached adapter.
 
     Raises:
-        UserError: when a tensor is missing, unknown or of another shape; the adapter is then unchanged.
+        UserError: if a tensor is missing, unknown or of another shape; the adapter is then unchanged.
     """
     expected = weights_of(model, adapter).state
     complaints = [
@@ -117,7 +117,7 @@ def load_adapter_state(model: StableDiffusion, adapter: str, state: Mapping[str,
 
 
 def weights_of(model: StableDiffusion, adapter: str = "policy") -> LoRAWeights:
-    """An attached adapter as what files hold; its tensors are the adapter's own, not copies."""
+    """An attached adapter in the shape that files are read into; its tensors are the adapter's own, not copies."""
     _check_attached(model, adapter)
     state, alphas = {}, {}
     for name, network in model.networks.items():
@@ -174,14 +174,12 @@ def copy_into(model: StableDiffusion, adapter: str, state: Mapping[str, Tensor])
 
 
 def adapter_key(model: StableDiffusion, adapter: str, networks: str = "") -> str | None:
-    """What tells adapters apart, by their weights and strengths: 16 hexadecimal digits; None where there is none.
+    """Hash of an adapter's weights and strengths, 16 hexadecimal digits; None where it is not attached.
 
     Args:
-        adapter: its name.
-        networks: beginning of the names of those that count; all by default.
+        adapter: the adapter's name.
+        networks: beginning of the names of the networks that count; all by default.
     """
-    from dpo_sd.lora.adapters import adapter_names, adapter_state
-
     if adapter not in adapter_names(model):
         return None
     digest = hashlib.sha256()

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_sd.errors import UserError
 from dpo_sd.lora.adapters import adapter_tensors, copy_into, log, lora_layers, summary
+from dpo_sd.lora.finding import find_lora
 from dpo_sd.lora.names import adaptable, canonical
-from dpo_sd.lora.reading import find_lora, read_lora
+from dpo_sd.lora.reading import read_lora
 from dpo_sd.lora.weights import ATTENTION, LoRAFile, LoRAWeights
-from dpo_sd.models.families import WIDTHS
+from dpo_sd.models.families import family_of_lora
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from dpo_sd.models.families import Family
+    from dpo_sd.models.families import FamilyName
     from dpo_sd.models.stable_diffusion import StableDiffusion
 
 TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -36,12 +37,12 @@ class LoRA:
         target_modules: names or dotted ends of names of the UNet's linear and convolution modules.
         text_encoder: whether the attention of the text encoders is trained too.
         init_from: a LoRA to start from and to hold as the reference: a .safetensors file in diffusers' or Kohya's form,
-            a folder of PEFT's, or the folder of a run. Rank, alpha and modules of the networks that it adapts then are
-            the file's. What it does to text encoders is part of the reference and of the policy, and stays as it is
-            unless `text_encoder` says that it is trained.
+            a folder in PEFT's form, or the folder of a run. For the networks that it adapts, it decides rank, alpha and
+            modules. If it adapts text encoders, so do reference and policy, without being trained there unless
+            `text_encoder` is set.
 
     Raises:
-        UserError: when a value is out of its range.
+        UserError: if a value is out of its range.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class LoRA:
         self.init_from = init_from
 
     def check(self) -> None:
-        """Read the header of `init_from`, so that an unusable file fails before any weights load.
+        """Reads the header of `init_from`, so that an unusable file fails before any weights load.
 
         Raises:
             UserError: as `find_lora`.
@@ -80,7 +81,7 @@ class LoRA:
             find_lora(self.init_from)
 
     def attach(self, model: StableDiffusion, seed: int = 0) -> str:
-        """Add the trainable adapter `policy` and, with `init_from`, the frozen `reference`.
+        """Adds the trainable adapter `policy` and, with `init_from`, the frozen `reference`.
 
         A fresh policy leaves the outputs as they were to the bit; one from a file starts equal to the reference. Where
         the file decides and the settings say otherwise, a warning says so.
@@ -93,7 +94,7 @@ class LoRA:
             `summary(model)`.
 
         Raises:
-            UserError: when a target matches no module, or `init_from` cannot be used on this base.
+            UserError: if a target matches no module, or `init_from` cannot be used on this base.
         """
         matched = _match(model.unet, self.target_modules)
         widest = max(max(module.weight.shape[:2]) for name, module in adaptable(model.unet).items() if name in matched)
@@ -115,9 +116,9 @@ class LoRA:
             for adapter in ("reference", "policy"):
                 copy_into(model, adapter, file.state)
             self._say_what_differs(model, file, matched)
-        for encoder in model.text_encoders:
-            for name, parameter in adapter_tensors(encoder, "policy").items():
-                if not self.text_encoder or _unread(model, encoder, name):  # DDP would wait for its gradient
+        for network in model.family.encoders:
+            for name, parameter in adapter_tensors(model.networks[network], "policy").items():
+                if not self.text_encoder or model.unread(network, name):  # DDP would wait for its gradient
                     parameter.requires_grad_(False)
         return summary(model)
 
@@ -138,17 +139,17 @@ class LoRA:
 
 
 def load_for_drawing(model: StableDiffusion, loras: Sequence[tuple[str | Path, float]]) -> list[str]:
-    """Attach LoRAs, all active at once, each multiplied by its weight; the model is for drawing then, not for training.
+    """Attaches LoRAs, all active at once, each multiplied by its weight; the model is for drawing then, not training.
 
     Args:
         model: the base, without adapters.
-        loras: file or folder, as in `find_lora`, and weight: 1 is the strength it was trained at.
+        loras: pairs of a file or folder, as in `find_lora`, and a weight: 1 is the strength it was trained at.
 
     Returns:
         One line per LoRA: `style.safetensors at 0.8: ` and its summary.
 
     Raises:
-        UserError: when a file cannot be used on this base.
+        UserError: if a file cannot be used on this base.
     """
     files = [read_lora(path) for path, _ in loras]
     for file in files:  # all of them before the first changes the names of the modules
@@ -169,7 +170,7 @@ def load_for_drawing(model: StableDiffusion, loras: Sequence[tuple[str | Path, f
 
 
 def check_base(model: StableDiffusion, file: LoRAFile) -> None:
-    """Raises UserError, naming both families, when a LoRA has modules that the model lacks or has in other shapes."""
+    """Raises UserError, naming both families, if a LoRA has modules that the model lacks or has in other shapes."""
     from torch import nn
 
     there = {
@@ -200,12 +201,6 @@ def check_base(model: StableDiffusion, file: LoRAFile) -> None:
     if looks not in (None, model.name):
         hint = f"it looks like {looks}, {hint}: use model={looks}"
     raise UserError(f"{file.path} was made for another base: {', '.join(complaints)}; {hint}")
-
-
-def _unread(model: StableDiffusion, encoder: Any, name: str) -> bool:
-    """Whether no prompt's embedding depends on a tensor: SDXL reads the last layer only of the encoder that pools."""
-    last = f"layers.{encoder.config.num_hidden_layers - 1}."
-    return model.is_xl and encoder is not model.text_encoders[-1] and last in name
 
 
 @contextmanager
@@ -243,9 +238,7 @@ def _match(unet: nn.Module, targets: list[str]) -> set[str]:
     return matched
 
 
-def _family(file: LoRAWeights) -> Family | None:
+def _family(file: LoRAWeights) -> FamilyName | None:
     """The family that a LoRA was made for, where its modules tell."""
-    if "text_encoder_2" in file.networks:
-        return "sdxl"
     widths = {file.state[f"{name}.lora_A.weight"].shape[1] for name in file.modules if name.endswith("attn2.to_k")}
-    return WIDTHS.get(widths.pop()) if widths else None
+    return family_of_lora(file.networks, widths.pop() if widths else None)

@@ -1,4 +1,4 @@
-"""Other programs' names for the modules of a Stable Diffusion."""
+"""Names of a Stable Diffusion's modules: our own canonical ones, and those of LoRA files and other programs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,28 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from dpo_sd.models.families import Family
+from dpo_sd.lora.weights import PEFT_PREFIX
+from dpo_sd.models.families import FAMILIES
 from dpo_sd.models.stable_diffusion import StableDiffusion
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from dpo_sd.lora.weights import Form
+    from dpo_sd.models.families import Family
+
+UNET = "lora_unet_"  # begins Kohya's names for the UNet's modules
+# each network's beginnings in Kohya's files of any family
+_PREFIXES = {
+    network: list(dict.fromkeys(f.encoders[network].kohya for f in FAMILIES.values() if network in f.encoders))
+    for network in dict.fromkeys(network for family in FAMILIES.values() for network in family.encoders)
+}
+_STARTS = "|".join([UNET, *(prefix for prefixes in _PREFIXES.values() for prefix in prefixes)])
+KEYS: dict[Form, re.Pattern[str]] = {  # names of tensors in LoRA files by their form; the group is the module
+    "diffusers": re.compile(r"(.+?)(?:\.lora_[AB]|[._]lora\.(?:down|up)|\.lora_linear_layer\.(?:down|up))\.weight"),
+    "kohya": re.compile(rf"((?:{_STARTS})[^.]+)\.(?:lora_(?:down|up)\.weight|alpha)"),
+    "peft": re.compile(rf"{re.escape(PEFT_PREFIX)}(.+)\.lora_[AB]\.weight"),
+}
 
 _IN_RESNETS = {
     "conv1": "in_layers.2",
@@ -41,21 +58,28 @@ def canonical(network: str, module: str) -> str:
 
 
 def adaptable(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """The modules of a network that a LoRA can adapt, by the network's own names."""
+    """The modules of a network that a LoRA can adapt, by the names that they have in it."""
     from torch import nn
 
     return {name: module for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
 
 
 def modules_of(model: StableDiffusion) -> dict[str, str]:
-    """All modules that a LoRA can adapt, of a model without adapters: canonical names, with the networks' own."""
+    """Canonical names of all modules that a LoRA can adapt, with their names in their network.
+
+    Args:
+        model: a model without adapters.
+    """
     networks = model.networks.items()
     return {canonical(name, module): module for name, network in networks for module in adaptable(network)}
 
 
 def sgm_name(module: str) -> str:
-    """What Stability's code calls a module of SDXL's UNet: `down_blocks.1.attentions.0.proj_in` is
-    `input_blocks.4.1.proj_in`.
+    """Stability's name for a module of SDXL's UNet, such as `input_blocks.1.0.in_layers.2` for
+    `down_blocks.0.resnets.0.conv1`.
+
+    Stability numbers places through all blocks. Going down, place 0 is the first convolution, and each block has three:
+    two resnets with their attentions, and a sampler. Going up, each block has three resnets, the last with the sampler.
     """
     head, _, last = module.rpartition(".")
     if ".resnets." in module:
@@ -67,7 +91,7 @@ def sgm_name(module: str) -> str:
 
 
 def kohya_name(module: str, family: Family) -> str:
-    """What Kohya's files call a module, given by its canonical name.
+    """Kohya's name for a module, given by its canonical name.
 
     SD 1 and 2 keep diffusers' names and `lora_te_`, without which InvokeAI misses the text encoder. SDXL has
     Stability's names, as Kohya's own trainer writes them: of diffusers' names A1111 misses
@@ -75,10 +99,9 @@ def kohya_name(module: str, family: Family) -> str:
     Stability's.
     """
     network, _, inside = module.partition(".")
-    if network == "unet":
-        return "lora_unet_" + underscored(sgm_name(inside) if family == "sdxl" else inside)
-    prefix = {"text_encoder": "lora_te1_" if family == "sdxl" else "lora_te_", "text_encoder_2": "lora_te2_"}[network]
-    return prefix + underscored(inside)
+    if network in family.encoders:
+        return family.encoders[network].kohya + underscored(inside)
+    return UNET + underscored(sgm_name(inside) if family.sgm_names else inside)
 
 
 def underscored(module: str) -> str:
@@ -86,10 +109,9 @@ def underscored(module: str) -> str:
 
 
 def kohya_names(module: str, family: Family) -> list[str]:
-    """Kohya's names for a module in either dialect, whoever reads them."""
+    """All names for a module in Kohya's files, with diffusers' or Stability's names, whoever reads them."""
     network, _, inside = module.partition(".")
-    if network != "unet":
-        prefixes = {"text_encoder": ["lora_te_", "lora_te1_"], "text_encoder_2": ["lora_te2_"]}[network]
-        return [prefix + underscored(inside) for prefix in prefixes]
-    sgm = [sgm_name(inside)] if family == "sdxl" else []
-    return ["lora_unet_" + underscored(name) for name in [inside, *sgm]]
+    if network in _PREFIXES:
+        return [prefix + underscored(inside) for prefix in _PREFIXES[network]]
+    sgm = [sgm_name(inside)] if family.sgm_names else []
+    return [UNET + underscored(name) for name in [inside, *sgm]]

@@ -2,66 +2,53 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dpo_sd.files.tensors import read_header
-from dpo_sd.lora.names import canonical, kohya_name, kohya_names, modules_of, sgm_name, underscored
-from dpo_sd.models.families import Family
+from dpo_sd.lora.finding import read_header
+from dpo_sd.lora.names import KEYS, UNET, canonical, kohya_name, kohya_names, modules_of, sgm_name, underscored
 from dpo_sd.models.hub import quiet_libraries
 from dpo_sd.models.skeletons import blank
 from dpo_sd.models.stable_diffusion import StableDiffusion
 
-PROGRAMS = ("ComfyUI", "A1111", "InvokeAI", "diffusers")
-_KOHYA_KEY = re.compile(r"(lora_(?:unet|te|te1|te2)_[^.]+)\.(?:lora_(?:down|up)\.weight|alpha)")
-_DOTTED_KEY = re.compile(r"(.+)\.lora_[AB]\.weight")
+if TYPE_CHECKING:
+    from dpo_sd.models.families import Family
 
 
 def unmatched(path: str | Path, model: StableDiffusion) -> dict[str, list[str]]:
     """The keys of a LoRA file in Kohya's or diffusers' form that a program would leave unread, by program.
 
-    For `tiny` only diffusers is asked: the others have no model of that size.
+    Only programs that have a model of this family are asked.
 
     Args:
-        model: of the shape that the LoRA is for, without adapters; its weights are not read.
+        model: one of the shape that the LoRA is for, without adapters; its weights are not read.
     """
-    keys, modules = keys_of(path), modules_of(model)
-    loaded = diffusers_scales(path, model)
-    read_by = {"diffusers": {n for m in loaded for n in [m, *kohya_names(m, model.name)]}}
-    if model.name != "tiny":
-        for program, reads in (("ComfyUI", _comfyui), ("A1111", _a1111), ("InvokeAI", _invokeai)):
-            read_by[program] = {name for module in modules for name in reads(module, model.name)}
-    if model.name == "sdxl":  # InvokeAI converts all names of Stability's, or refuses the file
-        sgm = {"lora_unet_" + underscored(sgm_name(module[5:])) for module in modules if module.startswith("unet.")}
-        if len({_stem(key) in sgm for key in keys if key.startswith("lora_unet_")}) > 1:
-            read_by["InvokeAI"] = set()
-    return {
-        program: [key for key in keys if _stem(key) not in read_by[program]]
-        for program in PROGRAMS
-        if program in read_by
+    family, keys, modules = model.family, read_header(Path(path)).keys, modules_of(model)
+    read_by = {
+        program: {name for module in modules for name in reads(module, family)}
+        for program, reads in _READS.items()
+        if program in family.programs
     }
+    read_by["diffusers"] = {n for m in diffusers_scales(path, model) for n in [m, *kohya_names(m, family)]}
+    if family.sgm_names and _mixed(keys, modules):  # InvokeAI converts all names of Stability's, or refuses the file
+        read_by["InvokeAI"] = set()
+    return {program: [key for key in keys if _module(key) not in names] for program, names in read_by.items()}
 
 
 def loader_report(path: str | Path, model: StableDiffusion) -> list[str]:
     """One line per program: `ComfyUI   0 unmatched keys of 96`, and the first of them where there are any."""
-    total = len(keys_of(path))
+    total = len(read_header(Path(path)).keys)
     return [
         f"{program:<10}{len(keys)} unmatched keys of {total}" + (f" (first: {keys[0]})" if keys else "")
         for program, keys in unmatched(path, model).items()
     ]
 
 
-def keys_of(path: str | Path) -> list[str]:
-    """The names of the tensors in a file."""
-    return sorted(read_header(path).names)
-
-
 def diffusers_scales(path: str | Path, model: StableDiffusion) -> dict[str, float]:
-    """What diffusers' own loader makes of a file: the modules it adapts, and by what it multiplies each of them.
+    """The modules that diffusers' own loader adapts by a file, with the factor at which it adds to each of them.
 
-    Nothing at all for a file that it refuses.
+    There are none for a file that it refuses.
 
     Args:
         model: as in `unmatched`.
@@ -83,9 +70,15 @@ def diffusers_scales(path: str | Path, model: StableDiffusion) -> dict[str, floa
     }
 
 
-def _stem(key: str) -> str:
-    match = _KOHYA_KEY.fullmatch(key) or _DOTTED_KEY.fullmatch(key)
+def _module(key: str) -> str:
+    match = KEYS["kohya"].fullmatch(key) or KEYS["diffusers"].fullmatch(key)
     return match[1] if match else key
+
+
+def _mixed(keys: Iterable[str], modules: Iterable[str]) -> bool:
+    """Whether some of the UNet's modules have Stability's names, and others do not."""
+    sgm = {UNET + underscored(sgm_name(module[5:])) for module in modules if module.startswith("unet.")}
+    return len({_module(key) in sgm for key in keys if key.startswith(UNET)}) > 1
 
 
 def _comfyui(module: str, family: Family) -> Iterable[str]:
@@ -98,19 +91,23 @@ def _comfyui(module: str, family: Family) -> Iterable[str]:
 
 def _a1111(module: str, family: Family) -> Iterable[str]:
     network, _, inside = module.partition(".")
-    if inside == "text_projection":
-        return []
-    if network == "unet":
-        names = kohya_names(module, family)
-        wrong = family == "sdxl" and (inside == "up_blocks.0.upsamplers.0.conv" or inside.startswith("add_embedding."))
-        return names[1:] if wrong else names
-    if network == "text_encoder":  # lora_te1_ is for CLIP-L, which SD 2 has not; lora_te_ is not for SDXL
-        allowed = {"sd15": ("lora_te_", "lora_te1_"), "sd21": ("lora_te_",), "sdxl": ("lora_te1_",)}[family]
-        return [name for name in kohya_names(module, family) if name.startswith(allowed)]
-    return kohya_names(module, family)
+    names = kohya_names(module, family)
+    if network in family.encoders:
+        known = family.encoders[network].a1111
+        return [] if inside == "text_projection" else [name for name in names if name.startswith(known)]
+    missed = inside == "up_blocks.0.upsamplers.0.conv" or inside.startswith("add_embedding.")
+    return names[1:] if family.sgm_names and missed else names
 
 
 def _invokeai(module: str, family: Family) -> Iterable[str]:
     if module.startswith("text_encoder."):
         return [kohya_name(module, family)]
     return kohya_names(module, family)
+
+
+# the names that a program reads for a module; what diffusers reads, its own loader says
+_READS: dict[str, Callable[[str, Family], Iterable[str]]] = {
+    "ComfyUI": _comfyui,
+    "A1111": _a1111,
+    "InvokeAI": _invokeai,
+}

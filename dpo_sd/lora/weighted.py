@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dpo_sd.errors import UserError
-from dpo_sd.lora.reading import lora_digest
+from dpo_sd.lora.finding import lora_digest
 from dpo_sd.lora.weights import WEIGHTS_NAME
 
 
 class WeightedLoRA(NamedTuple):
-    """A LoRA to draw with."""
+    """A LoRA to draw with.
+
+    Args:
+        path: its file or folder, as it was given.
+        weight: factor of what it adds; 1 is the strength that it was trained at.
+        sha256: its digest.
+    """
 
     path: str
     weight: float
@@ -23,7 +29,7 @@ def parse_lora(text: str) -> WeightedLoRA:
     """Reads `file`, `run folder`, or either with its weight as in `style.safetensors:0.8`.
 
     Raises:
-        UserError: when the weight is not finite or the file cannot be used.
+        UserError: if the weight is not finite or the file cannot be used.
     """
     path, colon, weight = text.rpartition(":")
     try:
@@ -38,7 +44,7 @@ def parse_lora(text: str) -> WeightedLoRA:
 
 
 def lora_name(path: Path) -> str:
-    """What people call a LoRA: the name of its run, or that of its file."""
+    """The name of a LoRA for people: that of its run, or of its file."""
     if not path.expanduser().is_dir():
         return path.stem
     exported = [file for file in (path.expanduser() / "lora").glob("*.safetensors") if file.name != WEIGHTS_NAME]

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dpo_sd.models.families import ADAPTED
+from dpo_sd.models.families import NETWORKS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_PREFIX = "base_model.model."  # of the names of tensors
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]  # of a UNet
 Form = Literal["diffusers", "kohya", "peft"]
 
@@ -28,7 +29,7 @@ class LoRAWeights:
         state: tensors by `<network>.<module>.lora_A.weight` and `….lora_B.weight`, network and module as diffusers
             names them: `text_encoder.text_model.encoder.layers.0.self_attn.q_proj`. A is (r, in) for linear modules
             and (r, in, k, k) for convolutions; B is (out, r) and (out, r, 1, 1).
-        alphas: by `<network>.<module>`; what a module adds is multiplied by alpha / r.
+        alphas: alphas by `<network>.<module>`; what a module adds is multiplied by alpha / r.
     """
 
     state: dict[str, Tensor]
@@ -44,7 +45,7 @@ class LoRAWeights:
 
     @property
     def networks(self) -> list[str]:
-        return [name for name in ADAPTED if any(module.startswith(f"{name}.") for module in self.alphas)]
+        return [name for name in NETWORKS if any(module.startswith(f"{name}.") for module in self.alphas)]
 
     def of(self, network: str) -> LoRAWeights:
         """The part of one network."""
@@ -55,7 +56,7 @@ class LoRAWeights:
         return LoRAWeights(part(self.state), part(self.alphas))
 
     def change(self, module: str) -> Tensor:
-        """What the LoRA adds to the weight of a module: (out, in), or (out, in, k, k) of a convolution; fp32."""
+        """The summand of a module's weight: (out, in), or (out, in, k, k) for a convolution; fp32."""
         a, b = (self.state[f"{module}.lora_{half}.weight"].float() for half in "AB")
         return (self.alphas[module] / len(a) * (b.flatten(1) @ a.flatten(1))).view(len(b), *a.shape[1:])
 
@@ -78,7 +79,7 @@ class LoRAWeights:
         )
 
     def peft_settings(self, network: str) -> dict[str, Any]:
-        """What decides one network's adapter, as `peft.LoraConfig` takes it.
+        """The settings of one network's adapter, as `peft.LoraConfig` takes them.
 
         Modules of text encoders are named from `encoder` on, which fits every version of transformers.
         """
@@ -99,9 +100,9 @@ class LoRAFile(LoRAWeights):
     """A LoRA as read from a file.
 
     Args:
-        path: the file, or the folder of one in PEFT's form.
-        form: it was written in.
-        metadata: the file's header, strings only.
+        path: the file, or the folder of a LoRA in PEFT's form.
+        form: the form that it was written in.
+        metadata: strings from the file's header.
     """
 
     path: Path

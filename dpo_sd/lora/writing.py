@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from dpo_sd.errors import UserError
 from dpo_sd.files.atomic import replacing, write_json
 from dpo_sd.lora.names import kohya_name, modules_of
-from dpo_sd.lora.weights import ATTENTION, PEFT_CONFIG, PEFT_WEIGHTS, LoRAWeights
+from dpo_sd.lora.weights import ATTENTION, PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, LoRAWeights
 from dpo_sd.losses import PredictionType
-from dpo_sd.models.families import Family
+from dpo_sd.models.families import FAMILIES, Family, FamilyName
 from dpo_sd.models.stable_diffusion import StableDiffusion
 
 if TYPE_CHECKING:
@@ -24,18 +24,17 @@ if TYPE_CHECKING:
 def save_diffusers(lora: LoRAWeights, path: str | Path) -> Path:
     """Write a LoRA in diffusers' form, for `pipeline.load_lora_weights`, with ranks and alphas in its metadata.
 
-    The file appears whole or not at all; when writing fails, a former one stays.
+    The file appears whole or not at all; if writing fails, a former one stays.
 
     Raises:
-        UserError: when the file cannot be written.
+        UserError: if the file cannot be written.
     """
     from diffusers.loaders.lora_pipeline import StableDiffusionXLLoraLoaderMixin
 
     path, layers = Path(path), {}
-    for (
-        network
-    ) in lora.networks:  # peft's own names: of a file that also has `to_q.lora.down`, diffusers 0.42 reads one
+    for network in lora.networks:
         part = lora.of(network)
+        # peft's own names: of a file that also has `to_q.lora.down`, diffusers 0.42 reads one
         layers[f"{network}_lora_layers"] = {k.removeprefix(f"{network}."): v for k, v in _contiguous(part).items()}
         # only what decides the strength: a peft of another version refuses the settings that it does not know
         layers[f"{network}_lora_adapter_metadata"] = lora.peft_settings(network)
@@ -47,7 +46,7 @@ def save_diffusers(lora: LoRAWeights, path: str | Path) -> Path:
 def save_kohya(
     lora: LoRAWeights,
     path: str | Path,
-    family: Family,
+    family: FamilyName,
     *,
     prediction_type: PredictionType = "epsilon",
     resolution: int | None = None,
@@ -56,17 +55,17 @@ def save_kohya(
     """Write a LoRA in Kohya's form, for ComfyUI, A1111 and InvokeAI, with its alphas and metadata.
 
     Alphas that diffusers would misread are replaced by one for the whole network, and B is scaled to make up for it.
-    The file appears whole or not at all; when writing fails, a former one stays.
+    The file appears whole or not at all; if writing fails, a former one stays.
 
     Args:
         path: the file, ending in .safetensors; its stem is what the LoRA calls itself.
-        family: of the base; `tiny` is written as an SD 1.
-        prediction_type: of the base.
-        resolution: side of the training pictures in pixels, when known.
+        family: the base's; one that other programs do not know is written as an SD 1.
+        prediction_type: what the base predicts.
+        resolution: side of the training images in pixels, if it is known.
         extra: further metadata, such as `ss_seed`, `ss_steps`, `ss_learning_rate`.
 
     Raises:
-        UserError: when the file cannot be written.
+        UserError: if the file cannot be written.
     """
     import torch
     from safetensors.torch import save_file
@@ -75,11 +74,11 @@ def save_kohya(
     lora = _every_loader_reads(lora)
     state = {}
     for module, alpha in lora.alphas.items():
-        name = kohya_name(module, family)
+        name = kohya_name(module, FAMILIES[family])
         state[f"{name}.lora_down.weight"] = lora.state[f"{module}.lora_A.weight"].contiguous()
         state[f"{name}.lora_up.weight"] = lora.state[f"{module}.lora_B.weight"].contiguous()
         state[f"{name}.alpha"] = torch.tensor(alpha)
-    metadata = dict(extra or {}) | _kohya_metadata(lora, path.stem, family, prediction_type, resolution)
+    metadata = dict(extra or {}) | _kohya_metadata(lora, path.stem, FAMILIES[family], prediction_type, resolution)
     with _replacing(path) as temporary:
         save_file(state, temporary, metadata=metadata)
     return path
@@ -89,10 +88,10 @@ def save_peft(lora: LoRAWeights, folder: str | Path, model: StableDiffusion) -> 
     """Write a LoRA in PEFT's form: `<folder>/unet/` and so on, each for `PeftModel.from_pretrained(pipe.unet, …)`.
 
     Args:
-        model: of the shape that the LoRA is for, without adapters; PEFT wants modules named as in its networks.
+        model: one of the shape that the LoRA is for, without adapters: PEFT's form names modules as its networks do.
 
     Raises:
-        UserError: when a file cannot be written.
+        UserError: if a file cannot be written.
     """
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -103,7 +102,7 @@ def save_peft(lora: LoRAWeights, folder: str | Path, model: StableDiffusion) -> 
         state = {}
         for key, tensor in _contiguous(part).items():
             module, _, half = key.rpartition(".lora_")
-            state[f"base_model.model.{inside[module]}.lora_{half}"] = tensor
+            state[f"{PEFT_PREFIX}{inside[module]}.lora_{half}"] = tensor
         config = LoraConfig(**lora.peft_settings(network)).to_dict()  # pyright: ignore[reportArgumentType]
         config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
         with _replacing(folder / network / PEFT_WEIGHTS) as temporary:
@@ -137,31 +136,25 @@ def _every_loader_reads(lora: LoRAWeights) -> LoRAWeights:
 def _kohya_metadata(
     lora: LoRAWeights, name: str, family: Family, prediction_type: PredictionType, resolution: int | None
 ) -> dict[str, str]:
-    velocity = prediction_type == "v_prediction"
-    version, architecture = {
-        "tiny": ("sd_v1", "stable-diffusion-v1"),
-        "sd15": ("sd_v1", "stable-diffusion-v1"),
-        "sd21": ("sd_v2_v", "stable-diffusion-v2-768-v") if velocity else ("sd_v2", "stable-diffusion-v2-512"),
-        "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
-    }[family]
+    base = family.base_names(prediction_type)
 
     def only(values: set[Any]) -> str:
         return f"{values.pop():g}" if len(values) == 1 else "Dynamic"
 
     metadata = {
-        "ss_v2": str(family == "sd21"),
-        "ss_base_model_version": version,
+        "ss_v2": str(family.kohya_v2),
+        "ss_base_model_version": base.version,
         "ss_network_module": "networks.lora",
         "ss_network_dim": only(set(lora.ranks.values())),
         "ss_network_alpha": only(set(lora.alphas.values())),
         "ss_network_args": "{}",
         "ss_output_name": name,
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.architecture": f"{base.architecture}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "modelspec.prediction_type": "v" if velocity else "epsilon",
+        "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
     }
     if resolution is not None:
         metadata |= {

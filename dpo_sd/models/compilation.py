@@ -11,10 +11,10 @@ MOST = 1024  # graphs: each block compiles for each shape, with and without grad
 
 
 def compile_blocks(unet: Any, backend: str = "inductor") -> None:
-    """Has the transformer blocks compiled at their first call, and again for every other shape.
+    """Compiles the transformer blocks at their first call, and again for every other shape.
 
-    Shapes stay constants of a graph, so that a resumed run computes what an uninterrupted one does, in whatever order
-    the sizes of pictures come.
+    Shapes stay constants of a graph, so that a resumed run computes the same as an uninterrupted one, in whatever order
+    the sizes of images come.
     """
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MOST
     unet.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=backend)
@@ -31,5 +31,5 @@ def blocks(unet: Any) -> int:
 
 
 def graphs() -> int:
-    """How many graphs this process has compiled: more than blocks where sizes of pictures vary."""
+    """How many graphs this process has compiled: more than blocks if sizes of images vary."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]

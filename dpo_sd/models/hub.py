@@ -1,4 +1,4 @@
-"""Files on the Hub, with one line for whatever goes wrong there."""
+"""Files on the Hub, and one line for whatever goes wrong there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def quiet_libraries() -> None:
 
 
 def snapshot(repository: str, patterns: list[str]) -> Path:
-    """The folder with those files of a repository on the Hub."""
+    """The folder of a repository's files on this computer, fetched from the Hub if they are missing."""
     from huggingface_hub import snapshot_download
 
     with hub_errors(repository):

@@ -21,8 +21,8 @@ class QuantisedLinear(nn.Linear):
 
     Args:
         layer: the layer to take the place of.
-        bits: "int8" has one scale for each output, "nf4" (Dettmers et al. 2023, arXiv:2305.14314) one for each 64
-            weights and needs bitsandbytes; on the `meta` device it does not.
+        bits: "int8" has one scale per output, "nf4" (Dettmers et al. 2023, arXiv:2305.14314) one per 64 weights
+            and needs bitsandbytes, except on the `meta` device.
     """
 
     scales: Tensor
@@ -75,6 +75,18 @@ def arithmetic(x: Tensor) -> torch.dtype:
     kind = x.device.type
     mixed = kind != "meta" and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if mixed else x.dtype
+
+
+def stored_in(weights: Weights) -> torch.dtype:
+    """The precision of what is not quantised in a base that is stored as `weights`."""
+    return torch.bfloat16 if weights in QUANTISED else getattr(torch, weights)
+
+
+def store(network: nn.Module, weights: Weights) -> None:
+    """Brings a frozen network into the form that its weights are stored in."""
+    network.to(stored_in(weights))
+    if weights in QUANTISED:
+        quantise(network, weights)
 
 
 def quantise(network: nn.Module, bits: str) -> None:

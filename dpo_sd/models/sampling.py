@@ -1,31 +1,32 @@
-"""Images from prompts and seeds; every picture has a generator of its own and disturbs no other randomness."""
+"""Images from prompts and seeds; every image has a generator of its own and disturbs no other randomness."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_sd.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from dpo_sd.models.stable_diffusion import StableDiffusion, TextEmbeds
 
 
 class Sampler:
-    """How pictures are drawn.
+    """Settings by which images are drawn.
 
     Args:
         scheduler: `dpm++` is DPM-Solver++ of second order (Lu et al. 2022, arXiv:2211.01095), `ddim` DDIM (Song et
             al. 2020, arXiv:2010.02502); both are deterministic once the first noise is given.
-        steps: network evaluations per picture, at least 1.
+        steps: network evaluations per image, at least 1.
         guidance: scale of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598); 1 is none.
-        batch_size: pictures drawn together; it changes pictures by rounding only.
-        negative_prompt: what guidance leads away from, where it is above 1.
-        height, width: of the pictures in pixels, multiples of 8; None takes what the model was trained for.
+        batch_size: images drawn together; it changes them by rounding only.
+        negative_prompt: prompt that guidance leads away from, where guidance is above 1.
+        height, width: size of the images in pixels, multiples of 8; None takes what the model was trained for.
     """
 
     def __init__(
@@ -53,45 +54,29 @@ class Sampler:
         self.negative_prompt, self.height, self.width = negative_prompt, height, width
 
     def settings(self) -> dict[str, Any]:
-        """What decides the pictures, for caches and records; the batch size does not."""
+        """The settings that decide the images, for caches and records; the batch size does not."""
         names = ("scheduler", "steps", "guidance", "negative_prompt", "height", "width")
         return {name: getattr(self, name) for name in names}
 
     def draw(
         self, model: StableDiffusion, prompts: Sequence[str], seeds: Sequence[int], progress: str | None = None
     ) -> list[Image.Image]:
-        """Draws picture i from prompt i and seed i alone, with the adapters of the UNet as they are set.
+        """Draws image i from prompt i and seed i alone, with the adapters of the UNet as they are set.
 
         Args:
             seeds: one per prompt, in [0, 2**63); the first noise comes from the CPU, the same for every device.
-            progress: what to call the work in a progress bar; None shows none.
+            progress: label of a progress bar; None shows none.
         """
         import torch
-        from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
         from tqdm import tqdm
 
         from dpo_sd.models.compilation import eager
 
-        unet = model.unet
-        pipeline: Any = model.pipeline()
+        unet, images = model.unet, []
+        pipeline = self._pipeline(model)
         # latents stay float32, so a UNet in half precision casts what it is given
         casting = torch.autocast(torch.device(model.device).type, unet.dtype, enabled=unet.dtype != torch.float32)
-        scheduler = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}[self.scheduler]
-        config = dict(model.noise_scheduler.config)
-        if config.get("rescale_betas_zero_snr"):  # such a schedule must be begun at its very end
-            config["timestep_spacing"] = "trailing"
-        pipeline.scheduler = scheduler.from_config(config)
-        pipeline.set_progress_bar_config(disable=True)
-        # beside the UNet nothing is on the device while it works
-        for part in ("vae", "text_encoder", "text_encoder_2"):
-            if hasattr(pipeline, part):
-                setattr(pipeline, part, None)
-        networks = list(model.networks.values())
-        were_training = [network.training for network in networks]
-        for network in networks:
-            network.eval()  # no dropout in the adapters
-        pictures: list[Image.Image] = []
-        try:
+        with _evaluating(list(model.networks.values())):
             wanted = model.encode_prompts(prompts)
             unwanted = model.encode_prompts([self.negative_prompt])
             with tqdm(total=len(prompts), desc=progress, unit="picture", disable=progress is None) as bar:
@@ -105,15 +90,27 @@ class Sampler:
                             height=self.height or model.resolution,
                             width=self.width or model.resolution,
                             output_type="latent",
-                            **_told("", wanted, batch),
-                            **_told("negative_", unwanted, [0] * len(seeds[batch])),
+                            **_given("", wanted, batch),
+                            **_given("negative_", unwanted, [0] * len(seeds[batch])),
                         ).images
-                    pictures += model.decode_latents(latents.float())
-                    bar.update(len(pictures) - start)
-        finally:
-            for network, was_training in zip(networks, were_training, strict=True):
-                network.train(was_training)
-        return pictures
+                    images += model.decode_latents(latents.float())
+                    bar.update(len(images) - start)
+        return images
+
+    def _pipeline(self, model: StableDiffusion) -> Any:
+        """The model's pipeline with our schedule and, so that nothing is on the device beside it, only the UNet."""
+        from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+        pipeline: Any = model.pipeline()
+        scheduler = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}[self.scheduler]
+        config = dict(model.noise_scheduler.config)
+        if config.get("rescale_betas_zero_snr"):  # such a schedule must be begun at its very end
+            config["timestep_spacing"] = "trailing"
+        pipeline.scheduler = scheduler.from_config(config)
+        pipeline.set_progress_bar_config(disable=True)
+        for part in ("vae", *model.family.encoders):
+            setattr(pipeline, part, None)
+        return pipeline
 
     def _first_noise(self, model: StableDiffusion, seeds: Sequence[int]) -> Tensor:
         """(n, 4, h/8, w/8), fp32, on the CPU."""
@@ -124,7 +121,20 @@ class Sampler:
         return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def _told(prefix: str, embeds: TextEmbeds, rows: Any) -> dict[str, Tensor]:
-    """Rows of what the text encoders made, as a pipeline is given them."""
-    told = {f"{prefix}prompt_embeds": embeds.hidden[rows]}
-    return told if embeds.pooled is None else told | {f"{prefix}pooled_prompt_embeds": embeds.pooled[rows]}
+@contextmanager
+def _evaluating(networks: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, the networks are in evaluation mode: adapters drop nothing."""
+    were_training = [network.training for network in networks]
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for network, was_training in zip(networks, were_training, strict=True):
+            network.train(was_training)
+
+
+def _given(prefix: str, embeds: TextEmbeds, rows: Any) -> dict[str, Tensor]:
+    """Rows of embeddings, under the names of a pipeline's arguments."""
+    given = {f"{prefix}prompt_embeds": embeds.hidden[rows]}
+    return given if embeds.pooled is None else given | {f"{prefix}pooled_prompt_embeds": embeds.pooled[rows]}

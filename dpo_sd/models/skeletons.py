@@ -1,67 +1,88 @@
-"""Models at their real shape without weights."""
+"""Models at their real shapes without the weights of anybody: of random weights, or of none on the `meta` device."""
 
 from __future__ import annotations
 
-import json
+from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from dpo_sd.models.families import ADAPTED, SHAPES, TINY, Family
+from dpo_sd.models.families import FAMILIES, FamilyName, tokenizer_of
 from dpo_sd.models.stable_diffusion import Fingerprints, StableDiffusion
 
 if TYPE_CHECKING:
-    pass
-
-
-def skeleton(name: Family, **changes: Any) -> dict[str, Any]:
-    """The networks of a family at their real shapes, without weights: on the `meta` device inside `torch.device`.
-
-    Args:
-        name: of the family.
-        changes: settings of the UNet that differ, for smaller or larger ones.
-
-    Returns:
-        "unet", "vae", "text_encoder" and for SDXL "text_encoder_2", frozen; and "scheduler".
-    """
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    folder = TINY if name == "tiny" else SHAPES / name
-
-    def settings(part: str, file: str = "config.json") -> dict[str, Any]:
-        return json.loads((folder / part / file).read_text(encoding="utf-8"))
-
-    parts: dict[str, Any] = {
-        "unet": UNet2DConditionModel.from_config(settings("unet") | changes),
-        "vae": AutoencoderKL.from_config(settings("vae")),
-        "text_encoder": CLIPTextModel(CLIPTextConfig(**settings("text_encoder"))),
-    }
-    if name == "sdxl":
-        parts["text_encoder_2"] = CLIPTextModelWithProjection(CLIPTextConfig(**settings("text_encoder_2")))
-    for network in parts.values():
-        network.eval().requires_grad_(False)
-    return parts | {"scheduler": DDPMScheduler.from_config(settings("scheduler", "scheduler_config.json"))}
-
-
-def on_meta(family: Family) -> StableDiffusion:
-    """A model of a family at its real shape, without weights, vocabulary or any memory of note."""
     import torch
 
-    with torch.device("meta"):
-        return _without_weights(family, skeleton(family))
+    from dpo_sd.models.quantization import Weights
+
+UNKNOWN = Fingerprints("", "", "")  # there are no files
+
+
+class RandomWeights:
+    """A family at its real shape with random weights, as if it were loaded; on the `meta` device it has none.
+
+    Args:
+        name: the family.
+    """
+
+    def __init__(self, name: FamilyName):
+        self.name: FamilyName = name
+        self.notes: list[str] = []
+
+    def load(self, weights: Weights, device: torch.device | str) -> StableDiffusion:
+        """The model; its networks are on the CPU, or on the `meta` device if they are to work there.
+
+        Its vocabularies take every prompt for the same one.
+        """
+        import torch
+
+        from dpo_sd.models.quantization import store
+
+        meta = torch.device(device).type == "meta"
+        with torch.device("meta" if meta else "cpu"):
+            parts = skeleton(self.name)
+            store(parts["unet"], weights)
+        for encoder in FAMILIES[self.name].encoders:
+            parts[tokenizer_of(encoder)] = partial(_tokens, parts[encoder])
+        return StableDiffusion.of_parts(self.name, parts, UNKNOWN, device)
+
+
+def skeleton(name: FamilyName) -> dict[str, Any]:
+    """Networks and schedule of a family at their real shapes, by their names in diffusers' layout.
+
+    Weights are random; inside `torch.device("meta")` there are none.
+    """
+    import transformers
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+
+    family = FAMILIES[name]
+    parts: dict[str, Any] = {
+        "unet": UNet2DConditionModel.from_config(family.settings("unet")),
+        "vae": AutoencoderKL.from_config(family.settings("vae")),
+    }
+    for encoder, how in family.encoders.items():
+        config = transformers.CLIPTextConfig(**family.settings(encoder))
+        parts[encoder] = getattr(transformers, how.kind)(config)
+    return parts | {"scheduler": DDPMScheduler.from_config(family.settings("scheduler"))}
+
+
+def on_meta(name: FamilyName) -> StableDiffusion:
+    """A model of a family at its real shape, without weights or any memory of note."""
+    return RandomWeights(name).load("float32", "meta")
 
 
 def blank(model: StableDiffusion) -> StableDiffusion:
-    """A model of the same shape without weights, vocabulary and adapters."""
+    """A model of the same shape without weights, VAE, vocabularies and adapters."""
     import torch
 
     with torch.device("meta"):
-        parts: dict[str, Any] = {"unet": type(model.unet).from_config(model.unet.config), "vae": None}
-        parts |= {name: type(n)(n.config) for name, n in zip(ADAPTED[1:], model.text_encoders, strict=False)}
-    return _without_weights(model.name, parts | {"scheduler": model.noise_scheduler})
+        parts: dict[str, Any] = {"unet": type(model.unet).from_config(model.unet.config)}
+        for name, encoder in zip(model.family.encoders, model.text_encoders, strict=True):
+            parts[name] = type(encoder)(encoder.config)
+    return StableDiffusion.of_parts(model.name, parts | {"scheduler": model.noise_scheduler}, UNKNOWN, "meta")
 
 
-def _without_weights(family: Family, parts: dict[str, Any]) -> StableDiffusion:
-    encoders = [parts[name] for name in ADAPTED[1:] if name in parts]
-    nothing: Any = [None] * len(encoders)
-    unknown = Fingerprints("", "", "")
-    return StableDiffusion(family, parts["unet"], parts["vae"], encoders, nothing, parts["scheduler"], unknown)
+def _tokens(encoder: Any, prompts: list[str], **_: Any) -> SimpleNamespace:
+    import torch
+
+    length = encoder.config.max_position_embeddings
+    return SimpleNamespace(input_ids=torch.zeros(len(prompts), length, dtype=torch.int64, device=encoder.device))

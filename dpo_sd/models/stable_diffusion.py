@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dpo_sd.models.families import FAMILIES, tokenizer_of
+
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
@@ -15,15 +17,15 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     from dpo_sd.losses import PredictionType
-    from dpo_sd.models.families import Family
+    from dpo_sd.models.families import Family, FamilyName
 
-DECODED_PIXELS = 512 * 512  # that the VAE decodes together: its fp32 activations are the largest of all
-ENCODED_PIXELS = 8 * 512 * 512  # that it encodes together
-PROMPTS = 16  # that the text encoders read together
+DECODED_PIXELS = 512 * 512  # in one batch of the VAE's decoder, whose fp32 activations are the largest of all
+ENCODED_PIXELS = 8 * 512 * 512  # in one batch of the VAE's encoder
+PROMPTS = 16  # in one batch of the text encoders
 
 
 def encoded_together(area: int) -> int:
-    """Pictures of so many pixels that the VAE encodes at a time."""
+    """How many images of `area` pixels the VAE encodes in one batch."""
     return max(1, min(64, ENCODED_PIXELS // area))
 
 
@@ -31,9 +33,9 @@ class Fingerprints(NamedTuple):
     """Hashes of files with weights, settings and vocabulary, for caches and records: 16 hexadecimal digits each.
 
     Args:
-        model: of everything.
-        vae: of what decides the latents.
-        text: of what decides the embeddings of prompts.
+        model: hash of everything.
+        vae: hash of what decides the latents.
+        text: hash of what decides the embeddings of prompts.
     """
 
     model: str
@@ -42,11 +44,11 @@ class Fingerprints(NamedTuple):
 
 
 class TextEmbeds(NamedTuple):
-    """What the text encoders make of prompts.
+    """Embeddings of prompts by the text encoders.
 
     Args:
-        hidden: (n, tokens, width), what cross-attention reads.
-        pooled: (n, width) of the second text encoder of SDXL; None for the other families.
+        hidden: (n, tokens, width), which cross-attention reads.
+        pooled: (n, pooled width), the pooled text; None for families whose UNet is not told it.
     """
 
     hidden: Tensor
@@ -59,22 +61,50 @@ class StableDiffusion:
 
     Args:
         name: its family, as in the `model` group.
-        unet, vae, text_encoders, tokenizers: parts as diffusers and transformers build them, without gradients; SDXL
-            has two text encoders.
+        unet, vae, text_encoders, tokenizers: parts as diffusers and transformers build them, without gradients; as
+            many text encoders as the family has.
         noise_scheduler: the training schedule; its `prediction_type` says what the UNet predicts.
-        fingerprints: of the files.
+        fingerprints: hashes of the files.
         device: where the networks work; `working` takes there what is needed.
     """
 
-    name: Family
+    name: FamilyName
     unet: UNet2DConditionModel
     vae: AutoencoderKL
     text_encoders: list[CLIPTextModel | CLIPTextModelWithProjection]
     tokenizers: list[CLIPTokenizer]
     noise_scheduler: DDPMScheduler
     fingerprints: Fingerprints
-    device: torch.device | str = field(default="cpu")
-    text_dtype: torch.dtype | None = field(default=None, init=False)  # of `halve_text`
+    device: torch.device | str
+    text_dtype: torch.dtype | None = field(default=None, init=False)  # set by `halve_text`
+
+    @classmethod
+    def of_parts(
+        cls, name: FamilyName, parts: Mapping[str, Any], fingerprints: Fingerprints, device: torch.device | str
+    ) -> StableDiffusion:
+        """The model of these parts, by the names of diffusers' layout; its networks are frozen, in evaluation mode.
+
+        Args:
+            parts: the VAE and the vocabularies may be missing from what nothing is encoded with.
+        """
+        encoders = FAMILIES[name].encoders
+        for part in ("unet", "vae", *encoders):
+            if part in parts:
+                parts[part].eval().requires_grad_(False)
+        return cls(
+            name,
+            unet=parts["unet"],
+            vae=parts.get("vae"),  # type: ignore[arg-type]
+            text_encoders=[parts[encoder] for encoder in encoders],
+            tokenizers=[parts.get(tokenizer_of(encoder)) for encoder in encoders],  # type: ignore[misc]
+            noise_scheduler=parts["scheduler"],
+            fingerprints=fingerprints,
+            device=device,
+        )
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.name]
 
     @property
     def fingerprint(self) -> str:
@@ -82,13 +112,8 @@ class StableDiffusion:
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
-        """Those that a LoRA can adapt, by the names that diffusers gives them."""
-        return {"unet": self.unet} | dict(zip(("text_encoder", "text_encoder_2"), self.text_encoders, strict=False))
-
-    @property
-    def is_xl(self) -> bool:
-        """Whether the UNet is also told pooled text and sizes, as SDXL's is."""
-        return self.unet.config["addition_embed_type"] == "text_time"
+        """The networks that a LoRA can adapt, by the names that diffusers gives them."""
+        return dict(zip(self.family.networks, (self.unet, *self.text_encoders), strict=True))
 
     @property
     def prediction_type(self) -> PredictionType:
@@ -110,8 +135,37 @@ class StableDiffusion:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens that the text encoders read, their two marks included."""
+        """Tokens that the text encoders read, the two marks of the ends included."""
         return min(tokenizer.model_max_length for tokenizer in self.tokenizers)
+
+    @property
+    def hidden_shape(self) -> tuple[int, int]:
+        """Tokens and width of the hidden states of one prompt."""
+        tokens: int = self.text_encoders[0].config.max_position_embeddings
+        return tokens, self.unet.config["cross_attention_dim"]
+
+    @property
+    def pooled_width(self) -> int | None:
+        """Width of the pooled text of one prompt; None where the UNet is not told it."""
+        return self.text_encoders[-1].config.projection_dim if self.family.pooled else None
+
+    def added(self, pooled: Tensor | None, time_ids: Tensor | None) -> dict[str, Tensor | None] | None:
+        """Conditioning of the UNet beside latents, timesteps and hidden states; see `Family.added`."""
+        return self.family.added(pooled, time_ids)
+
+    def unread(self, network: str, tensor: str) -> bool:
+        """Whether no embedding of a prompt depends on a tensor of a text encoder.
+
+        Args:
+            network: the text encoder's name in `networks`.
+            tensor: the tensor's name inside of it.
+        """
+        how: Any = self.family.encoders[network]
+        if how.layer is None or how.pooled:
+            return False
+        layers: int = self.networks[network].config.num_hidden_layers  # type: ignore[union-attr]
+        skipped = range(layers + 1 + how.layer, layers)  # of the hidden states, the first is the embedding's
+        return any(f"layers.{layer}." in tensor for layer in skipped)
 
     def working(self, *networks: nn.Module) -> AbstractContextManager[None]:
         """Inside, the networks are on `device`; afterwards each is back where it was."""
@@ -124,8 +178,8 @@ class StableDiffusion:
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Latents (n, 4, h/8, w/8) of pixels (n, 3, h, w) in [-1, 1], in the VAE's precision, scaled.
 
-        The mean of the posterior, not a sample of it, so that a picture has one latent that can be kept. As many at a
-        time as `encoded_together` says.
+        The mean of the posterior, not a sample of it, so that an image has one latent that can be kept. The VAE encodes
+        `encoded_together` images in one batch.
         """
         import torch
 
@@ -136,14 +190,14 @@ class StableDiffusion:
         return torch.cat(latents)
 
     def decode_latents(self, latents: Tensor) -> list[Image.Image]:
-        """Pictures of scaled latents (n, 4, h, w), as many at a time as `DECODED_PIXELS` allow, one at least."""
+        """Images of scaled latents (n, 4, h, w), decoded in batches of at most `DECODED_PIXELS`, or one by one."""
         import torch
         from diffusers.image_processor import VaeImageProcessor
 
         processor = VaeImageProcessor(vae_scale_factor=self.factor)
         images: list[Image.Image] = []
         size = latents.shape[-2] * latents.shape[-1] * self.factor**2
-        # a large picture takes so much that the UNet makes room for it
+        # a large image takes so much memory that the UNet makes room for it
         room = self.resting(self.unet) if size > DECODED_PIXELS else nullcontext()
         with room, self.working(self.vae), torch.inference_mode():
             for batch in (latents / self.vae.config["scaling_factor"]).split(max(1, DECODED_PIXELS // size)):
@@ -152,10 +206,10 @@ class StableDiffusion:
         return images
 
     def halve_text(self, dtype: torch.dtype) -> None:
-        """Stores the text encoders' linear layers as autocast would cast them at every use; adapters stay as they are.
+        """Casts the text encoders' linear layers to a half precision, but not their adapters.
 
-        For steps that ask the encoders: half of the memory, and inside autocast the same results.
-        `encode_prompts` computes under autocast from then on.
+        For steps that ask the encoders: it takes half of the memory, and inside autocast, which would cast them at
+        every use, it changes no result. `encode_prompts` computes under autocast from then on.
         """
         from torch import nn
 
@@ -166,18 +220,17 @@ class StableDiffusion:
         self.text_dtype = dtype
 
     def embed(self, prompts: Sequence[str]) -> TextEmbeds:
-        """What the text encoders make of prompts, where they are and with the gradients they have; long ones are cut.
-
-        SDXL reads the last but one layer of both encoders, and the second one's pooled projection.
-        """
+        """Embeddings of prompts, where the text encoders are and with the gradients they have; long ones are cut."""
         import torch
 
         hidden, pooled = [], None
-        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+        for how, tokenizer, encoder in zip(
+            self.family.encoders.values(), self.tokenizers, self.text_encoders, strict=True
+        ):
             tokens = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
-            output: Any = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=self.is_xl)
-            hidden.append(output.hidden_states[-2] if self.is_xl else output.last_hidden_state)
-            pooled = output.text_embeds if "text_embeds" in output else None
+            output: Any = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=how.layer is not None)
+            hidden.append(output.last_hidden_state if how.layer is None else output.hidden_states[how.layer])
+            pooled = output.text_embeds if how.pooled else pooled
         return TextEmbeds(torch.cat(hidden, dim=-1), pooled)
 
     def encode_prompts(self, prompts: Sequence[str], batch_size: int = PROMPTS) -> TextEmbeds:
@@ -196,7 +249,7 @@ class StableDiffusion:
         return TextEmbeds(joined(hidden), None if pooled[0] is None else joined(pooled))
 
     def truncated(self, prompts: Sequence[str]) -> list[str]:
-        """Those of the prompts that have more tokens than the text encoders read."""
+        """The prompts that have more tokens than the text encoders read."""
         # a token is at least one character of ASCII, and two tokens mark the ends
         suspects = [prompt for prompt in prompts if len(prompt) + 2 > self.max_tokens or not prompt.isascii()]
         long: list[str] = []
@@ -208,16 +261,11 @@ class StableDiffusion:
 
     def pipeline(self) -> DiffusionPipeline:
         """A diffusers pipeline on these very parts, adapters included; nothing is copied."""
-        from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+        import diffusers
 
-        shared: dict[str, Any] = {"vae": self.vae, "unet": self.unet, "scheduler": self.noise_scheduler}
-        for number, (encoder, tokenizer) in enumerate(zip(self.text_encoders, self.tokenizers, strict=True), start=1):
-            suffix = "" if number == 1 else f"_{number}"
-            shared |= {f"text_encoder{suffix}": encoder, f"tokenizer{suffix}": tokenizer}
-        if self.is_xl:
-            return StableDiffusionXLPipeline(**shared, add_watermarker=False)
-        shared |= {"safety_checker": None, "feature_extractor": None}
-        return StableDiffusionPipeline(**shared, requires_safety_checker=False)
+        parts: dict[str, Any] = {"vae": self.vae, "scheduler": self.noise_scheduler, **self.networks}
+        parts |= dict(zip(map(tokenizer_of, self.family.encoders), self.tokenizers, strict=True))
+        return getattr(diffusers, self.family.pipeline)(**parts, **self.family.pipeline_settings)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ Side = Literal["image_0", "image_1"]
 Choice = Literal["image_0", "image_1", "tie", "both_bad", "skip"]
 EventType = Literal["vote", "retract", "flag"]
 Input = Literal["key", "mouse", "touch"]
+LABELS: dict[str | None, float] = {"image_0": 1.0, "image_1": 0.0, "tie": 0.5}  # P(image_0 is better) by choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ class Event:
     @property
     def label_0(self) -> float | None:
         """1 where the vote is for image_0, 0 where it is for image_1, ½ for a tie, None otherwise."""
-        return _LABELS.get(self.choice)
+        return LABELS.get(self.choice)
 
     @property
     def label_1(self) -> float | None:
@@ -135,7 +136,6 @@ _values, _in_order = attrgetter(*_TYPES), itemgetter(*_TYPES)
 _FITTING: set[tuple[type, ...]] = set()  # combinations of types that were found right
 _ALLOWED = {"event_type": get_args(EventType), "left_image": get_args(Side), "input": get_args(Input)}
 _CHOICES = get_args(Choice)
-_LABELS: dict[str | None, float] = {"image_0": 1.0, "image_1": 0.0, "tie": 0.5}
 _KEYS = ["schema_version", *_TYPES]
 _KEYS[_KEYS.index("left_image") : _KEYS.index("left_image")] = ["label_0", "label_1"]
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", re.ASCII)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from dpo_sd.errors import UserError
 from dpo_sd.files.atomic import replacing
+from dpo_sd.preferences.events import LABELS
 from dpo_sd.preferences.outcome import Preference
 from dpo_sd.preferences.pair_folder import changed_images, check_image, image_file
 from dpo_sd.preferences.reading import read_preferences
@@ -43,7 +44,6 @@ COLUMNS = pa.schema(
     }
 )
 logger = logging.getLogger(__name__)
-_LABELS = {"image_0": 1.0, "image_1": 0.0, "tie": 0.5}
 
 
 def export_pickapic(folder: str | Path, file: str | Path, ties: bool = False) -> int:
@@ -101,7 +101,7 @@ def _row(folder: Path, preference: Preference) -> dict[str, Any]:
     jpg_0, jpg_1 = (image_file(folder, image).read_bytes() for image in (pair.image_0, pair.image_1))
     uid_0, uid_1 = (hashlib.sha256(data).hexdigest() for data in (jpg_0, jpg_1))
     created = datetime.fromisoformat(preference.decided_at) if preference.decided_at else None
-    label_0 = _LABELS[preference.status]
+    label_0 = LABELS[preference.status]
     return {
         "are_different": uid_0 != uid_1,
         "best_image_uid": {"image_0": uid_0, "image_1": uid_1}.get(preference.status, ""),

@@ -1,1 +1,1 @@
-"""The procedural world: captioned 64x64 pictures whose truth can be measured."""
+"""The laboratory: captioned 64x64 images whose truth can be measured."""

@@ -103,8 +103,8 @@ class DiffusionModule(L.LightningModule):
         noisy_latents = scheduler.add_noise(latents, noise, timesteps)
         prediction_type = self.model.prediction_type
         target = noise if prediction_type == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
-        told = {"text_embeds": embeds.pooled, "time_ids": time_ids} if self.model.is_xl else None
-        model_pred = self.unet(noisy_latents, timesteps, embeds.hidden, added_cond_kwargs=told).sample
+        added = self.model.added(embeds.pooled, time_ids)
+        model_pred = self.unet(noisy_latents, timesteps, embeds.hidden, added_cond_kwargs=added).sample
         return residual(model_pred, target)
 
     def errors(self, residuals: Tensor, timesteps: Tensor) -> Tensor:

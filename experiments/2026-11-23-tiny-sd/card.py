@@ -1,4 +1,4 @@
-"""What a tiny Stable Diffusion can do, measured by the oracle: `python card.py <folder>`."""
+"""Writes the model card of a tiny Stable Diffusion, from images that the oracle judges."""
 
 from __future__ import annotations
 
@@ -28,11 +28,9 @@ from dpo_sd.statistics import wilson
 PROPERTIES = ("shape", "colour", "size", "background", "position", "clean")
 
 
-def accuracies(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, str]:
-    """Share of pictures that are right in each property that their prompt names, and in all, with 95 % intervals."""
-    scores = [
-        score(picture, prompt) for picture, prompt in tqdm(list(zip(pictures, prompts, strict=True)), desc="judge")
-    ]
+def accuracies(images: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, str]:
+    """Share of images that are right in each property that their prompt names, and in all, with 95 % intervals."""
+    scores = [score(image, prompt) for image, prompt in tqdm(list(zip(images, prompts, strict=True)), desc="judge")]
     row = {}
     for name in PROPERTIES:
         named = [value >= 0.5 for s in scores if (value := getattr(s, name)) is not None]
@@ -42,7 +40,13 @@ def accuracies(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[
 
 
 def write_card(folder: Path, per_row: int = 236, seed: int = 0) -> None:
-    """Draws and judges pictures, and writes the model card and a sheet of samples into the pipeline's folder."""
+    """Draws and judges images, and writes README.md and a sheet of samples into the pipeline's folder.
+
+    Args:
+        folder: a pipeline in diffusers' layout.
+        per_row: images behind each row of the table.
+        seed: seed of scenes and drawing.
+    """
     model, sampler = Base(path=str(folder)).load(), Sampler()
     unseen = [kind for kind in KINDS if held_out(kind)]
     seen = [kind for kind in KINDS if not held_out(kind)]

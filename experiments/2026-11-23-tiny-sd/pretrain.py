@@ -1,4 +1,4 @@
-"""Trains the shipped tiny Stable Diffusion from nothing: `python pretrain.py --out <folder>`.
+"""Trains the shipped tiny Stable Diffusion from nothing, in the stages of the README beside this file.
 
 After the way of latent diffusion (Rombach et al. 2022, arXiv:2112.10752): an AutoencoderKL on pictures of the
 shapes world in every style, a UNet with its own CLIP text encoder on latents of captioned pictures in the flat
@@ -9,13 +9,14 @@ Every batch is a function of (seed, step), so a killed run continues from its la
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -42,14 +43,34 @@ SEEN_KINDS = [kind for kind in KINDS if not held_out(kind)]
 CAPTION_DROPOUT = 0.1  # what classifier-free guidance needs (Ho & Salimans 2022, arXiv:2207.12598)
 MAX_TOKENS = 32
 EMA_DECAY = 0.999
-VAE_STEPS, UNET_STEPS, DECODER_STEPS = 5000, (12000, 3000), 10000  # updates
+CHUNK = 256  # images that one process renders at a time
 
 
-# ----------------------------------------------------------------------------------------------------------- pictures
+class Sizes(NamedTuple):
+    """Updates and training images of each stage.
+
+    Args:
+        vae, decoder: updates of the autoencoder and of the last stage.
+        composition, detail: updates of the UNet with the one weighting of the error and with the other.
+        vae_images, unet_images, decoder_images: rendered images that the stages draw their batches from.
+        save_every: updates between two checkpoints.
+    """
+
+    vae: int = 5000
+    composition: int = 12000
+    detail: int = 3000
+    decoder: int = 10000
+    vae_images: int = 16384
+    unet_images: int = 32768
+    decoder_images: int = 24576
+    save_every: int = 250
 
 
-def scene_picture(seed: int, index: int) -> tuple[np.ndarray, str]:
-    """Picture `index` of the UNet's training set and one caption for it: (64, 64, 3) uint8."""
+# ------------------------------------------------------------------------------------------------------------- images
+
+
+def captioned_image(seed: int, index: int) -> tuple[np.ndarray, str]:
+    """Image `index` of the UNet's training set, (64, 64, 3) uint8, and one caption for it."""
     rng = np.random.default_rng((seed, index, 1))
     named = rng.random() < 0.5
     position = rng.choice(list(POSITIONS)) if named else None
@@ -57,40 +78,54 @@ def scene_picture(seed: int, index: int) -> tuple[np.ndarray, str]:
     return np.rint(render_array(scene)).astype(np.uint8), random_caption(rng, scene, named)
 
 
-def varied_picture(seed: int, index: int) -> np.ndarray:
-    """Picture `index` of the autoencoder's training set, wider than the world so that styles can be learnt later."""
+def varied_image(seed: int, index: int) -> np.ndarray:
+    """Image `index` of the autoencoder's training set, (64, 64, 3) uint8.
+
+    More varied than the shapes world, so that styles can be learnt later.
+    """
     rng = np.random.default_rng((seed, index, 2))
     style = STYLES[0] if rng.random() < 0.5 else STYLES[rng.integers(len(STYLES))]
-    picture = render_array(random_scene(rng, KINDS[rng.integers(len(KINDS))], None, style))
+    image = render_array(random_scene(rng, KINDS[rng.integers(len(KINDS))], None, style))
     if rng.random() < 0.25:  # more shapes, any colours
         colours = np.array([*COLOURS.values(), *BACKGROUNDS.values()], float)
         for _ in range(rng.integers(1, 4)):
             shape, colour = SHAPES[rng.integers(len(SHAPES))], colours[rng.integers(len(colours))]
             x, y = rng.uniform(6, RESOLUTION - 6, size=2)
             alpha = coverage(shape, x, y, rng.uniform(3, 14))[..., None]
-            picture = picture + alpha * (colour - picture)
-    return np.rint(picture).astype(np.uint8)
+            image = image + alpha * (colour - image)
+    return np.rint(image).astype(np.uint8)
 
 
-def _many(function: Callable[[int, int], Any], seed: int, n: int, description: str) -> list:
+def rendered(function: Callable[[int, int], Any], seed: int, n: int, description: str) -> list:
+    """`function(seed, index)` for the first n indices, in as many processes as there are cores."""
+    if n <= CHUNK:
+        return [function(seed, index) for index in range(n)]
     with ProcessPoolExecutor() as pool:
-        jobs = pool.map(function, [seed] * n, range(n), chunksize=256)
+        jobs = pool.map(function, [seed] * n, range(n), chunksize=CHUNK)
         return list(tqdm(jobs, total=n, desc=description))
 
 
-def to_tensor(pictures: np.ndarray) -> torch.Tensor:
+def to_tensor(images: np.ndarray) -> torch.Tensor:
     """uint8 (n, H, W, 3) to float (n, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 # ----------------------------------------------------------------------------------------------------------- training
 
 
 class Stage:
-    """What the stages share: an optimiser with warm-up and cosine decay, an average of the weights, exact resume."""
+    """One stage of the training: an optimiser with warm-up and cosine decay, averaged weights, exact resume.
 
-    def __init__(self, name: str, model: nn.Module, folder: Path, steps: int, lr: float):
-        self.name, self.model, self.steps = name, model, steps
+    Args:
+        name: name of its checkpoint and of its metrics in the folder.
+        model: trained in place; a checkpoint in the folder is loaded into it.
+        steps: updates.
+        lr: highest learning rate.
+        save_every: updates between two checkpoints.
+    """
+
+    def __init__(self, name: str, model: nn.Module, folder: Path, steps: int, lr: float, save_every: int):
+        self.name, self.model, self.steps, self.save_every = name, model, steps, save_every
         self.file, self.metrics = folder / f"{name}.ckpt", folder / f"{name}.csv"
         self.optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
         warm_up = min(200, steps // 10 + 1)
@@ -108,7 +143,7 @@ class Stage:
             self.schedule.load_state_dict(state["schedule"])
 
     def data(self, make: Callable[[], Any]) -> Any:
-        """What the stage trains on, or None when it has nothing left to do."""
+        """The data that `make` returns, or None where the stage has no updates left."""
         return make() if self.step < self.steps else None
 
     def save(self) -> None:
@@ -123,7 +158,7 @@ class Stage:
         torch.save(state, partial)
         os.replace(partial, self.file)
 
-    def run(self, losses: Callable[[int], dict[str, torch.Tensor]], save_every: int = 250) -> None:
+    def run(self, losses: Callable[[int], dict[str, torch.Tensor]]) -> None:
         """Trains on the sum of `losses(step)` up to the last step and leaves the averaged weights in the model."""
         sums: dict[str, float] = {}
         for step in (bar := tqdm(range(self.step, self.steps), initial=self.step, total=self.steps, desc=self.name)):
@@ -150,13 +185,14 @@ class Stage:
                         file.write(",".join(["step", *means]) + "\n")
                     file.write(",".join([str(self.step), *(f"{value:.6f}" for value in means.values())]) + "\n")
                 sums = {}
-            if self.step % save_every == 0 or self.step == self.steps:
+            if self.step % self.save_every == 0 or self.step == self.steps:
                 self.save()
         self.model.load_state_dict(self.average)
         self.model.eval().requires_grad_(False)
 
 
 def batch_indices(seed: int, step: int, n: int, size: int) -> np.ndarray:
+    """Which of n images the batch of a step holds: (size,), with repetition."""
     return np.random.default_rng((seed, step, 3)).integers(n, size=size)
 
 
@@ -193,15 +229,15 @@ def reconstruction(decoded: torch.Tensor, batch: torch.Tensor, sharpness: float)
     }
 
 
-def train_vae(folder: Path, seed: int, steps: int, device: torch.device, n_pictures: int = 16384) -> Any:
-    """The autoencoder as a whole; its encoder is final after this stage."""
+def train_vae(folder: Path, seed: int, device: torch.device, sizes: Sizes) -> Any:
+    """Trains the autoencoder as a whole; its encoder is final after this stage."""
     torch.manual_seed(seed)
-    vae = build_vae().to(device)
-    stage = Stage("vae", vae, folder, steps, lr=6e-4)
-    pictures = stage.data(lambda: np.stack(_many(varied_picture, seed, n_pictures, "pictures for the autoencoder")))
+    vae, steps, n = build_vae().to(device), sizes.vae, sizes.vae_images
+    stage = Stage("vae", vae, folder, steps, 6e-4, sizes.save_every)
+    images = stage.data(lambda: np.stack(rendered(varied_image, seed, n, "images for the autoencoder")))
 
     def losses(step: int) -> dict[str, torch.Tensor]:
-        batch = to_tensor(pictures[batch_indices(seed, step, n_pictures, 16)]).to(device)
+        batch = to_tensor(images[batch_indices(seed, step, n, 16)]).to(device)
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
         with torch.autocast(device.type, torch.bfloat16):
             posterior = vae.encode(batch).latent_dist
@@ -215,35 +251,36 @@ def train_vae(folder: Path, seed: int, steps: int, device: torch.device, n_pictu
     return vae
 
 
-def train_decoder(vae: Any, folder: Path, seed: int, steps: int, device: torch.device, n_pictures: int = 24576) -> None:
-    """The decoder alone, on latents somewhat wrong, as those of a small UNet are: it learns to draw sharp edges."""
+def train_decoder(vae: Any, folder: Path, seed: int, device: torch.device, sizes: Sizes) -> None:
+    """Trains the decoder alone to draw sharp edges from latents as imprecise as those of a small UNet."""
     decoder = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder}).requires_grad_(True)
-    stage = Stage("decoder", decoder, folder, steps, lr=6e-4)
+    stage = Stage("decoder", decoder, folder, sizes.decoder, 6e-4, sizes.save_every)
+    n = sizes.decoder_images
 
     def data() -> tuple[np.ndarray, torch.Tensor]:
-        pictures = np.stack(_many(varied_picture, seed + 1, n_pictures, "pictures for the decoder"))
-        return pictures, encode(vae, pictures, device)
+        images = np.stack(rendered(varied_image, seed + 1, n, "images for the decoder"))
+        return images, encode(vae, images, device)
 
-    pictures, latents = cast(Any, stage.data(data) or (None, None))
+    images, latents = cast(Any, stage.data(data) or (None, None))
 
     def losses(step: int) -> dict[str, torch.Tensor]:
-        index = batch_indices(seed, step, n_pictures, 16)
+        index = batch_indices(seed, step, n, 16)
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
         clean = latents[index]
         noise = torch.randn(clean.shape, generator=generator, device=device)
         strength = 0.15 * torch.rand((16, 1, 1, 1), generator=generator, device=device)
         with torch.autocast(device.type, torch.bfloat16):
             decoded = vae.decode(clean + strength * clean.std() * noise).sample.float()
-        return reconstruction(decoded, to_tensor(pictures[index]).to(device), 1.0)
+        return reconstruction(decoded, to_tensor(images[index]).to(device), 1.0)
 
     stage.run(losses)
 
 
 @torch.no_grad()
-def encode(vae: Any, pictures: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Means of the latents, not scaled: (n, 4, 8, 8)."""
-    batches = range(0, len(pictures), 256)
-    chunks = (to_tensor(pictures[i : i + 256]).to(device) for i in batches)
+def encode(vae: Any, images: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Means of the images' latents, not scaled: (n, 4, 8, 8)."""
+    batches = range(0, len(images), 256)
+    chunks = (to_tensor(images[i : i + 256]).to(device) for i in batches)
     return torch.cat([vae.encode(chunk).latent_dist.mean for chunk in tqdm(chunks, total=len(batches), desc="encode")])
 
 
@@ -251,7 +288,15 @@ def encode(vae: Any, pictures: np.ndarray, device: torch.device) -> torch.Tensor
 
 
 def build_tokenizer() -> Any:
-    """A CLIP tokenizer with a vocabulary of its own: bytes and the words of the captions, in lower case."""
+    """A new CLIP tokenizer with a vocabulary of its own: bytes and the words of the captions, in lower case."""
+    from transformers import CLIPTokenizer
+
+    vocabulary, merges = _trained_vocabulary()
+    return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=MAX_TOKENS)
+
+
+@functools.cache
+def _trained_vocabulary() -> tuple[dict[str, int], list[Any]]:
     from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
@@ -263,9 +308,7 @@ def build_tokenizer() -> Any:
     model = json.loads(trained.backend_tokenizer.to_str())["model"]
     letters = [letter + end for letter in sorted(pre_tokenizers.ByteLevel.alphabet()) for end in ("", "</w>")]
     words = [token for token in model["vocab"] if token not in letters]
-    vocabulary = {token: index for index, token in enumerate([*letters, *words])}
-    merges: Any = [tuple(pair) for pair in model["merges"]]
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+    return {token: index for index, token in enumerate([*letters, *words])}, [tuple(pair) for pair in model["merges"]]
 
 
 def build_denoiser(tokenizer: Any) -> nn.ModuleDict:
@@ -298,17 +341,12 @@ def build_denoiser(tokenizer: Any) -> nn.ModuleDict:
     return nn.ModuleDict({"unet": unet, "text_encoder": CLIPTextModel(text)})
 
 
-def train_denoiser(
-    vae: Any, folder: Path, seed: int, steps: tuple[int, int], device: torch.device, n_pictures: int = 32768
-) -> tuple[Any, Any, float]:
-    """UNet and text encoder on cached latents; returns both and the latents' scaling factor.
+def train_denoiser(vae: Any, folder: Path, seed: int, device: torch.device, sizes: Sizes) -> tuple[Any, Any, float]:
+    """Trains UNet and text encoder on latents; returns both and the latents' scaling factor.
 
     At little noise the plain error is largest and the caption matters least, so that shapes and places would come late.
     Weights of 1 / (0.1 + SNR), after the perception-prioritised weighting of Choi et al. 2022 (arXiv:2204.00227), put
     the attention where the caption decides; min-SNR weights (Hang et al. 2023, arXiv:2303.09556) then bring the detail.
-
-    Args:
-        steps: updates with the one and with the other.
     """
     from diffusers import DDIMScheduler, DDPMScheduler
     from diffusers.training_utils import compute_snr
@@ -319,16 +357,17 @@ def train_denoiser(
     unet, text_encoder = (cast(Any, model[part]) for part in ("unet", "text_encoder"))
     unet.to(memory_format=torch.channels_last)  # 9 % faster on a CPU
     scheduler: Any = DDPMScheduler.from_config(DDIMScheduler(**NOISE_SCHEDULE).config)
-    pictures, captions = zip(*_many(scene_picture, seed, n_pictures, "captioned pictures"), strict=True)
-    latents = encode(vae, np.stack(pictures), device)
+    n = sizes.unet_images
+    images, captions = zip(*rendered(captioned_image, seed, n, "captioned images"), strict=True)
+    latents = encode(vae, np.stack(images), device)
     scaling_factor = 1 / latents.std().item()
     latents *= scaling_factor
     ids = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
     empty = tokenizer("", padding="max_length", return_tensors="pt").input_ids.to(device)
 
     def errors(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Squared errors of 32 pictures and their signal-to-noise ratios, both (32,)."""
-        index = torch.from_numpy(batch_indices(seed, step, n_pictures, 32)).to(device)
+        """Squared errors of 32 images and their signal-to-noise ratios, both (32,)."""
+        index = torch.from_numpy(batch_indices(seed, step, n, 32)).to(device)
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
         noise = torch.randn(latents[index].shape, generator=generator, device=device)
         timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (32,), generator=generator, device=device)
@@ -344,11 +383,11 @@ def train_denoiser(
         return {"weighted": (squared / (0.1 + snr)).mean()}
 
     def detail(step: int) -> dict[str, torch.Tensor]:
-        squared, snr = errors(steps[0] + step)
+        squared, snr = errors(sizes.composition + step)
         return {"weighted": (squared * min_snr_weights(snr, 5.0, "epsilon")).mean()}
 
-    Stage("composition", model, folder, steps[0], lr=8e-4).run(composition)
-    Stage("detail", model.requires_grad_(True), folder, steps[1], lr=4e-4).run(detail)
+    Stage("composition", model, folder, sizes.composition, 8e-4, sizes.save_every).run(composition)
+    Stage("detail", model.requires_grad_(True), folder, sizes.detail, 4e-4, sizes.save_every).run(detail)
     model.eval().requires_grad_(False)
     return unet, text_encoder, scaling_factor
 
@@ -368,14 +407,17 @@ NOISE_SCHEDULE = {  # that of Stable Diffusion 1.x
 # ------------------------------------------------------------------------------------------------------------------ all
 
 
-def pretrain(folder: Path, seed: int, device: torch.device) -> None:
-    """Trains all stages and writes the diffusers folder `<folder>/tiny-sd`; a second call continues a killed one."""
+def pretrain(folder: Path, seed: int, device: torch.device, sizes: Sizes) -> Path:
+    """Trains all stages and writes and returns the diffusers folder `<folder>/tiny-sd`.
+
+    A second call continues a killed one to the same weights.
+    """
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     folder.mkdir(parents=True, exist_ok=True)
-    vae = train_vae(folder, seed, VAE_STEPS, device)
-    unet, text_encoder, scaling_factor = train_denoiser(vae, folder, seed, UNET_STEPS, device)
-    train_decoder(vae, folder, seed, DECODER_STEPS, device)
+    vae = train_vae(folder, seed, device, sizes)
+    unet, text_encoder, scaling_factor = train_denoiser(vae, folder, seed, device, sizes)
+    train_decoder(vae, folder, seed, device, sizes)
     vae.register_to_config(scaling_factor=round(scaling_factor, 5))
     tokenizer = build_tokenizer()  # one that has been used would save its padding
     pipeline = StableDiffusionPipeline(
@@ -393,18 +435,20 @@ def pretrain(folder: Path, seed: int, device: torch.device) -> None:
     config = target / "text_encoder" / "config.json"  # or transformers loads half precision beside diffusers' single
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     tokenizer.backend_tokenizer.model.save(str(target / "tokenizer"))  # vocab.json and merges.txt, for other readers
-    write_card(target)
+    return target
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python experiments/2026-11-23-tiny-sd/pretrain.py", description=str(__doc__).splitlines()[0]
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints, metrics and the pipeline")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: this machine has no CUDA GPU, use --device cpu")
-    pretrain(args.out, args.seed, torch.device(args.device))
+    write_card(pretrain(args.out, args.seed, torch.device(args.device), Sizes()))
 
 
 if __name__ == "__main__":

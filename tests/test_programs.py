@@ -16,10 +16,10 @@ from dpo_sd.lora.names import kohya_name, modules_of, sgm_name
 from dpo_sd.lora.programs import diffusers_scales, loader_report, unmatched
 from dpo_sd.lora.weights import LoRAWeights
 from dpo_sd.lora.writing import save_diffusers, save_kohya
-from dpo_sd.models.families import Family
+from dpo_sd.models.families import FAMILIES, FamilyName
 from dpo_sd.models.skeletons import blank, on_meta
 
-FAMILIES = pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
+REAL = pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
 
 
 def stems(keys: list[str]) -> set[str]:
@@ -67,11 +67,11 @@ def test_modules_of_sdxl_have_the_names_of_stabilitys_code(module: str, name: st
 
 def test_no_two_modules_of_sdxl_share_a_name() -> None:
     modules = modules_of(on_meta("sdxl"))
-    assert len({kohya_name(module, "sdxl") for module in modules}) == len(modules)
+    assert len({kohya_name(module, FAMILIES["sdxl"]) for module in modules}) == len(modules)
 
 
-@FAMILIES
-def test_every_key_of_every_module_is_read_by_every_program(tmp_path: Path, family: Family) -> None:
+@REAL
+def test_every_key_of_every_module_is_read_by_every_program(tmp_path: Path, family: FamilyName) -> None:
     """All but one module: A1111 has no place for the projection of SDXL's second text encoder."""
     file = save_kohya(ones(family), tmp_path / "x.safetensors", family)
     total = len(load_file(file))
@@ -83,8 +83,8 @@ def test_every_key_of_every_module_is_read_by_every_program(tmp_path: Path, fami
     assert loader_report(file, on_meta(family))[0] == f"ComfyUI   0 unmatched keys of {total}"
 
 
-@FAMILIES
-def test_attention_in_diffusers_form_is_read_by_diffusers_alone(tmp_path: Path, family: Family) -> None:
+@REAL
+def test_attention_in_diffusers_form_is_read_by_diffusers_alone(tmp_path: Path, family: FamilyName) -> None:
     lora = ones(family, "attn1.to_q")
     file = save_diffusers(lora, tmp_path / "x.safetensors")
     n = 2 * len(lora.modules)
@@ -120,7 +120,7 @@ def test_a_mixture_of_names_is_refused_by_invokeai_and_halved_by_diffusers(tmp_p
 
 @pytest.mark.parametrize(("family", "missing"), [("sd15", {"InvokeAI"}), ("sd21", {"InvokeAI", "A1111"})])
 def test_the_prefix_of_sdxl_costs_older_models_their_text_encoder(
-    tmp_path: Path, family: Family, missing: set[str]
+    tmp_path: Path, family: FamilyName, missing: set[str]
 ) -> None:
     lora = ones(family, "self_attn.q_proj", "self_attn.out_proj")
     file = save_by_names_of_diffusers(lora, tmp_path / "x.safetensors", te="lora_te1_")

@@ -1,3 +1,5 @@
+"""Answers of the simulated annotator: Bradley-Terry, with the faults that it is told to have."""
+
 from __future__ import annotations
 
 import math
@@ -5,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
+from dpo_sd.annotation.simulated import SimulatedAnnotator
 from dpo_sd.errors import UserError
-from dpo_sd.shapes.annotator import SimulatedAnnotator
 
 PAIRS = [f"pair {i}" for i in range(2000)]
 FIVE_SIGMA = 5 * 0.5 / math.sqrt(len(PAIRS))  # bound on five standard errors of any share of PAIRS

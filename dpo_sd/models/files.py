@@ -1,0 +1,79 @@
+"""The files of a base: which weights are read where there are several, and hashes of all that decides."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from dpo_sd.files.hashes import sha256
+from dpo_sd.models.families import Family, tokenizer_of
+from dpo_sd.models.stable_diffusion import Fingerprints
+
+_WEIGHTS = re.compile(  # names of their files in a diffusers folder; the group is the variant
+    r"(?:diffusion_pytorch_|pytorch_)?model(?:-\d+-of-\d+)?(?:\.(\w+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+)
+
+
+class WeightFiles(NamedTuple):
+    """Which weights are read in the folder of a part.
+
+    Args:
+        variant: the preferred one, such as fp16; None prefers the plain weights.
+        pickle: whether .bin files are read where there is no .safetensors file.
+    """
+
+    variant: str | None
+    pickle: bool
+
+    def taken(self, folder: Path) -> tuple[str | None, list[Path]]:
+        """The variant that is read, None for the plain weights, and its files."""
+        found = self._by_variant(folder)
+        wanted = self.variant or ""
+        variant = wanted if wanted in found or not found else min(found)  # the plain ones come first
+        return variant or None, found.get(variant, [])
+
+    def _by_variant(self, folder: Path) -> dict[str, list[Path]]:
+        found: dict[str, list[Path]] = {}
+        for ending in (".safetensors", ".bin") if self.pickle else (".safetensors",):
+            for file in sorted(folder.glob(f"*{ending}")):
+                if match := _WEIGHTS.fullmatch(file.name):
+                    found.setdefault(match[1] or "", []).append(file)
+            if found:
+                break
+        return found
+
+    def deciding(self, folder: Path) -> list[Path]:
+        """The files of a part's folder that decide what it does: other variants lie beside them and change nothing."""
+        settings = [
+            file
+            for file in folder.iterdir()
+            if file.suffix in (".json", ".txt", ".model") and ".index." not in file.name
+        ]
+        return [*settings, *self.taken(folder)[1]]
+
+
+def fingerprints(parts: Mapping[str, Iterable[Path]], overrides: object, family: Family) -> Fingerprints:
+    """Hashes of names and contents of files.
+
+    Args:
+        parts: the files that decide what each part of the pipeline does.
+        overrides: settings that change what the whole model computes.
+    """
+    hashes = {part: _hash_of(files) for part, files in parts.items()}
+
+    def together(*names: str) -> str:
+        known = {name: value for name, value in hashes.items() if name in names}
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+
+    whole = hashlib.sha256(f"{json.dumps(overrides)} {together(*hashes)}".encode()).hexdigest()[:16]
+    return Fingerprints(whole, together("vae"), together(*family.encoders, *map(tokenizer_of, family.encoders)))
+
+
+def _hash_of(files: Iterable[Path]) -> str:
+    wanted = sorted(files, key=lambda file: file.name)
+    known = json.dumps([[file.name, sha256(file)] for file in wanted])
+    return hashlib.sha256(known.encode()).hexdigest()
