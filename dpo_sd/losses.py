@@ -95,7 +95,7 @@ def squared_error(residuals: Tensor) -> Tensor:
 
 
 def reward_margin(policy: PairErrors, reference: PairErrors) -> Tensor:
-    """How much more the policy improves on the reference for the chosen image than for the rejected one.
+    """Improvement of the policy on the reference for the chosen image, less that for the rejected one.
 
     Args:
         policy, reference: errors of the two networks on the same noisy latents, each (pairs,).

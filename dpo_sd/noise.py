@@ -19,7 +19,7 @@ def check_uint64(name: str, value: int) -> None:
         value: the one to check.
 
     Raises:
-        UserError: when it is not a whole number or out of range.
+        UserError: if it is not a whole number or out of range.
     """
     if not isinstance(value, Integral) or not 0 <= value < 2**64:
         raise UserError(f"{name} must be a whole number in [0, 2^64), got {value!r}")
@@ -39,13 +39,13 @@ def generator(seed: int, sample_id: int, draw: int, stream: str) -> np.random.Ge
     """The generator of one sample at one visit for one purpose, always in the same initial state.
 
     Args:
-        seed: of the run, in [0, 2^64).
-        sample_id: of the sample, in [0, 2^64).
+        seed: seed of the run, in [0, 2^64).
+        sample_id: identity of the sample, in [0, 2^64).
         draw: how many times the sample was visited before, in [0, 2^64).
         stream: the purpose; "noise", "timestep", "order" and "image" are taken by the functions below.
 
     Raises:
-        UserError: when a number is not a whole one or out of range.
+        UserError: if a number is not a whole one or out of range.
     """
     check_uint64("seed", seed)
     check_uint64("sample_id", sample_id)
@@ -73,10 +73,10 @@ def timestep(seed: int, sample_id: int, draw: int, num_train_timesteps: int) -> 
 
     Args:
         seed, sample_id, draw: as for `generator`.
-        num_train_timesteps: of the noise scheduler, at least 1.
+        num_train_timesteps: length of the noise schedule, at least 1.
 
     Raises:
-        UserError: when num_train_timesteps is below 1.
+        UserError: if num_train_timesteps is below 1.
     """
     if num_train_timesteps < 1:
         raise UserError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
@@ -96,12 +96,12 @@ def order(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order in which one pass over the data visits its samples: a permutation of range(n), int64.
 
     Args:
-        seed: of the run, in [0, 2^64).
+        seed: seed of the run, in [0, 2^64).
         epoch: number of the pass, from 0.
         n: number of samples, at least 0.
 
     Raises:
-        UserError: when n is negative.
+        UserError: if n is negative.
     """
     if n < 0:
         raise UserError(f"n must not be negative, got {n}")
@@ -112,8 +112,8 @@ def image_seed(seed: int, prompt: str, set_index: int, k: int) -> int:
     """Seed of one generated picture, in [0, 2^63), for torch.Generator.manual_seed.
 
     Args:
-        seed: of the run, in [0, 2^64).
-        prompt: its text.
+        seed: seed of the run, in [0, 2^64).
+        prompt: text of the prompt.
         set_index: which set of pictures of that prompt, from 0.
         k: which picture of the set, from 0.
     """

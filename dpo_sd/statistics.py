@@ -54,7 +54,7 @@ def win_shares(challenger: ArrayLike, baseline: ArrayLike, tie_band: float = 0.0
         tie_band: scores that differ by at most this much are a tie, at least 0; at 0 only equal scores are.
 
     Raises:
-        UserError: when the scores are unusable or tie_band is out of range.
+        UserError: if the scores are unusable or tie_band is out of range.
     """
     if not 0 <= tie_band < math.inf:
         raise UserError(f"tie_band must be at least 0 and finite, got {tie_band}")
@@ -71,12 +71,12 @@ def win_rate(shares: ArrayLike, confidence: float = 0.95, resamples: int = 10_00
 
     Args:
         shares: (prompts,) or (prompts, seeds), in [0, 1], as `win_shares` gives them; averaged over seeds first.
-        confidence: of the interval, in (0, 1).
-        resamples: of the bootstrap, at least 100.
-        seed: of the bootstrap.
+        confidence: coverage of the interval, in (0, 1).
+        resamples: number of bootstrap samples, at least 100.
+        seed: seed of the bootstrap.
 
     Raises:
-        UserError: when the shares are unusable or a setting is out of range.
+        UserError: if the shares are unusable or a setting is out of range.
     """
     values = _finite(shares, "shares")
     if values.min() < 0 or values.max() > 1:
@@ -96,10 +96,10 @@ def wilson(wins: float, n: int, confidence: float = 0.95) -> WinRate:
     Args:
         wins: in [0, n]; a tie counts ½.
         n: number of votes, at least 1.
-        confidence: of the interval, in (0, 1).
+        confidence: coverage of the interval, in (0, 1).
 
     Raises:
-        UserError: when a value is out of range.
+        UserError: if a value is out of range.
     """
     if n < 1:
         raise UserError(f"n must be at least 1, got {n}")
@@ -119,12 +119,12 @@ def mean_difference(
 
     Args:
         before, after: (prompts,) or (prompts, seeds), paired, finite; averaged over seeds first.
-        confidence: of the interval, in (0, 1).
-        resamples: of the bootstrap, at least 100.
-        seed: of the bootstrap.
+        confidence: coverage of the interval, in (0, 1).
+        resamples: number of bootstrap samples, at least 100.
+        seed: seed of the bootstrap.
 
     Raises:
-        UserError: when the scores are unusable or a setting is out of range.
+        UserError: if the scores are unusable or a setting is out of range.
     """
     _check_confidence(confidence)
     _check_resamples(resamples)
@@ -149,7 +149,7 @@ def minimal_detectable_rate(n_prompts: int, confidence: float = 0.95, power: flo
         power: in [0.5, 1).
 
     Raises:
-        UserError: when a value is out of range.
+        UserError: if a value is out of range.
     """
     if n_prompts < 1:
         raise UserError(f"n_prompts must be at least 1, got {n_prompts}")
@@ -165,11 +165,11 @@ def minimal_detectable_rate(n_prompts: int, confidence: float = 0.95, power: flo
 
 
 class PositionBias(NamedTuple):
-    """How often the left image was chosen.
+    """Share of the choices that fell on the left image.
 
     Args:
         share: in [0, 1].
-        p: of the exact binomial test that both sides are as good, two-sided.
+        p: p-value of the exact two-sided binomial test that both sides are as good.
         low, high: 95 % interval of the share (Clopper and Pearson 1934).
     """
 
@@ -186,7 +186,7 @@ def position_bias(left: int, right: int) -> PositionBias:
         left, right: votes for the image on that side, at least one in all.
 
     Raises:
-        UserError: when there are no votes.
+        UserError: if there are no votes.
     """
     if left < 0 or right < 0 or left + right < 1:
         raise UserError(f"position_bias needs votes, got {left} and {right}")
@@ -204,7 +204,7 @@ def votes_to_detect(share: float = 0.6, confidence: float = 0.95, power: float =
         power: in [0.5, 1).
 
     Raises:
-        UserError: when a value is out of range.
+        UserError: if a value is out of range.
     """
     if not 0 <= share <= 1 or share == 0.5:
         raise UserError(f"share must be in [0, 1] and not 1/2, got {share}")
@@ -225,7 +225,7 @@ def flip_rate(consistency: float) -> float:
         consistency: s, share of the repeats with the same choice, in [0, 1].
 
     Raises:
-        UserError: when it is out of range.
+        UserError: if it is out of range.
     """
     if not 0 <= consistency <= 1:
         raise UserError(f"consistency must be in [0, 1], got {consistency}")
@@ -242,7 +242,7 @@ def krippendorff_alpha(values: ArrayLike) -> float:
         At most 1; nan where no item has two judgements, 1 where all judgements are the same.
 
     Raises:
-        UserError: when the values are no table.
+        UserError: if the values are no table.
     """
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2:

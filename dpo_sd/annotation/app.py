@@ -30,7 +30,7 @@ class Person(Annotator):
     """People, who vote in a browser.
 
     Args:
-        name: whose votes they are at first; it can be changed on the page. None takes the login name.
+        name: annotator to begin with; it can be changed on the page. None takes the login name.
         mode: "pairs", or "best_worst" for sets of four.
         repeats: share of the items that come back with the sides swapped, in [0, 1].
         port: port that the server listens on, in [1, 65535].

@@ -81,7 +81,7 @@ class SimulatedAnnotator(Annotator):
         self.repeats = repeats
 
     def left_image(self, pair_id: str) -> Literal["image_0", "image_1"]:
-        """Which image this annotator is shown on the left."""
+        """The image that this annotator is shown on the left."""
         coin = noise.uniform(self.seed, noise.sample_id(pair_id), 0, "annotator side")
         return "image_0" if coin < 0.5 else "image_1"
 

@@ -58,7 +58,7 @@ class Summary:
 
     Args:
         statuses: numbers of pairs by their status.
-        annotators: those with the most votes first.
+        annotators: the one with the most votes first.
         together: all annotators as one.
         models: win rates against all others, best first; empty where all pairs were drawn by one. Their n are pairs,
             because several votes on one pair are not independent.

@@ -33,7 +33,7 @@ def entry_point(
     in exit code 130; other exceptions keep their traceback. Called with a configuration, `main(cfg)` only runs.
 
     Args:
-        config_name: of the file in conf/, without its ending; `CHECKS` has its check, `check_settings` serves the
+        config_name: name of the file in conf/, without its ending; `CHECKS` has its check, `check_settings` serves the
             others.
         resumable: understands `resume=<run>`, see `dpo_sd.training.resume`.
     """

@@ -115,7 +115,7 @@ def _target_in(path: Path) -> str | None:
 
 
 def chosen(key: str, root: Any) -> str:
-    """How the node at `key` was chosen, "loss=dpo", where its class tells; otherwise the key."""
+    """Words that chose the node at `key`, "loss=dpo", where its class tells; otherwise the key."""
     target = OmegaConf.select(root, f"{key}._target_")
     names = [name for name, of in targets().items() if of == target and name.startswith(f"{key}/")]
     return names[0].replace("/", "=") if len(names) == 1 else key

@@ -31,7 +31,7 @@ class Definition(NamedTuple):
 
     Args:
         module: dotted name of the module that it stands in.
-        node: its statement.
+        node: statement that defines it.
     """
 
     module: str

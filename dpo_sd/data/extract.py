@@ -61,13 +61,13 @@ class Extract:
 
     @functools.cached_property
     def folder(self) -> Path:
-        """Where the part is kept; its name depends on the content of local files, which are read for it."""
+        """Folder of the part; its name depends on the content of local files, which are read for it."""
         identity = self.dataset.identity()
         return self._above / content_key(kind="extract 1", dataset=identity, settings=self._settings, seed=self.seed)
 
     @property
     def images(self) -> Path:
-        """Where the images are."""
+        """Folder of the images."""
         return self.folder / "images"
 
     @property
@@ -210,7 +210,7 @@ class Extract:
 
 
 class _Begun(NamedTuple):
-    """How far a log has come.
+    """Progress of a log.
 
     Args:
         kept: rows that were kept.

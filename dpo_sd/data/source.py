@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Found:
-    """How much data a source has found, before anything is decoded, drawn or encoded.
+    """Amount of data that a source has found, before anything is decoded, drawn or encoded.
 
     Args:
         train: samples for training; the most there can be where that is not known exactly, None where nobody knows.

@@ -43,7 +43,7 @@ class Split:
         return sorted(prompts - set(self.train.prompts) or prompts)
 
     def found(self) -> Found:
-        """How much that is."""
+        """Amount of the samples."""
         both = len(self.train) + (len(self.validation) if self.held_back else 0)
         return Found(len(self.train), len(self.validation), both, self.prompts, self.report, self.held_out)
 
@@ -134,7 +134,7 @@ def held_back(validation: float, n: int) -> int:
 
 
 def at_most(rows: int | None, wanted: int | None, what: str, validation: float, unknown: str = "") -> Found:
-    """How much there can be in a dataset of which nothing has been read yet.
+    """The most that there can be in a dataset of which nothing has been read yet.
 
     Args:
         rows: rows that the dataset has; None where that is not known.

@@ -1,4 +1,4 @@
-"""Which samples can be used: their image files are there, whole by their headers, and different in a pair."""
+"""Samples that can be used: their image files are there, whole by their headers, and different in a pair."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Usable(NamedTuple):
     """Samples that can be used.
 
     Args:
-        samples: those of them.
+        samples: the usable ones.
         rows: the row of each in the columns that they come from.
         left_out: why the others cannot be used, one line per reason.
     """

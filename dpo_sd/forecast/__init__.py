@@ -1,1 +1,1 @@
-"""What a run will take, counted before it runs."""
+"""The forecast of a run: memory, operations, time and disk, counted before it runs."""

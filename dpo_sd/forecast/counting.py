@@ -53,7 +53,7 @@ class Alive(TorchDispatchMode):
     """Context that counts the bytes of living tensors, and floating-point operations as PyTorch counts them.
 
     Args:
-        tensors: those that are there already.
+        tensors: tensors that are there already.
     """
 
     def __init__(self, tensors: Iterable[Tensor] = ()):

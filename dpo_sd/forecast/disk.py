@@ -17,7 +17,7 @@ def kept(workload: Workload, model: StableDiffusion, found: Found) -> dict[str, 
     """Bytes by what they are: drawn images, or latents and prompts, and the errors of the reference.
 
     Args:
-        model: of the workload, on any device.
+        model: model of the workload, on any device.
         found: data whose number of training samples is known.
     """
     assert found.train is not None

@@ -15,7 +15,7 @@ class Tuned(NamedTuple):
     """A setting that the search may change.
 
     Args:
-        key: of the command line.
+        key: key on the command line.
         part: attribute of `Workload` that holds the setting; None where the workload itself does.
         works: keys of `WORKS` whose phases depend on it.
         rebuilds: whether other networks follow from it.

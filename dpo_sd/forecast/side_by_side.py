@@ -46,7 +46,7 @@ class Case(NamedTuple):
     """Size of one measurement.
 
     Args:
-        family: whose networks are trained, at their real shapes and with random weights.
+        family: family of the networks that are trained, at their real shapes and with random weights.
         resolution: side of the images in pixels.
         pairs: pairs of one update, in one pass.
         updates: updates of every round; their median counts.
@@ -210,7 +210,7 @@ class BareLoop:
         return seconds
 
     def given(self, batch: Batch) -> Any:
-        """What is there before the clock starts."""
+        """Tensors that are there before the clock starts."""
         latents = torch.cat([batch.chosen, batch.rejected]).to(self.device)  # type: ignore[list-item]
         return latents, *self.conditions(batch)
 

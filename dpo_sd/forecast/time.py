@@ -1,4 +1,4 @@
-"""How long a training takes: from a measured rate, or from what cards are sold with."""
+"""Hours of a training, from a measured rate or from the figures that cards are sold with."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Workload:
     """Settings of a training that decide its memory and its operations; two that are alike take the same of a card.
 
     Args:
-        family: of the base, whose real shapes are taken.
+        family: family of the base, whose real shapes are taken.
         lora, loss, optimizer, hardware, sampler: as composed.
         resolution: side of the square that has the area of the training images, in pixels.
         cache: which encodings are kept, as in `dpo_sd.data.cache.Cache`.

@@ -1,4 +1,4 @@
-"""Which LoRA a path means, and whether it is one: names and headers are read, no tensors."""
+"""The LoRA that a path means, if it is one: names and headers are read, no tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which keys of a LoRA file ComfyUI, A1111, InvokeAI and diffusers read."""
+"""The keys of a LoRA file that ComfyUI, A1111, InvokeAI and diffusers read."""
 
 from __future__ import annotations
 

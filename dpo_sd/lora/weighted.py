@@ -15,9 +15,9 @@ class WeightedLoRA(NamedTuple):
     """A LoRA to draw with.
 
     Args:
-        path: its file or folder, as it was given.
+        path: file or folder, as it was given.
         weight: factor of what it adds; 1 is the strength that it was trained at.
-        sha256: its digest.
+        sha256: digest of the file or folder.
     """
 
     path: str

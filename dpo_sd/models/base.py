@@ -1,4 +1,4 @@
-"""Which base model is loaded: a repository on the Hub, a diffusers folder or a single file."""
+"""The base model of a composition: a repository on the Hub, a diffusers folder or a single file."""
 
 from __future__ import annotations
 

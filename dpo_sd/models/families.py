@@ -27,11 +27,11 @@ class TextEncoder(NamedTuple):
     """A text encoder of a family.
 
     Args:
-        kind: its class in transformers.
+        kind: name of its class in transformers.
         layer: the hidden state that cross-attention reads, counted from the end; None reads the last one, normed.
         pooled: whether the UNet is also told its pooled projection, for which all of its layers are read.
         kohya: beginning of the names that Kohya's trainer gives its modules.
-        a1111: those beginnings that A1111 knows for this family.
+        a1111: the beginnings that A1111 knows for this family.
     """
 
     kind: str = "CLIPTextModel"
@@ -42,7 +42,7 @@ class TextEncoder(NamedTuple):
 
 
 class BaseNames(NamedTuple):
-    """What the metadata of Kohya's files call a base: `ss_base_model_version` and `modelspec.architecture`."""
+    """Names of a base in the metadata of Kohya's files: `ss_base_model_version` and `modelspec.architecture`."""
 
     version: str
     architecture: str
@@ -60,12 +60,12 @@ class Family:
         kohya_v2: whether they count it among the SD 2.
         encoders: the text encoders, by the names that diffusers gives them; vocabularies are named alike.
         repository: the family's own pipeline on the Hub; None where it ships with the package.
-        pipeline: its class in diffusers.
+        pipeline: name of its class in diffusers.
         pipeline_settings: what that class is made with, beside the networks.
         addition: the UNet's `addition_embed_type`; a UNet that has one is told pooled text and sizes.
         file_mark: beginning of names that only single files of this family hold.
         sgm_names: whether LoRA files name the UNet's modules as Stability's code (sgm) does.
-        programs: those of `PROGRAMS` that have a model of this family.
+        programs: the ones among `PROGRAMS` that have a model of this family.
     """
 
     name: FamilyName
@@ -130,7 +130,7 @@ class Family:
         return {"text_embeds": pooled, "time_ids": time_ids} if self.pooled else None
 
     def base_names(self, prediction_type: PredictionType) -> BaseNames:
-        """What Kohya's files call a base of this family that predicts noise or velocity."""
+        """Names of a base of this family that predicts noise or velocity, in Kohya's files."""
         velocity = self.kohya_velocity if prediction_type == "v_prediction" else None
         return velocity or self.kohya
 

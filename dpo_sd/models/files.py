@@ -19,7 +19,7 @@ _WEIGHTS = re.compile(  # names of their files in a diffusers folder; the group 
 
 
 class WeightFiles(NamedTuple):
-    """Which weights are read in the folder of a part.
+    """Choice of the weights in the folder of a part.
 
     Args:
         variant: the preferred one, such as fp16; None prefers the plain weights.

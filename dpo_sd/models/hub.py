@@ -37,7 +37,7 @@ def hub_errors(
     """Turns errors of the Hub into one line that says what to do.
 
     Args:
-        repository: its name, `owner/name`.
+        repository: name, `owner/name`.
         kind: what it is, put before its name where there is none of that name: "dataset ".
         revision: branch, tag or commit that was asked for.
         otherwise: message for errors that say nothing of the repository, given the error and whether HF_HUB_OFFLINE is

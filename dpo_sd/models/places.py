@@ -27,7 +27,7 @@ def check_place(key: str, where: str, family: Family, pickle: bool) -> None:
 
     Args:
         key: the setting: path, config or vae.
-        where: its value: repository on the Hub, folder or file.
+        where: value of the setting: repository on the Hub, folder or file.
         pickle: whether pickles may be read.
 
     Raises:

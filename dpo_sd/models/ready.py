@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Loadable(Protocol):
-    """What a model is loaded from: `Base`, or `RandomWeights`.
+    """A place that a model is loaded from: `Base`, or `RandomWeights`.
 
     `notes` are what the user should know of the last loading, one line each.
     """

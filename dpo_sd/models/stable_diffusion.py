@@ -60,7 +60,7 @@ class StableDiffusion:
     """A frozen base model.
 
     Args:
-        name: its family, as in the `model` group.
+        name: name of the family, as in the `model` group.
         unet, vae, text_encoders, tokenizers: parts as diffusers and transformers build them, without gradients; as
             many text encoders as the family has.
         noise_scheduler: the training schedule; its `prediction_type` says what the UNet predicts.
