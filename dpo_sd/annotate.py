@@ -24,7 +24,7 @@ def main(cfg: DictConfig) -> None:
             print(f"{cfg.export}: {export_pickapic(folder, Path(cfg.export).expanduser())} pairs")
         return
     annotator = instantiate(cfg.annotator)
-    annotator.annotate(folder, instantiate(cfg.judge) or None)  # judge=none holds nothing
+    annotator.annotate(folder, instantiate(cfg.judge) if cfg.judge else None)
 
 
 if __name__ == "__main__":

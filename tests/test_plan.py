@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import itertools
 import re
 
@@ -17,6 +18,8 @@ from PIL import Image
 from dpo_sd.composition.checks import check_composition
 from dpo_sd.composition.messages import options
 from dpo_sd.composition.schema import CONF_DIR
+from dpo_sd.data.cache import Cache
+from dpo_sd.data.pickapic import PickAPic
 from dpo_sd.forecast.fitting import using
 from dpo_sd.forecast.phases import Forecast
 from dpo_sd.forecast.units import GIB
@@ -157,7 +160,7 @@ def test_pictures_of_another_size_than_the_model_draws_end_a_plan_as_a_mistake(p
 
 def test_data_that_cannot_be_used_ends_a_plan_that_has_said_all_else_as_a_mistake(plan):
     ended = plan("experiment=style_dpo", "data.pairs=nowhere", "rate=16")
-    assert ended.code == 1 and re.fullmatch(r"error: data: no folder nowhere.*\n", ended.err)
+    assert ended.code == 1 and re.fullmatch(r"error: no folder nowhere.*\n", ended.err)
     assert "update: backward" in ended.out and "pairs at 16 a second" in ended.out
 
 
@@ -214,18 +217,33 @@ def test_what_is_not_fetched_yet_is_said_to_be_a_limit(plan, settings, says, tmp
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_local_dataset_is_counted_as_a_training_would_with_its_pictures_unread(plan, tmp_path):
+def test_a_local_dataset_is_bounded_by_its_rows_and_counted_as_a_training_would_once_it_was_read(plan, tmp_path):
     """Of 24 rows 4 are tied and 4 without a label; 16 pairs are left, each with a prompt of its own."""
+
+    def png(n: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.new("RGB", (64, 64), (n, 0, 0)).save(buffer, "PNG")
+        return buffer.getvalue()
+
     rows = [
-        {"caption": f"prompt {n}", "jpg_0": b"0", "jpg_1": b"1", "label_0": [1.0, 0.0, 1.0, 0.0, 0.5, None][n % 6]}
+        {"caption": f"prompt {n}", "jpg_0": png(2 * n), "jpg_1": png(2 * n + 1)}
+        | {"label_0": [1.0, 0.0, 1.0, 0.0, 0.5, None][n % 6]}
         for n in range(24)
     ]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "set.parquet")
+    file, cache = tmp_path / "set.parquet", tmp_path / "cache"
+    pq.write_table(pa.Table.from_pylist(rows), file)
     before = sorted(tmp_path.rglob("*"))
-    ended = plan("data=pickapic", f"data.path={tmp_path / 'set.parquet'}", f"cache_dir={tmp_path / 'cache'}")
+    ended = plan("data=pickapic", f"data.path={file}", f"cache_dir={cache}")
+    assert ended.code == 0, ended.err
+    assert "data     at most 24 rows, 2 of them held back: to be read, so ties are not known yet" in ended.out
+    assert "run      300 updates: 218 passes over 22, 2 updates each" in ended.out
+    assert "latents" in ended.out and sorted(tmp_path.rglob("*")) == before
+
+    PickAPic(str(file)).find(Cache(cache), fetch=True)
+    before = sorted(tmp_path.rglob("*"))
+    ended = plan("data=pickapic", f"data.path={file}", f"cache_dir={cache}")
     assert ended.code == 0, ended.err
     assert "set.parquet, train: 24 rows read; left out: 4 tied, 4 without a label" in ended.out
-    assert "data     pictures are not looked at" in ended.out
     assert "data     training: 15 pairs on 15 prompts; validation: 1 on 1 others" in ended.out
     assert "data     0 of 16 prompts are cut" in ended.out
     assert "run      300 updates: 320 passes over 15, 1 update each" in ended.out
@@ -233,10 +251,10 @@ def test_a_local_dataset_is_counted_as_a_training_would_with_its_pictures_unread
 
 
 def test_a_local_dataset_that_no_training_could_use_is_a_mistake(plan, tmp_path):
-    row = {"caption": "a prompt", "jpg_0": b"0", "jpg_1": b"1", "label_0": 0.5}
+    row = {"caption": "a prompt", "jpg_0": b"0", "jpg_1": b"1", "label_0": 1.0}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "set.parquet")
     ended = plan("data=pickapic", f"data.path={tmp_path / 'set.parquet'}")
-    assert ended.code == 1 and "error: " in ended.err and "1 tied; no pair is left" in ended.err
+    assert ended.code == 1 and "set.parquet has fewer than two rows, and validation needs a prompt" in ended.err
 
 
 @pytest.mark.parametrize(("optimizer", "package"), [("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")])

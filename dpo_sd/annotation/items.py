@@ -34,6 +34,7 @@ class Item:
 
     @property
     def prompt(self) -> str:
+        """The prompt of all its images."""
         return self.pairs[0].prompt
 
     def arranged(self, annotator: str, showing: int) -> tuple[str, ...]:

@@ -75,6 +75,7 @@ class Summary:
 
     @property
     def decided(self) -> int:
+        """Number of pairs of which one image is preferred."""
         return self.statuses["image_0"] + self.statuses["image_1"]
 
 

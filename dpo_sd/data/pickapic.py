@@ -99,7 +99,7 @@ class PickAPic(FileSource):
             return self._found(rows, extract.images)
         if there is not None and there < 2:
             raise UserError(
-                f"{self.dataset.path} has {there} rows, and validation needs a prompt of its own: add pairs"
+                f"{self.dataset.path} has fewer than two rows, and validation needs a prompt of its own: add pairs"
             )
         return at_most(there, self.max_pairs, "pairs", self.validation, ", so ties are not known yet")
 

@@ -88,26 +88,32 @@ class Measurement:
 
     @property
     def found(self) -> bool:
+        """Whether there is an object."""
         return bool(self.ious)
 
     @property
     def background(self) -> str:
+        """Nearest of `BACKGROUNDS`."""
         return min(self.backgrounds, key=self.backgrounds.__getitem__)
 
     @property
     def colour(self) -> str | None:
+        """Nearest of `COLOURS`."""
         return min(self.colours, key=self.colours.__getitem__) if self.found else None
 
     @property
     def shape(self) -> str | None:
+        """The one of `SHAPES` that fits best."""
         return max(self.ious, key=self.ious.__getitem__) if self.found else None
 
     @property
     def size(self) -> str | None:
+        """The one of `SIZES` whose radii are nearest."""
         return min(SIZES, key=lambda name: _beyond(self.radius, SIZES[name])) if self.found else None
 
     @property
     def position(self) -> str | None:
+        """One of `POSITIONS`."""
         return position_name(self.x, self.y, self.shape, self.radius) if self.shape else None
 
     def scene(self, style: str) -> Scene | None:

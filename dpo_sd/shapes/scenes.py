@@ -107,6 +107,7 @@ class Scene:
 
     @property
     def kind(self) -> tuple[str, str, str, str]:
+        """Size, colour, shape and background, one of `KINDS`."""
         return self.size, self.colour, self.shape, self.background
 
     @property
