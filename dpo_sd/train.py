@@ -110,7 +110,7 @@ def composed(cfg: DictConfig) -> Parts:
     groups = ("loss", "lora", "sampler", "framing", "optimizer", "data", "model")
     judge = instantiate(cfg.judge) if cfg.judge else None
     cache = Cache(Path(cfg.cache_dir).expanduser(), cfg.cache, half=hardware.weights != "float32")
-    parts = Parts(hardware, *(instantiate(cfg[group]) for group in groups), judge, cache)
+    parts = Parts._make([hardware, *(instantiate(cfg[group]) for group in groups), judge, cache])
     parts.lora.check()
     parts.optimizer.check(cfg.trainer.max_steps)
     return parts

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -242,13 +242,15 @@ def test_errors_are_kept_apart_by_whatever_decides_them(monkeypatch, tmp_path, c
     from dpo_sd import train
 
     monkeypatch.setattr(train, "say", lambda text: None)
-    model, data = make_model(), SimpleNamespace(train=SimpleNamespace(contents=np.arange(3)))
+    model, data = make_model(), cast(Any, SimpleNamespace(train=SimpleNamespace(contents=np.arange(3))))
 
     def folder(*overrides: str) -> Path:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
             cfg = compose("train", ["loss.reference=cached", "loss.draws_per_pair=2", *overrides])
-        loss, hardware, cache = instantiate(cfg.loss), instantiate(cfg.hardware), Cache(tmp_path, cfg.cache)
-        kept = train.reference_cache(cfg, hardware, model, loss, data, cache, 0, False)
+        unasked: dict[str, Any] = dict.fromkeys(train.Parts._fields)
+        parts = {"hardware": instantiate(cfg.hardware), "loss": instantiate(cfg.loss)}
+        parts |= {"cache": Cache(tmp_path, cfg.cache)}
+        kept = train.reference_cache(cfg, train.Parts(**(unasked | parts)), model, data, 0, False)
         assert kept is not None and kept.file is not None
         return kept.file.parent
 

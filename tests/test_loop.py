@@ -40,7 +40,7 @@ def loop(command, tmp_path_factory) -> Path:
     run(f"loras={style}", f"prompts=[{prompts}]", "num_sets=2", "sampler.steps=2", f"out={pairs}", program="generate")
     run(f"pairs={pairs}", "annotator=oracle", "judge.style=outlined", program="annotate")
     judged = ("judge=oracle", "judge.style=outlined", "callbacks.verdict.prompts=shapes:held_out")
-    refined = (f"data.pairs={pairs}", f"lora.init_from={style}")
+    refined = (f"data.pairs={pairs}", "data.validation=2", f"lora.init_from={style}")
     run("experiment=style_dpo", *SMALL, *judged, *refined, f"hydra.run.dir={folder / 'dpo'}", f"cache_dir={folder}")
     return folder
 
