@@ -64,20 +64,12 @@ def workload(cfg: DictConfig) -> Workload:
     Raises:
         UserError: if the warm-up of the optimiser is as long as the training.
     """
-    from dpo_sd.forecast.workload import Workload
+    from dpo_sd.forecast.workload import of_composition
     from dpo_sd.models.families import FAMILIES
 
     parts = {group: instantiate(cfg[group]) for group in ("lora", "loss", "optimizer", "hardware", "sampler")}
     parts["optimizer"].check_schedule(cfg.trainer.max_steps)
-    return Workload(
-        family=cfg.model.name,
-        **parts,
-        resolution=instantiate(cfg.framing).resolution or FAMILIES[cfg.model.name].resolution,
-        cache=cfg.cache,
-        pairs=cfg.pairs_per_update // (cfg.trainer.devices * cfg.trainer.num_nodes),
-        draws=not cfg.callbacks.keys().isdisjoint(("samples", "verdict")),
-        flip=cfg.framing.flip,
-    )
+    return of_composition(cfg, cfg.framing.resolution or FAMILIES[cfg.model.name].resolution, **parts)
 
 
 def advice(cfg: DictConfig, forecast: Forecast, fitting: Iterable[Forecast]) -> str:

@@ -25,14 +25,17 @@ if TYPE_CHECKING:
     from dpo_sd.callbacks.run_record import RunRecord
     from dpo_sd.callbacks.watcher import Run, Watcher
     from dpo_sd.data.datamodule import DataModule
+    from dpo_sd.data.frames import Framing
     from dpo_sd.data.source import Found, PreparedData, Source
     from dpo_sd.forecast.workload import Workload
     from dpo_sd.judges.judge import Judge
     from dpo_sd.lora.attaching import LoRA
     from dpo_sd.losses import Loss
     from dpo_sd.models.base import Base
+    from dpo_sd.models.sampling import Sampler
     from dpo_sd.models.stable_diffusion import StableDiffusion
     from dpo_sd.training.hardware import Hardware
+    from dpo_sd.training.optimizers import AdamW
     from dpo_sd.training.reference_cache import ReferenceErrors
     from dpo_sd.training.step import DiffusionModule
 
@@ -45,9 +48,9 @@ class Parts(NamedTuple):
     hardware: Hardware
     loss: Loss
     lora: LoRA
-    sampler: Any
-    framing: Any
-    optimizer: Any
+    sampler: Sampler
+    framing: Framing
+    optimizer: AdamW
     source: Source
     base: Base
     judge: Judge | None
@@ -159,19 +162,10 @@ def prepared(
 
 def workload(cfg: DictConfig, parts: Parts, model: StableDiffusion) -> Workload:
     """Settings of the run that decide what it takes of a card."""
-    from dpo_sd.forecast.workload import Workload
+    from dpo_sd.forecast.workload import of_composition
 
-    return Workload(
-        model.name,
-        parts.lora,
-        parts.loss,
-        parts.optimizer,
-        parts.hardware,
-        parts.sampler,
-        parts.framing.resolution or model.resolution,
-        cfg.cache,
-        cfg.pairs_per_update // processes(cfg),
-    )
+    named = {name: parts._asdict()[name] for name in ("lora", "loss", "optimizer", "hardware", "sampler")}
+    return of_composition(cfg, parts.framing.resolution or model.resolution, **named)
 
 
 def update_line(cfg: DictConfig, parts: Parts, accumulation: int, n: int) -> str:
@@ -279,7 +273,7 @@ def reference_cache(
         arithmetic=parts.hardware.arithmetic,
         weighting=parts.loss.min_snr_gamma,
         seed=cfg.seed,
-        caption_dropout=cfg.data.get("caption_dropout"),
+        caption_dropout=parts.source.caption_dropout,
         framing=OmegaConf.to_container(cfg.framing, resolve=True),
         cache=[parts.cache.keep, parts.cache.half],
     )

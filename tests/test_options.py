@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_sd.composition.options import own_flags
+from dpo_sd.composition.options import flags_first, own_flags
 from dpo_sd.composition.replay import resume_arguments
 from dpo_sd.errors import UserError
 
@@ -107,6 +107,11 @@ def test_plan_composes_it_too(own, command):
 @pytest.mark.parametrize("flags", [["--config-dir", "a b"], ["--config-dir=a b"], ["-cd", "a b"]])
 def test_the_folder_is_found_however_it_is_said(flags):
     assert own_flags(["x=1", *flags, "y=2"]) == {"--config-dir": "a b"}
+
+
+def test_settings_may_stand_on_both_sides_of_a_flag():
+    arguments = ["a=1", "--config-dir", "mine", "b=2", "-m", "c=3", "--config-name=x", "~d"]
+    assert flags_first(arguments) == ["--config-dir", "mine", "-m", "--config-name=x", "a=1", "b=2", "c=3", "~d"]
 
 
 def test_a_run_with_options_of_the_users_own_is_not_resumed_without_them(tmp_path):

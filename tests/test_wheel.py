@@ -77,7 +77,7 @@ def test_the_wheel_holds_code_conf_and_assets_and_nothing_else(wheel):
 
 def test_outside_of_the_checkout_the_wheel_composes_from_its_own_conf(installed, tmp_path):
     code = (
-        "import dpo_sd.composition.schema as s, dpo_sd.models.base as m; print(s.CONF_DIR); print(m.Model('tiny').path)"
+        "import dpo_sd.composition.schema as s, dpo_sd.models.base as m; print(s.CONF_DIR); print(m.Base('tiny').path)"
     )
     ended, _ = ask(installed, tmp_path, "-c", code)
     assert ended.stdout.split() == [str(installed / "dpo_sd" / place) for place in ("conf", "assets/tiny-sd")]

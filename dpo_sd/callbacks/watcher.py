@@ -49,7 +49,7 @@ class Run:
         return self.trainer.is_global_zero
 
     def due(self, every: int) -> bool:
-        """Whether something is to happen after this update that happens every so many updates and after the last."""
+        """Whether something done every `every` updates, and after the last one, is due now."""
         return self.step % every == 0 or self.is_last
 
 

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from dpo_sd.composition.checks import CHECKS, check_settings, sweeping
 from dpo_sd.composition.messages import explain
+from dpo_sd.composition.options import find_own_modules, flags_first
 from dpo_sd.composition.replay import resume_arguments
 from dpo_sd.composition.resolvers import register
 from dpo_sd.composition.schema import CONF_DIR
@@ -64,6 +65,8 @@ def entry_point(
                 return main(cfg)
             os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come out of Hydra as they are
             try:
+                sys.argv[1:] = flags_first(sys.argv[1:])
+                find_own_modules(sys.argv[1:])
                 if resumable:
                     sys.argv[1:] = resume_arguments(sys.argv[1:])
                 application()

@@ -25,6 +25,7 @@ CONTRACTS: dict[str, str] = {  # base classes of what the groups compose; a clas
     "callbacks": "dpo_sd.callbacks.watcher.Watcher",
 }
 _FLAGS = ("--config-dir", "--config-name")
+_WITH_VALUE = (*_FLAGS, "-cd", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c")
 
 
 class TypedFiles(FileConfigSource):
@@ -61,10 +62,25 @@ def _chooses(config: Any) -> bool:
 
 
 def register_files() -> None:
-    """Has Hydra read files by `TypedFiles`, and finds modules of the user's own in the folders of --config-dir."""
+    """Has Hydra read files by `TypedFiles`."""
     Plugins.instance()  # registers Hydra's own sources first
     SourcesRegistry.instance().types[TypedFiles.scheme()] = TypedFiles
-    sys.path += [str(folder) for folder in own_folders(sys.argv[1:]) if str(folder) not in sys.path]
+
+
+def find_own_modules(arguments: list[str]) -> None:
+    """Puts the folder of --config-dir last on Python's path, so that own classes may lie beside their options."""
+    sys.path.extend(str(folder) for folder in own_folders(arguments) if str(folder) not in sys.path)
+
+
+def flags_first(arguments: list[str]) -> list[str]:
+    """The same command line, flags before settings: Hydra takes no settings on both sides of a flag."""
+    flags, settings, rest = [], [], iter(arguments)
+    for argument in rest:
+        if argument.startswith("-"):
+            flags += [argument, *([next(rest, "")] if argument in _WITH_VALUE else [])]
+        else:
+            settings.append(argument)
+    return [*flags, *settings]
 
 
 def own_flags(arguments: list[str]) -> dict[str, str]:
@@ -115,7 +131,7 @@ def _target_in(path: Path) -> str | None:
 
 
 def chosen(key: str, root: Any) -> str:
-    """Words that chose the node at `key`, "loss=dpo", where its class tells; otherwise the key."""
+    """The override that chose the node at `key`, "loss=dpo", where its class tells; otherwise the key."""
     target = OmegaConf.select(root, f"{key}._target_")
     names = [name for name, of in targets().items() if of == target and name.startswith(f"{key}/")]
     return names[0].replace("/", "=") if len(names) == 1 else key

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from dpo_sd import noise
+from dpo_sd.errors import UserError
 from dpo_sd.models.stable_diffusion import TextEmbeds
 
 
@@ -215,6 +216,10 @@ class Visits(Dataset):
         timesteps: list[int] | None = None,
     ):
         still = timesteps is not None
+        if samples.vary is not None and samples.prompts.hidden is not None and not still:
+            raise UserError(
+                "the data makes another text of a prompt at every visit, which no cache holds: add cache=latents"
+            )
         self.samples = replace(samples, flip=False, random_crop=False, vary=None) if still else samples
         self.seed, self.num_train_timesteps, self.factor = seed, num_train_timesteps, factor
         self.caption_dropout, self.draws_per_pair, self.timesteps = caption_dropout, draws_per_pair, timesteps

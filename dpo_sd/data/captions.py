@@ -65,7 +65,6 @@ class Captions(FileSource):
     """
 
     has_pairs: ClassVar[bool] = False
-    labeller: str | None = None
 
     def __init__(
         self,

@@ -38,7 +38,6 @@ class Pairs(FileSource):
     """
 
     has_pairs: ClassVar[bool] = True
-    labeller: str | None = None
 
     def __init__(
         self,

@@ -58,7 +58,6 @@ class PickAPic(FileSource):
     """
 
     has_pairs: ClassVar[bool] = True
-    labeller: str | None = None
 
     def __init__(
         self,

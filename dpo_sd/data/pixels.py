@@ -31,7 +31,7 @@ class Pixels:
         self.side, self.frames = side, frames
 
     def read(self, row: int, flip: bool, where: tuple[float, float]) -> tuple[Tensor, Tensor]:
-        """The image, (3, h, w), uint8, and its time ids, (6,), fp32: see `dpo_sd.data.batches.Pictures`.
+        """The image, (3, h, w), uint8, and its time ids, (6,), fp32: see `dpo_sd.data.batches.Images`.
 
         Raises:
             UserError: if the file can no longer be read.

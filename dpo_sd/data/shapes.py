@@ -28,7 +28,7 @@ CHUNK = 64  # images kept together: what a killed run has to draw again at most
 
 
 class _World(Source):
-    """Source of images on prompts of the shapes world, of which the samples of a seed have always the same ones.
+    """Source of images on prompts of the shapes world, of which one seed always gives the same.
 
     Args:
         n: training samples; prompts come again with new images when there are more samples than prompts.
@@ -171,7 +171,6 @@ class Renders(_World):
     """
 
     has_pairs: ClassVar[bool] = False
-    labeller: str | None = None
 
     def __init__(
         self,

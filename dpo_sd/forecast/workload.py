@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from dpo_sd.data.batches import Batch
@@ -104,6 +106,25 @@ class Workload:
             index=[0] * pairs,
             draw=[0] * pairs,
         )
+
+
+def of_composition(cfg: DictConfig, resolution: int, **parts: Any) -> Workload:
+    """The workload of a training that was composed.
+
+    Args:
+        cfg: composed from train.yaml.
+        resolution: side of the square that has the area of the training images, in pixels.
+        parts: the objects of the groups lora, loss, optimizer, hardware and sampler, by these names.
+    """
+    return Workload(
+        family=cfg.model.name,
+        **parts,
+        resolution=resolution,
+        cache=cfg.cache,
+        pairs=cfg.pairs_per_update // (cfg.trainer.devices * cfg.trainer.num_nodes),
+        draws=not cfg.callbacks.keys().isdisjoint(("samples", "verdict")),
+        flip=cfg.framing.flip,
+    )
 
 
 def micro_step(module: DiffusionModule, batch: Batch) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dpo_sd.models.stable_diffusion import StableDiffusion
-
-log = logging.getLogger(__name__)
 
 
 def summary(model: StableDiffusion, adapter: str = "policy") -> str:

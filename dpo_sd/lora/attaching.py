@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_sd.errors import UserError
-from dpo_sd.lora.adapters import adapter_tensors, copy_into, log, lora_layers, summary
+from dpo_sd.lora.adapters import adapter_tensors, copy_into, lora_layers, summary
 from dpo_sd.lora.finding import find_lora
 from dpo_sd.lora.names import adaptable, canonical
 from dpo_sd.lora.reading import read_lora
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from dpo_sd.models.families import FamilyName
     from dpo_sd.models.stable_diffusion import StableDiffusion
+
+log = logging.getLogger(__name__)
 
 TEXT_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
 

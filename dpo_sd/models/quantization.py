@@ -84,7 +84,9 @@ def stored_in(weights: Weights) -> torch.dtype:
 
 def store(network: nn.Module, weights: Weights) -> None:
     """Brings a frozen network into the form that its weights are stored in."""
-    network.to(stored_in(weights))
+    for tensor in (*network.parameters(), *network.buffers()):  # diffusers' own `to` speaks of modules that it keeps
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(stored_in(weights))
     if weights in QUANTISED:
         quantise(network, weights)
 
