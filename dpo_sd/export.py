@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from dpo_sd.composition.application import entry_point
 from dpo_sd.errors import UserError
 from dpo_sd.lora.attaching import check_base, load_for_drawing
+from dpo_sd.lora.names import modules_of
 from dpo_sd.lora.programs import diffusers_scales, loader_report, unmatched
 from dpo_sd.lora.reading import read_lora
 from dpo_sd.lora.weights import LoRAFile
@@ -103,10 +104,9 @@ def write_merged(model: StableDiffusion, lora: LoRAFile | None, out: Path) -> No
     """Writes a model with a LoRA merged into its weights, as a diffusers folder that appears whole or not at all."""
     from diffusers import DDIMScheduler
 
+    there = modules_of(model)
     for name, change in ((name, lora.change(name)) for name in lora.modules) if lora is not None else ():
-        network, _, inside = name.partition(".")
-        root = model.networks[network]
-        module: Any = root.get_submodule(inside if hasattr(root, "text_model") else inside.removeprefix("text_model."))
+        module: Any = model.networks[name.partition(".")[0]].get_submodule(there[name])
         module.weight += change.to(module.weight)
     pipeline: Any = model.pipeline()
     pipeline.scheduler = DDIMScheduler.from_config(model.noise_scheduler.config)  # DDPM would draw for minutes

@@ -69,7 +69,7 @@ def workload(cfg: DictConfig) -> Workload:
 
     parts = {group: instantiate(cfg[group]) for group in ("lora", "loss", "optimizer", "hardware", "sampler")}
     parts["optimizer"].check_schedule(cfg.trainer.max_steps)
-    return of_composition(cfg, cfg.framing.resolution or FAMILIES[cfg.model.name].resolution, **parts)
+    return of_composition(cfg, instantiate(cfg.framing).resolution or FAMILIES[cfg.model.name].resolution, **parts)
 
 
 def advice(cfg: DictConfig, forecast: Forecast, fitting: Iterable[Forecast]) -> str:

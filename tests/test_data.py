@@ -217,11 +217,15 @@ def test_texts_vary_from_visit_to_visit_by_seed_sample_and_draw_and_dropped_ones
     def vary(text: str, rng: np.random.Generator) -> str:
         return f"{text} {rng.integers(10**6)}"
 
-    visits, again = (Visits(make_pairs(vary=vary), 0, 1000) for _ in range(2))
+    cached = make_pairs(vary=vary)
+    with pytest.raises(UserError, match=r"another text of a prompt at every visit.*add cache=latents"):
+        Visits(cached, 0, 1000)
+    pairs = replace(cached, prompts=Prompts(cached.prompts.texts, cached.prompts.row, None))
+    visits, again = (Visits(pairs, 0, 1000) for _ in range(2))
     texts = [visits[index, draw].prompt for index in range(3) for draw in range(3)]
     assert len(set(texts)) == 9 and texts[0].startswith("prompt 0 ")
     assert texts == [again[index, draw].prompt for index in range(3) for draw in range(3)]
-    assert Visits(make_pairs(vary=vary), 0, 1000, caption_dropout=1.0)[0, 0].prompt == ""
+    assert Visits(pairs, 0, 1000, caption_dropout=1.0)[0, 0].prompt == ""
 
 
 def test_draws_come_again_after_so_many_visits_and_are_counted_from_0():

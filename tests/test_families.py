@@ -249,7 +249,7 @@ def test_errors_are_kept_apart_by_whatever_decides_them(monkeypatch, tmp_path, c
             cfg = compose("train", ["loss.reference=cached", "loss.draws_per_pair=2", *overrides])
         unasked: dict[str, Any] = dict.fromkeys(train.Parts._fields)
         parts = {"hardware": instantiate(cfg.hardware), "loss": instantiate(cfg.loss)}
-        parts |= {"cache": Cache(tmp_path, cfg.cache)}
+        parts |= {"cache": Cache(tmp_path, cfg.cache), "source": instantiate(cfg.data)}
         kept = train.reference_cache(cfg, train.Parts(**(unasked | parts)), model, data, 0, False)
         assert kept is not None and kept.file is not None
         return kept.file.parent

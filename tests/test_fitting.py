@@ -61,4 +61,7 @@ def test_a_forecast_with_other_settings_counts_what_one_from_nothing_does():
     assert start.phases  # counted, and taken over where nothing changes them
     for settings in ({"micro_batch": 2}, {"gradient_checkpointing": True}, {"resolution": 128}, {"cache": "latents"}):
         other = using(start, **settings)
-        assert other.phases == Forecast(other.workload).phases
+        anew = Forecast(other.workload).phases
+        assert [each._replace(passes=0) for each in other.phases] == [each._replace(passes=0) for each in anew]
+        # when a tensor of a few KiB is let go depends on what else the process has done
+        assert [each.passes for each in other.phases] == pytest.approx([each.passes for each in anew], abs=2**14)

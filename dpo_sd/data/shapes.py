@@ -40,7 +40,7 @@ class _World(Source):
         UserError: if a number is out of range.
     """
 
-    fixed_resolution: ClassVar[int | None] = 64
+    fixed_resolution: ClassVar[int | None] = RESOLUTION
 
     def __init__(self, n: int, n_validation: int, caption_dropout: float, seed: int):
         self.n, self.n_validation, self.seed = n, n_validation, seed

@@ -86,66 +86,13 @@ class Alive(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = _remembered(func, args, kwargs or {})
-        for leaf in [result] if isinstance(result, Tensor) else tree_leaves(result):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf)
         if count := flop_registry.get(func.overloadpacket):
             self.flops += count(*args, **(kwargs or {}), out_val=result)
         return result
-
-
-# ------------------------------------------------------------------------------------------------- operations on `meta`
-
-Form = tuple[torch.Size, tuple[int, ...], torch.dtype]  # all that a tensor on `meta` is: its shape, strides and type
-_RESULTS: dict[Any, list[Form] | None] = {}  # forms of the results by operation and arguments; None where they alias
-
-
-def _remembered(func: Any, args: Any, kwargs: Any) -> Any:
-    """Result of an operation; on `meta` new tensors of the form that it had before.
-
-    PyTorch works out the form of most results on `meta` in Python, which takes most of the time of a forecast, while
-    the blocks of a network repeat the same few thousand operations.
-    """
-    inputs: list[Tensor] = []
-    try:
-        key = (func, _key(args, inputs), _key(tuple(kwargs.items()), inputs))
-        known = _RESULTS.get(key, ())
-    except TypeError:  # an argument that is not hashable
-        return func(*args, **kwargs)
-    if not inputs or not all(tensor.is_meta for tensor in inputs):
-        return func(*args, **kwargs)
-    if known:
-        new = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in known]
-        return new[0] if len(new) == 1 else tuple(new)
-    result = func(*args, **kwargs)
-    if known is not None:
-        _RESULTS[key] = _forms(func, inputs, result)
-    return result
-
-
-def _key(value: Any, inputs: list[Tensor]) -> Any:
-    """A hashable twin of arguments, in which tensors are their forms; the tensors are appended to `inputs`."""
-    if isinstance(value, Tensor):
-        inputs.append(value)
-        return value.shape, value.stride(), value.dtype
-    if isinstance(value, tuple | list):
-        return tuple(_key(item, inputs) for item in value)
-    return type(value), value  # 1, 1.0 and True are equal, but promote types differently
-
-
-def _forms(func: Any, inputs: list[Tensor], result: Any) -> list[Form] | None:
-    """Forms of the tensors that an operation returns; None where they are not all new, whole and on `meta`."""
-    tensors = [result] if isinstance(result, Tensor) else list(result) if isinstance(result, tuple) else []
-    if not tensors or func._schema.is_mutable or not all(isinstance(each, Tensor) and each.is_meta for each in tensors):
-        return None
-    storages = [tensor.untyped_storage() for tensor in (*inputs, *tensors)]
-    for tensor in tensors:
-        alone = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        shared = sum(tensor.untyped_storage()._cdata == storage._cdata for storage in storages) > 1
-        if shared or tensor.storage_offset() or alone.untyped_storage().nbytes() != tensor.untyped_storage().nbytes():
-            return None
-    return [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
 
 
 @contextmanager
