@@ -23,7 +23,12 @@ def override(key: str, value: str) -> str:
     """
     if _PLAIN.fullmatch(value):
         return f"{key}={value}"
-    # OmegaConf would look up ${x}; it takes a backslash off before it, and halves those in front
-    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    value = escaped(value)
     # in Hydra's quotes only the quote itself has a meaning, and backslashes before it or the closing one
     return f"{key}='" + re.sub(r"(\\*)('|\Z)", r"\1\1\2", value).replace("'", r"\'") + "'"
+
+
+def escaped(text: str) -> str:
+    """A text that OmegaConf reads as it stands: it would look up ${x}."""
+    # it takes a backslash off before ${, and halves those in front
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)

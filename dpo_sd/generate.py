@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from dpo_sd.composition.application import entry_point
 from dpo_sd.data.prompts import read_prompts
 from dpo_sd.errors import UserError
+from dpo_sd.files.claims import held
 from dpo_sd.files.hashes import sha256
 from dpo_sd.files.images import save_png
 from dpo_sd.lora.attaching import load_for_drawing
@@ -34,6 +35,12 @@ if TYPE_CHECKING:
 def main(cfg: DictConfig) -> None:
     """Draws what is missing in the folder `out`, and lists the pairs."""
     folder = Path(cfg.out).expanduser()
+    with held(folder):
+        generate(cfg, folder)
+
+
+def generate(cfg: DictConfig, folder: Path) -> None:
+    """Draws into a folder that no other process has."""
     prompts = read_prompts(cfg.prompts, cfg.seed)
     loras = [parse_lora(text) for text in ([cfg.loras] if isinstance(cfg.loras, str) else cfg.loras)]
     hardware, sampler, base = (instantiate(cfg[group]) for group in ("hardware", "sampler", "model"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +18,7 @@ from dpo_sd.composition.application import entry_point
 from dpo_sd.composition.options import own_flags
 from dpo_sd.data.cache import Cache
 from dpo_sd.errors import UserError
+from dpo_sd.files.claims import held
 from dpo_sd.training import cluster
 from dpo_sd.training.resume import check_same, check_same_run, newest_checkpoint
 
@@ -59,11 +60,14 @@ class Parts(NamedTuple):
 
 @entry_point("train", resumable=True)
 def main(cfg: DictConfig) -> float | None:
-    """One run from its composition; returns the win rate of its verdict, for sweeps that search.
-
-    Cheap parts come first, so that a mistake is met before any weights load.
-    """
+    """One run from its composition; returns the win rate of its verdict, for sweeps that search."""
     folder = Path(HydraConfig.get().runtime.output_dir)
+    with held(folder) if cluster.first_process() else nullcontext():
+        return trained(cfg, folder)
+
+
+def trained(cfg: DictConfig, folder: Path) -> float | None:
+    """Trains in a folder that no other process has; cheap parts come first: a mistake is met before weights load."""
     parts = composed(cfg)
     accumulation = parts.hardware.accumulation(cfg.pairs_per_update, processes(cfg))
     resume = resumed(cfg, folder)

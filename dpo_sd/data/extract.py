@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_sd.errors import UserError
 from dpo_sd.files.atomic import replacing, write_json
+from dpo_sd.files.claims import take_turn
 from dpo_sd.files.room import free_bytes, writing
 from dpo_sd.files.tensors import content_key
 from dpo_sd.noise import order
@@ -97,7 +98,7 @@ class Extract:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = open(self.folder / "lock", "w")  # noqa: SIM115 - closed below
         with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may want the same
+            take_turn(lock.fileno(), fcntl.LOCK_EX)  # another process may want the same
             _cut_torn_line(self.log)
             begun = self._begun()
             if not begun.suffices(wanted):

@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import os
+import re
+import socket
+import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from dpo_sd.files.claims import is_alive
+
+_HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+_NUMBERS = itertools.count()  # of the files that this process has written
+_PARTIAL = re.compile(r"\.([0-9a-f]{8})-(\d+)-\d+\.partial")  # machine and process that write it
+_A_DAY = 24 * 60 * 60  # seconds; another machine's process cannot be asked whether it lives
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Context with a path to write instead of `path`: leaving it renames the file, an exception keeps the former one.
 
-    Whatever kills the program meanwhile, and whatever goes wrong, `path` is the old file or the whole new one.
+    Whatever kills the program meanwhile, and whatever goes wrong, `path` is the old file or the whole new one. What
+    killed programs left in its folder is removed.
 
     Raises:
         OSError: if the folder cannot be made or written, or the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    _remove_abandoned(path.parent.absolute())
+    temporary = path.with_name(f".{_HOST}-{os.getpid()}-{next(_NUMBERS)}.partial")
     mode = _mode_of_new_files(temporary)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, mode)  # safetensors makes its files private
+        with suppress(PermissionError):  # a mount where all files have the same mode
+            os.chmod(temporary, mode)  # safetensors makes its files private
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
@@ -44,6 +60,16 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, record: dict[str, Any]) -> None:
     """Writes a record as indented JSON by `replacing`."""
     write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+@functools.cache  # once is enough
+def _remove_abandoned(folder: Path) -> None:
+    for file in folder.glob(".*.partial"):
+        if match := _PARTIAL.fullmatch(file.name):
+            with suppress(OSError):
+                old = time.time() - file.stat().st_mtime > _A_DAY
+                if old if match[1] != _HOST else not is_alive(int(match[2])):
+                    file.unlink()
 
 
 def _mode_of_new_files(probe: Path) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dpo_sd.errors import UserError
 from dpo_sd.files.atomic import write_text
+from dpo_sd.files.claims import take_turn
 from dpo_sd.files.json_lines import json_line
 from dpo_sd.preferences.events import Event
 from dpo_sd.preferences.metadata import METADATA, metadata_text
@@ -25,7 +26,7 @@ TORN = "annotations.torn.jsonl"  # lines that a crash cut short
 REFUSED = "annotations.refused.jsonl"  # records that were sent as votes and can never be one here, with the reason
 QUIET = 0.3  # seconds without a new event after which metadata.jsonl is written
 logger = logging.getLogger(__name__)
-# `replacing` names its temporary file by the process: two logs of one folder in one process take turns
+# two logs of one folder in one process take turns, so that the later text is the newer one
 _WRITING_METADATA = threading.Lock()
 
 
@@ -255,7 +256,7 @@ def merge(folder: str | Path, logs: Sequence[Path]) -> int:
 def _locked(file: Path, flags: int, operation: int) -> Iterator[int]:
     descriptor = os.open(file, flags, 0o666)
     try:
-        fcntl.flock(descriptor, operation)  # ends with the descriptor, also when the process is killed
+        take_turn(descriptor, operation)  # ends with the descriptor, also when the process is killed
         yield descriptor
     finally:
         os.close(descriptor)

@@ -8,6 +8,7 @@ import subprocess
 
 # Slurm sends this before it takes a machine away, when asked to: sbatch --signal=USR1@90
 PREEMPTED = signal.SIGUSR1
+_NO_STEP = 2**32 - 16  # Slurm's numbers from here on are batch scripts and shells, where many commands run
 
 
 def in_slurm() -> bool:
@@ -16,9 +17,16 @@ def in_slurm() -> bool:
 
 
 def run_id() -> str | None:
-    """Number that all processes and restarts of a Slurm or torchrun job share; None outside of a job."""
-    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
-    return None if job in (None, "", "none") else job
+    """Name of a launch, alike in all its processes, and in its restarts under srun; None outside of Slurm and torchrun.
+
+    It has the numbers of Slurm's job and of srun's step in it, and the name or the process of torchrun.
+    """
+    job, step, torchrun = (os.environ.get(name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID"))
+    if step is not None and int(step) >= _NO_STEP:
+        step = None
+    if torchrun == "none":  # it was given no name; its processes on one machine have one parent, and srun starts others
+        torchrun = None if step else f"torchrun-{os.getppid()}"
+    return ".".join(part for part in (job, step, torchrun) if part) or None
 
 
 def restarted() -> bool:
