@@ -19,7 +19,7 @@ from dpo_sd.training import cluster
 class Checkpoint(Watcher):
     """Keeps `checkpoints/last.ckpt` and the newest few `checkpoints/step=000200.ckpt`.
 
-    Ctrl-C and SIGTERM finish the update, save it and end the run; a second one ends it at once. In a Slurm job SIGUSR1
+    Ctrl-C, SIGTERM and a closed terminal finish the update, save it and end the run; a second one ends it at once. In a Slurm job SIGUSR1
     does the same and puts the job back into the queue.
 
     Args:
@@ -41,7 +41,10 @@ class Checkpoint(Watcher):
     def on_start(self, run: Run) -> None:
         self._silent = not run.is_global_zero
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, *([cluster.PREEMPTED] if cluster.in_slurm() else [])):
+            ends = [signal.SIGINT, signal.SIGTERM, *([cluster.PREEMPTED] if cluster.in_slurm() else [])]
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+                ends.append(signal.SIGHUP)
+            for number in ends:
                 self._handlers[number] = signal.signal(number, self._interrupt)
 
     def _interrupt(self, number: int, frame: Any) -> None:

@@ -22,6 +22,7 @@ from dpo_sd.composition.options import find_own_modules, flags_first
 from dpo_sd.composition.replay import resume_arguments
 from dpo_sd.composition.resolvers import register
 from dpo_sd.composition.schema import CONF_DIR
+from dpo_sd.composition.streams import keep_talking
 from dpo_sd.errors import UserError
 
 
@@ -63,6 +64,7 @@ def entry_point(
         def run(cfg: DictConfig | None = None) -> Any:
             if cfg is not None:
                 return main(cfg)
+            keep_talking()
             os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come out of Hydra as they are
             try:
                 sys.argv[1:] = flags_first(sys.argv[1:])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import netrc
-import os
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -22,12 +20,9 @@ def _groups(*names: str) -> str:
 
 
 def _wandb_logged_out() -> bool:
-    if "WANDB_API_KEY" in os.environ:
-        return False
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is None
-    except (OSError, netrc.NetrcParseError):
-        return True
+    from dpo_sd.training.wandb_mode import logged_out
+
+    return logged_out()
 
 
 def _for_model(name: str, values: Any) -> Any:

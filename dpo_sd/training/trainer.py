@@ -8,9 +8,11 @@ from pathlib import Path
 
 import lightning as L
 from hydra.utils import instantiate
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig
 
+from dpo_sd.training import cluster, wandb_mode
 from dpo_sd.training.checkpoints import AtomicCheckpointIO
 from dpo_sd.training.hardware import Hardware
 from dpo_sd.training.metrics_file import MetricsFile
@@ -29,6 +31,10 @@ def make_trainer(
     quiet_lightning()
     # the Checkpoint callback puts the job back into the queue, at the end of an update
     slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    loggers = [instantiate(logger) for logger in cfg.logger.values()]
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and cluster.first_process():
+            wandb_mode.begin(logger)
     return L.Trainer(
         accelerator="gpu" if hardware.accelerator == "cuda" else "cpu",
         devices=cfg.trainer.devices,
@@ -42,7 +48,7 @@ def make_trainer(
         deterministic=cfg.trainer.deterministic,
         use_distributed_sampler=False,
         callbacks=callbacks,
-        logger=[MetricsFile(run / "metrics.csv"), *(instantiate(logger) for logger in cfg.logger.values())],
+        logger=[MetricsFile(run / "metrics.csv"), *loggers],
         plugins=[AtomicCheckpointIO(accumulation), *slurm],
         enable_checkpointing=False,
         enable_progress_bar=False,
