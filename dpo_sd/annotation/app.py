@@ -63,7 +63,7 @@ class Person(Annotator):
                 f"address={address} can be reached from other computers, and anyone there could read and vote: "
                 "use 127.0.0.1, or give allow_remote=true as well"
             )
-        self.name = (name or getpass.getuser()).strip()
+        self.name = (name or _user()).strip()
         self.mode: Mode = mode
         self.repeats = repeats
         self.port = port
@@ -168,3 +168,10 @@ def _image_route(desk: Desk) -> Route:
         return FileResponse(image.file, headers=headers | {"Cache-Control": keep})
 
     return Route("/pair-image/{token}", serve)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError) as error:  # an account without an entry, in a container for example
+        raise UserError("name: this account has no name on this computer: give annotator.name=<name>") from error

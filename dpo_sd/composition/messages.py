@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import Field, fields, is_dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import CompactHydraException, InstantiationException, MissingConfigException, OverrideParseException
@@ -25,17 +27,11 @@ from dpo_sd.composition.options import chosen, groups, options, targets
 from dpo_sd.composition.schema import schema
 from dpo_sd.errors import UserError
 
-_UNWRITABLE = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-)
+# where no program can write, whoever starts it
+_UNWRITABLE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+_DENIED = (errno.EACCES, errno.EPERM)
+_NO_SUCH_PLACE = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR)
+_OTHER_PLACES = "hydra.run.dir=<folder> and cache_dir=<folder> choose other places"
 LAUNCHERS = ("joblib", "submitit_")  # of the extra `sweep`
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
 
@@ -152,11 +148,36 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, InterpolationResolutionError):
         return explain_value(error)
     cause = causes[-1]
-    # /proc and its like say that what cannot be made is not there
-    unmade = isinstance(cause, FileNotFoundError) and any(
-        f.name == "mkdir" for f in traceback.extract_tb(cause.__traceback__)
-    )
-    if isinstance(cause, OSError) and (cause.errno in _UNWRITABLE or unmade):
-        place = f"cannot write {cause.filename}" if cause.filename else "cannot write"
-        return f"{place}: {cause.strerror}; hydra.run.dir=<folder> and cache_dir=<folder> choose other places"
-    return None
+    if isinstance(cause, RuntimeError) and "home directory" in str(cause):  # pathlib's, of ~
+        return "this user has no home directory: write folders without ~, and give cache_dir=<folder>"
+    return _of_file(cause) if isinstance(cause, OSError) else None
+
+
+def _of_file(error: OSError) -> str | None:
+    """Message for a file or folder that cannot be used; None where the mistake may be ours."""
+    calls = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    if isinstance(error, FileNotFoundError):
+        if not _has_working_folder():
+            return "the working folder has been deleted: change into another one"
+        if "mkdir" not in calls:  # /proc and its like say that what cannot be made is not there
+            return None
+    elif error.errno in _DENIED and isinstance(error.filename, str) and not _is_reachable(error.filename):
+        return f"cannot read {error.filename}: {error.strerror}; make it readable for this user"
+    elif error.errno not in (*_DENIED, *_UNWRITABLE, *_NO_SUCH_PLACE):
+        return None
+    place = f"cannot write {error.filename}" if error.filename else "cannot write"
+    return f"{place}: {error.strerror}; {_OTHER_PLACES}"
+
+
+def _is_reachable(file: str) -> bool:
+    """Whether a file, or the folder that it would lie in, may be read: otherwise reading was what failed."""
+    place = next(place for place in (Path(file), *Path(file).absolute().parents) if os.path.lexists(place))
+    return os.access(place, os.R_OK | os.X_OK if os.path.isdir(place) else os.R_OK)
+
+
+def _has_working_folder() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import sys
+from typing import Any, TextIO
 
 
 def keep_talking() -> None:
@@ -13,31 +14,34 @@ def keep_talking() -> None:
 
     A run whose terminal or pipe (`| head`) has closed goes on with its log.
     """
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None or isinstance(stream, io.TextIOWrapper) and isinstance(stream.buffer, io.BufferedWriter):
-            setattr(sys, name, _unbreakable(stream))
+    if sys.stdout is sys.__stdout__:  # and no test reads it
+        sys.stdout = _unbreakable(sys.stdout)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _unbreakable(sys.stderr)
 
 
-def _unbreakable(stream: io.TextIOWrapper | None) -> io.TextIOWrapper:
+def _unbreakable(stream: Any) -> TextIO:
     if stream is None:  # a program without any, under a service manager for example
         return open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the program runs
     stream.flush()
-    raw = _UnbreakableFile(stream.fileno(), "w", closefd=False)
-    buffered = io.BufferedWriter(raw)
+    raw: Any = _UnbreakableFile(stream.fileno(), "w", closefd=False)
     return io.TextIOWrapper(
-        buffered, encoding=stream.encoding, errors="backslashreplace", line_buffering=stream.line_buffering
+        raw if stream.write_through else io.BufferedWriter(raw),
+        encoding=stream.encoding,
+        errors="backslashreplace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
     )
 
 
 class _UnbreakableFile(io.FileIO):
-    def write(self, data: object, /) -> int:
+    def write(self, data: Any, /) -> int:
         try:
-            return super().write(data)  # type: ignore[arg-type]
+            return super().write(data)
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.EIO, errno.ENOTCONN):  # EIO is a terminal that is gone
                 raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
-            return len(memoryview(data).cast("B"))  # type: ignore[arg-type]
+            return len(memoryview(data).cast("B"))

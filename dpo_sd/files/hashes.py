@@ -33,8 +33,9 @@ def remembered(files: Iterable[str | Path], what: str, compute: Callable[[str], 
     Raises:
         OSError: if a file cannot be read.
     """
-    memory = Path(os.environ.get("DPO_SD_CACHE", "~/.cache/dpo_sd")).expanduser() / "files.sqlite"
+    memory = Path(os.environ.get("DPO_SD_CACHE", "~/.cache/dpo_sd")) / "files.sqlite"
     try:
+        memory = memory.expanduser()
         memory.parent.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(memory, timeout=30, isolation_level=None)  # each insertion is committed at once
         connection.execute("PRAGMA journal_mode = WAL")
@@ -42,7 +43,7 @@ def remembered(files: Iterable[str | Path], what: str, compute: Callable[[str], 
         connection.execute(
             "CREATE TABLE IF NOT EXISTS files (what TEXT, path TEXT, state TEXT, value TEXT, PRIMARY KEY (what, path))"
         )
-    except (OSError, sqlite3.Error) as error:
+    except (OSError, RuntimeError, sqlite3.Error) as error:  # a user without a home has no ~
         log.warning("%s cannot be used (%s): files are read anew at every start", memory, error)
         yield from (compute(os.path.abspath(file)) for file in files)
         return
