@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import yaml
+from omegaconf import OmegaConf
 
-from dpo_sd.composition.replay import resume_arguments
+from dpo_sd.composition.replay import check_replayed, resume_arguments
+from dpo_sd.composition.schema import CONF_DIR
 from dpo_sd.errors import UserError
 
 
@@ -84,8 +88,50 @@ def test_resume_refuses_a_damaged_record(finished_run, text):
         resume_arguments([f"resume={finished_run}"])
 
 
-@pytest.mark.parametrize("override", ["loss._target_=os.system", "+hydra.callbacks.x=1", "hydra/launcher=joblib"])
+@pytest.mark.parametrize("override", [
+    "loss._target_=os.system",
+    "+hydra.callbacks.x=1",
+    "hydra/launcher=joblib",
+    "logger@hydra.callbacks=wandb",
+    "loss=${oc.decode:${x}}",
+    "+x=${oc.create:${y}}",
+])  # fmt: skip
 def test_a_record_cannot_choose_what_is_executed(finished_run, override):
     (finished_run / "run.json").write_text(json.dumps({"overrides": [override]}))
     with pytest.raises(UserError, match="say that on the command line yourself"):
         resume_arguments([f"resume={finished_run}"])
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    # neither the resolver nor the class stands in the text
+    (["+a=oc", "+b=decode", "+k=_tar", "+callbacks.evil='${${a}.${b}:\"{${k}get_: os.getcwd}\"}'"], "callbacks.evil: "),
+    (["logger=<stranger's>"], "an option lies in conf/ or in the folder of --config-dir, not above it"),
+    (["logger=[csv,<stranger's>]"], "an option lies in conf/ or in the folder of --config-dir, not above it"),
+    (["model.pickle=true"], "reads a pickle, which can run code: add model.pickle=true if you trust it"),
+])  # fmt: skip
+def test_the_run_folder_of_a_stranger_runs_nothing(train, tmp_path, overrides, message):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "evil.yaml").write_text("evil: {_target_: os.getcwd}")
+    option = os.path.relpath(run / "evil", CONF_DIR / "logger")
+    overrides = [setting.replace("<stranger's>", option) for setting in overrides]
+    (run / "run.json").write_text(json.dumps({"overrides": overrides}))
+    ended = train(run, f"resume={run}")
+    assert ended.code == 1 and message in ended.err and "Traceback" not in ended.err
+
+
+def composition(text: str):
+    return OmegaConf.create(yaml.safe_load(text))
+
+
+@pytest.mark.parametrize("text", [
+    "callbacks: {evil: {_target_: os.system}}",
+    "callbacks: {evil: {deep: [{_target_: os.system}]}}",
+    "callbacks: {evil: '${oc.create:${text}}'}\ntext: '{_target_: os.system}'",
+    "loss: {_target_: '${which}'}\nwhich: os.system",
+])  # fmt: skip
+def test_a_replayed_class_is_one_of_ours_or_named_on_the_command_line(text):
+    with pytest.raises(UserError, match=r"choose os\.system"):
+        check_replayed(composition(text), ["resume=/runs/_target_=os.system"])
+    check_replayed(composition(text), ["resume=/runs/1", "callbacks.evil._target_=os.system"])
+    check_replayed(composition("loss: {_target_: dpo_sd.losses.SFTLoss}"), ["resume=/runs/1"])

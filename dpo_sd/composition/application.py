@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from dpo_sd.composition.checks import CHECKS, check_settings, sweeping
 from dpo_sd.composition.messages import explain
 from dpo_sd.composition.options import find_own_modules, flags_first
-from dpo_sd.composition.replay import resume_arguments
+from dpo_sd.composition.replay import check_replayed, resume_arguments
 from dpo_sd.composition.resolvers import register
 from dpo_sd.composition.schema import CONF_DIR
 from dpo_sd.composition.streams import keep_talking
@@ -40,10 +40,14 @@ def entry_point(
         resumable: understands `resume=<run>`, see `dpo_sd.training.resume`.
     """
 
+    given: list[str] = []  # the command line of a start that replays another's settings
+
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[..., Any]:
         @functools.wraps(main)
         def job(cfg: DictConfig) -> Any:
             try:
+                if given:
+                    check_replayed(cfg, given)
                 CHECKS.get(config_name, check_settings)(cfg)
                 return main(cfg)
             except Exception as error:
@@ -69,8 +73,10 @@ def entry_point(
             try:
                 sys.argv[1:] = flags_first(sys.argv[1:])
                 find_own_modules(sys.argv[1:])
-                if resumable:
-                    sys.argv[1:] = resume_arguments(sys.argv[1:])
+                arguments = resume_arguments(sys.argv[1:]) if resumable else sys.argv[1:]
+                if arguments != sys.argv[1:]:
+                    given[:] = sys.argv[1:]
+                    sys.argv[1:] = arguments
                 application()
             except KeyboardInterrupt:
                 sys.exit(130)

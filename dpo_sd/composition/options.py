@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ CONTRACTS: dict[str, str] = {  # base classes of what the groups compose; a clas
     "judge": "dpo_sd.judges.judge.Judge",
     "callbacks": "dpo_sd.callbacks.watcher.Watcher",
 }
+_TARGET = re.compile(r"^\s*_target_:\s*(\S+)", re.MULTILINE)
 _FLAGS = ("--config-dir", "--config-name")
 _WITH_VALUE = (*_FLAGS, "-cd", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c")
 
@@ -36,6 +38,8 @@ class TypedFiles(FileConfigSource):
     """
 
     def load_config(self, config_path: str) -> ConfigResult:
+        if os.path.normpath(config_path).startswith(os.pardir):
+            raise UserError(f"{config_path}: an option lies in conf/ or in the folder of --config-dir, not above it")
         result = super().load_config(config_path)
         group = config_path.partition("/")[0] if "/" in config_path else ""
         if group not in ("experiment", "sweep", "hydra"):  # which only say what differs
@@ -124,9 +128,15 @@ def targets() -> dict[str, str]:
     return found
 
 
+def written_targets() -> set[str]:
+    """All classes and functions that conf/ and the user's own options name."""
+    files = (path for folder in folders() for path in folder.rglob("*.yaml"))
+    return {target for file in files for target in _TARGET.findall(file.read_text(encoding="utf-8"))}
+
+
 @functools.cache
 def _target_in(path: Path) -> str | None:
-    match = re.search(r"^\s*_target_:\s*(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    match = _TARGET.search(path.read_text(encoding="utf-8"))
     return match[1] if match else None
 
 

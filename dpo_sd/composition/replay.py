@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from dpo_sd.composition.options import own_flags
+from dpo_sd.composition.messages import explain_value
+from dpo_sd.composition.options import own_flags, written_targets
 from dpo_sd.errors import UserError, override
 
 
@@ -53,12 +58,46 @@ def resume_arguments(arguments: list[str]) -> list[str]:
     # of the sweep that the run was part of, only the run goes on
     replayed = {_key(setting): setting for setting in overrides if _key(setting) not in {*given, "sweep", "resume"}}
     for key, setting in replayed.items():
-        if key.startswith("hydra") or "_target_" in setting:  # a file may not choose what is executed
+        # a file may not choose what is executed; `check_replayed` looks at what comes of the rest
+        if "hydra" in key or any(word in setting for word in ("_target_", "oc.decode", "oc.create")):
             raise UserError(f"resume={value}: run.json sets {setting}: say that on the command line yourself")
     folder = [] if "hydra.run.dir" in given else [override("hydra.run.dir", str(run))]
     at = arguments.index(given["resume"])
     whence = override("resume", str(path if path.is_file() else run))  # a folder inside the run means the run
     return [*arguments[:at], *replayed.values(), *folder, whence, *arguments[at + 1 :]]
+
+
+def check_replayed(cfg: DictConfig, given: list[str]) -> None:
+    """Refuses a composition with settings of a run's file that would execute what nobody has named.
+
+    Its interpolations are resolved, so that nothing can come of them later.
+
+    Args:
+        cfg: composed from `resume_arguments`.
+        given: the command line, of which `resume=` is a part.
+
+    Raises:
+        UserError: if a class is none of conf/, of `--config-dir` or of the command line, or a pickle is to be trusted.
+    """
+    try:
+        OmegaConf.resolve(cfg)
+    except OmegaConfBaseException as error:
+        raise UserError(explain_value(error)) from error
+    own = [argument for argument in given if _key(argument) != "resume"]  # a path may have any text in it
+    named = {target for argument in own for target in re.findall(r"_target_\s*[=:]\s*([\w.]+)", argument)}
+    if unknown := sorted(set(_targets(cfg)) - written_targets() - named):
+        raise UserError(f"the settings of that run choose {unknown[0]}: name it on the command line if you trust it")
+    if OmegaConf.select(cfg, "model.pickle") and "model.pickle" not in map(_key, own):
+        raise UserError("that run reads a pickle, which can run code: add model.pickle=true if you trust it")
+
+
+def _targets(node: Any) -> Iterator[str]:
+    if isinstance(node, DictConfig | ListConfig):
+        if isinstance(node, DictConfig) and "_target_" in node:
+            yield str(node["_target_"])
+        for key in node if isinstance(node, DictConfig) else range(len(node)):
+            if not OmegaConf.is_missing(node, key):
+                yield from _targets(node[key])
 
 
 def _key(argument: str) -> str:
