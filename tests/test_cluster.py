@@ -11,7 +11,14 @@ import pytest
 
 from dpo_sd.training import cluster
 
-NUMBERS = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "TORCHELASTIC_RUN_ID", "MASTER_ADDR")
+NUMBERS = (
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+    "SLURM_ARRAY_JOB_ID",
+    "SLURM_ARRAY_TASK_ID",
+    "TORCHELASTIC_RUN_ID",
+    "MASTER_ADDR",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +46,7 @@ def test_outside_of_a_job_nothing_is_shared_and_nothing_restarts():
 
 
 @pytest.mark.parametrize(("name", "value", "expected"), [
-    ("SLURM_JOB_ID", "4711", "4711"), ("TORCHELASTIC_RUN_ID", "abc", "abc"), ("TORCHELASTIC_RUN_ID", "none", None),
+    ("SLURM_JOB_ID", "4711", "4711"), ("TORCHELASTIC_RUN_ID", "abc", "abc"), ("TORCHELASTIC_RUN_ID", "none", f"torchrun-{os.getppid()}"),
 ])  # fmt: skip
 def test_all_processes_of_a_job_name_it_alike(monkeypatch, name, value, expected):
     monkeypatch.setenv(name, value)

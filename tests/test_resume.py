@@ -104,7 +104,7 @@ def test_a_record_cannot_choose_what_is_executed(finished_run, override):
 
 @pytest.mark.parametrize(("overrides", "message"), [
     # neither the resolver nor the class stands in the text
-    (["+a=oc", "+b=decode", "+k=_tar", "+callbacks.evil='${${a}.${b}:\"{${k}get_: os.getcwd}\"}'"], "'dict' is not a supported"),
+    (["+a=oc", "+b=decode", "+k=_tar", "+callbacks.evil='${${a}.${b}:\"{${k}get_: os.getcwd}\"}'"], "not a supported"),
     (["logger=<stranger's>"], "an option lies in conf/ or in the folder of --config-dir, not above it"),
     (["logger=[csv,<stranger's>]"], "an option lies in conf/ or in the folder of --config-dir, not above it"),
     (["model.pickle=true"], "reads a pickle, which can run code: add model.pickle=true if you trust it"),

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from dpo_sd.errors import UserError
-from dpo_sd.files.tensors import HeaderError, TensorStore, content_key, read_header
+from dpo_sd.files.tensors import Header, HeaderError, TensorStore, content_key, read_header
 
 
 def key(number: int) -> str:
@@ -96,7 +96,7 @@ def test_a_full_disk_is_said_and_what_is_complete_stays(tmp_path, monkeypatch):
     store = by_fours(tmp_path)
     fill(store, range(4))
 
-    def full(tensors: Any, file: Path) -> None:
+    def full(tensors: Any, file: Path, metadata: Any) -> None:
         Path(file).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -117,7 +117,7 @@ def test_a_header_says_names_shapes_kinds_places_and_metadata(tmp_path):
     whole = (tmp_path / "x.safetensors").read_bytes()
     assert np.frombuffer(whole, np.float32, 6, header.offsets["b"]).tolist() == [0, 1, 2, 3, 4, 5]
     save_file({}, tmp_path / "empty.safetensors")
-    assert read_header(tmp_path / "empty.safetensors") == ({}, {}, {}, {})
+    assert read_header(tmp_path / "empty.safetensors") == Header({}, {}, {}, {})
 
 
 def entry(dtype: str, shape: list[int], *offsets: int) -> dict[str, Any]:
@@ -205,9 +205,9 @@ def test_a_shard_that_vanishes_or_shrinks_during_a_run_is_named(tmp_path):
     store.flush()
     rows, (file,) = store.rows([key(0), key(1)]), shards(tmp_path)
     file.write_bytes(file.read_bytes()[:-2])
-    with pytest.raises(UserError, match=f"{file} is cut short"):
+    with pytest.raises(UserError, match=f"{file} is damaged and is deleted"):
         [rows[row] for row in range(2)]
-    file.unlink()
+    assert not file.exists()
     with pytest.raises(UserError, match=f"{file} was deleted while it was in use"):
         store.rows([key(0)])[0]
 

@@ -19,8 +19,8 @@ from dpo_sd.training import cluster
 class Checkpoint(Watcher):
     """Keeps `checkpoints/last.ckpt` and the newest few `checkpoints/step=000200.ckpt`.
 
-    Ctrl-C, SIGTERM and a closed terminal finish the update, save it and end the run; a second one ends it at once. In a Slurm job SIGUSR1
-    does the same and puts the job back into the queue.
+    Ctrl-C, SIGTERM and a closed terminal finish the update, save it and end the run; a second one ends it at once. In
+    a Slurm job SIGUSR1 does the same and puts the job back into the queue.
 
     Args:
         every: updates between checkpoints, at least 1; the last update is always kept.

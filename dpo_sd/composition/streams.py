@@ -22,7 +22,7 @@ def keep_talking() -> None:
 
 def _unbreakable(stream: Any) -> TextIO:
     if stream is None:  # a program without any, under a service manager for example
-        return open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the program runs
+        return open(os.devnull, "w", encoding="utf-8")
     stream.flush()
     raw: Any = _UnbreakableFile(stream.fileno(), "w", closefd=False)
     return io.TextIOWrapper(

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: what a file's header says, and a store of tensors by what they were made from."""
+"""Tensors in safetensors files: written with checksums, their headers read, and a store by what they were made from."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import json
 import math
 import os
 import struct
+import textwrap
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
+import xxhash
 
 from dpo_sd.errors import UserError
 from dpo_sd.files.atomic import replacing
@@ -30,6 +32,12 @@ _BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 _DAMAGE = (ValueError, struct.error, AttributeError, TypeError, KeyError, IndexError, RecursionError)
 
 
+# in the metadata of our files: a changed bit can take away one of the two, and not both
+_CHECKSUMS, _MARK = "dpo_sd.checksums", "dpo_sd.form"
+_DIGITS = 16  # hexadecimal, of a checksum by XXH3
+CHANGED = "its bytes have changed since they were written"
+
+
 class HeaderError(ValueError):
     """No safetensors file, or a damaged one; the text says why and does not name the file."""
 
@@ -42,12 +50,14 @@ class Header(NamedTuple):
         dtypes: safetensors' name of the kind of numbers, "F32" for example.
         offsets: where the bytes of each tensor begin in the file.
         metadata: texts by key; empty where the file has none.
+        checksums: XXH3 of each tensor's bytes, or one of all of them together; none in files of other programs.
     """
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     offsets: dict[str, int]
     metadata: dict[str, str]
+    checksums: Sequence[int] = ()
 
     @property
     def names(self) -> list[str]:
@@ -65,12 +75,102 @@ def read_header(file: str | Path) -> Header:
     with open(file, "rb") as opened:
         size = os.fstat(opened.fileno()).st_size
         try:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            if length > size:
+            length = opened.read(8)
+            if (there := struct.unpack("<Q", length)[0]) > size:
                 raise ValueError("its header is longer than the file")
-            return _header(json.loads(opened.read(length)), 8 + length, size)
+            text = opened.read(there)
+            header = _header(json.loads(text), 8 + there, size)
         except _DAMAGE as error:
             raise HeaderError(str(error)) from error
+    return header._replace(checksums=_checked(length + text, header.metadata))
+
+
+def _checked(raw: bytes, metadata: Mapping[str, str]) -> Sequence[int]:
+    """The checksums of the data, which a file of ours has, once that of its header is right.
+
+    Args:
+        raw: the length of the header, and the header.
+    """
+    if not any(key in metadata for key in (_CHECKSUMS, _MARK)):
+        return ()
+    own, *of_data = textwrap.wrap(metadata.get(_CHECKSUMS, ""), _DIGITS) or [""]
+    if own != _of_header(raw):
+        raise HeaderError(CHANGED)
+    return [int(digits, 16) for digits in of_data]
+
+
+def _of_header(raw: bytes) -> str:
+    """The checksum of a header in which it stands itself, which counts as zeros."""
+    return xxhash.xxh3_64_hexdigest(_with_checksum(raw, "0" * _DIGITS))
+
+
+def _with_checksum(raw: bytes, digits: str) -> bytes:
+    place = raw.find(f'"{_CHECKSUMS}":"'.encode()) + len(_CHECKSUMS) + 4
+    return raw[:place] + digits.encode() + raw[place + _DIGITS :]
+
+
+def write_tensors(
+    file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, one_by_one: bool = False
+) -> None:
+    """Writes a safetensors file whole or not at all, with checksums; equal tensors and texts give equal bytes.
+
+    Args:
+        tensors: contiguous, in memory of their own, by name.
+        metadata: texts by key.
+        one_by_one: gives each tensor a checksum of its own, for files of which parts are read.
+
+    Raises:
+        OSError, SafetensorError: if the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    blank = "0" * _DIGITS * (1 + (len(tensors) if one_by_one else 1))
+    with replacing(file) as temporary:
+        save_file(dict(tensors), temporary, {**(metadata or {}), _MARK: "1", _CHECKSUMS: blank})
+        with open(temporary, "rb+") as opened:
+            length = opened.read(8)
+            text = opened.read(*struct.unpack("<Q", length))
+            entries = json.loads(text)
+            metadata = entries.pop("__metadata__")
+            spans = [entry["data_offsets"] for entry in entries.values()]
+            whole = [(0, max((end for _, end in spans), default=0))]
+            of_data = _checksums(opened, 8 + len(text), spans if one_by_one else whole)
+            metadata[_CHECKSUMS] = blank[:_DIGITS] + "".join(f"{each:0{_DIGITS}x}" for each in of_data)
+            # safetensors writes the metadata in another order at every start
+            ordered = {"__metadata__": dict(sorted(metadata.items())), **entries}
+            header = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+            raw = length + header.ljust(len(text))
+            opened.seek(0)
+            opened.write(_with_checksum(raw, _of_header(raw)))
+
+
+def check_tensors(file: str | Path) -> Header:
+    """The header of a safetensors file, all of whose bytes are checked if `write_tensors` wrote it as a whole.
+
+    Raises:
+        HeaderError: as `read_header`, and if a tensor has changed since it was written.
+        OSError: if it cannot be read.
+    """
+    header = read_header(file)
+    if header.checksums:
+        with open(file, "rb") as opened:
+            start = min(header.offsets.values(), default=0)
+            if _checksums(opened, start, [(0, os.fstat(opened.fileno()).st_size - start)]) != header.checksums:
+                raise HeaderError(CHANGED)
+    return header
+
+
+def _checksums(opened: BinaryIO, start: int, spans: Iterable[Sequence[int]]) -> list[int]:
+    """Checksums of parts of a file, given by their beginnings and ends behind `start`."""
+    found = []
+    for begins, ends in spans:
+        opened.seek(start + begins)
+        hashed, left = xxhash.xxh3_64(), ends - begins
+        while left and (block := opened.read(min(left, 2**20))):
+            hashed.update(block)
+            left -= len(block)
+        found.append(hashed.intdigest())
+    return found
 
 
 def _header(entries: dict[str, Any], start: int, size: int) -> Header:
@@ -87,7 +187,9 @@ def _header(entries: dict[str, Any], start: int, size: int) -> Header:
         end = ends
     if start + end != size:
         raise ValueError("it is cut short" if start + end > size else "it goes on behind its last tensor")
-    return Header(shapes, dtypes, {name: start + entry["data_offsets"][0] for name, entry in entries.items()}, metadata)
+    return Header(
+        shapes, dtypes, {name: start + entry["data_offsets"][0] for name, entry in entries.items()}, metadata, []
+    )
 
 
 def content_key(**made_from: Any) -> str:
@@ -117,10 +219,16 @@ class TensorStore:
         """Reads where every key lies into columns that are sorted by key: objects would not do for millions.
 
         Row i of the index says that key `_keys[i]` lies in shard number `_shards[i]`, an index into `files`, from byte
-        `_offsets[i]` on, and has shape number `_shape_numbers[i]`, an index into `shapes`.
+        `_offsets[i]` on, and has shape number `_shape_numbers[i]`, an index into `shapes`, and checksum `_checksums[i]`.
         """
         self.files: list[Path] = []
-        columns = [_columns([]), np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int16)]
+        columns = [
+            _columns([]),
+            np.empty(0, np.int32),
+            np.empty(0, np.int64),
+            np.empty(0, np.int16),
+            np.empty(0, np.uint64),
+        ]
         parts = [[column] for column in columns]
         known: dict[tuple[int, ...], int] = {}
         for file in sorted(self.folder.glob("*.safetensors")):
@@ -128,19 +236,24 @@ class TensorStore:
                 continue
             numbers = [known.setdefault(shape, len(known)) for shape in header.shapes.values()]
             names = [name.encode() for name in header.names]
-            read = (names, [len(self.files)] * len(numbers), list(header.offsets.values()), numbers)
+            read = (names, [len(self.files)] * len(numbers), list(header.offsets.values()), numbers, header.checksums)
             for part, column, values in zip(parts, columns, read, strict=True):
                 part.append(np.array(values, column.dtype))
             self.files.append(file)
         self.shapes, self._stale = list(known), False
         keys, *others = map(np.concatenate, parts)
         order = np.argsort(keys, kind="stable")
-        self._keys, self._shards, self._offsets, self._shape_numbers = (part[order] for part in (keys, *others))
+        self._keys, self._shards, self._offsets, self._shape_numbers, self._checksums = (
+            part[order] for part in (keys, *others)
+        )
 
     def _header(self, file: Path) -> Header | None:
         """The header of a shard; None, with a note, where it cannot be read or is damaged and deleted."""
         try:
-            return read_header(file)
+            header = read_header(file)
+            if len(header.checksums) != len(header.shapes):
+                raise HeaderError("it has no checksums")
+            return header
         except HeaderError as error:
             self.notes.append(f"{file} is damaged ({error}): it is deleted, and what it held is computed anew")
             with suppress(OSError):
@@ -185,12 +298,11 @@ class TensorStore:
 
     def _write(self) -> None:
         from safetensors import SafetensorError
-        from safetensors.torch import save_file
 
         name = hashlib.sha256("".join(sorted(self._waiting)).encode()).hexdigest()[:KEY]
         file = self.folder / f"{name}.safetensors"
-        with writing(file, SafetensorError), replacing(file) as temporary:
-            save_file(self._waiting, temporary)
+        with writing(file, SafetensorError):
+            write_tensors(file, self._waiting, one_by_one=True)
         self._waiting, self._stale = {}, True
 
     def rows(self, keys: Sequence[str] | np.ndarray) -> StoredTensors:
@@ -202,19 +314,19 @@ class TensorStore:
         places = self._places(_columns(keys))
         if (places < 0).any():
             raise KeyError(str(keys[int(np.argmax(places < 0))]))
-        columns = (self._shards[places], self._offsets[places], self._shape_numbers[places])
+        columns = (each[places] for each in (self._shards, self._offsets, self._shape_numbers, self._checksums))
         return StoredTensors(self.files, self.shapes, self.dtype, *columns)
 
 
 class StoredTensors:
-    """A sequence of tensors on disk; it holds 14 bytes for each, and reads without mapping files into memory.
+    """A sequence of tensors on disk; it holds 22 bytes for each, and reads without mapping files into memory.
 
     Made by `TensorStore.rows`.
 
     Args:
         files, shapes: shards, and shapes, that the columns count.
         dtype: precision of all tensors.
-        shards, offsets, shape_numbers: columns as in the store's index, one row per tensor.
+        shards, offsets, shape_numbers, checksums: columns as in the store's index, one row per tensor.
         most_open: shards that are open for reading at once.
     """
 
@@ -226,10 +338,11 @@ class StoredTensors:
         shards: np.ndarray,
         offsets: np.ndarray,
         shape_numbers: np.ndarray,
+        checksums: np.ndarray,
         most_open: int = 64,
     ):
         self.files, self.shapes, self.dtype, self.most_open = files, shapes, dtype, most_open
-        self.shards, self.offsets, self.shape_numbers = shards, offsets, shape_numbers
+        self.shards, self.offsets, self.shape_numbers, self.checksums = shards, offsets, shape_numbers, checksums
         self._open: OrderedDict[int, int] = OrderedDict()  # descriptors by shard, the latest used last
 
     def __len__(self) -> int:
@@ -241,8 +354,11 @@ class StoredTensors:
         shape = self.shapes[self.shape_numbers[row]]
         length = math.prod(shape) * self.dtype.itemsize
         data = os.pread(self._descriptor(int(self.shards[row])), length, int(self.offsets[row]))
-        if len(data) != length:
-            raise UserError(f"{self.files[self.shards[row]]} is cut short: delete it, and its tensors are made anew")
+        if xxhash.xxh3_64_intdigest(data) != self.checksums[row]:
+            file = self.files[self.shards[row]]
+            with suppress(OSError):
+                file.unlink()
+            raise UserError(f"{file} is damaged and is deleted: start again, and what it held is computed anew")
         return torch.frombuffer(bytearray(data), dtype=self.dtype).reshape(shape)
 
     def _descriptor(self, shard: int) -> int:

@@ -12,6 +12,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from dpo_sd.errors import UserError
 from dpo_sd.files.atomic import replacing
+from dpo_sd.files.checksums import seal
+from dpo_sd.training.resume import read_checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -30,12 +32,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             with replacing(path) as temporary:
                 torch.save(checkpoint, temporary)
+                seal(temporary)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             reason = os.strerror(errno.ENOSPC) if "write" in str(error) else str(error)
             raise UserError(f"{path} cannot be written ({reason}): the checkpoints before it are whole") from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = True) -> Any:
-        checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        checkpoint = read_checkpoint(Path(path))
         # Lightning's position, which it keeps in micro-batches and takes at the end of an update's last one
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         done = checkpoint["global_step"] * self.accumulation

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dpo_sd.files.atomic import replacing
+from dpo_sd.files.checksums import is_whole, seal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +67,8 @@ class ReferenceErrors:
         sorted_ids = self.content_ids[order]
         for file in files:
             try:
+                if not is_whole(file):
+                    raise ValueError("its checksum is another")
                 with np.load(file, allow_pickle=False) as kept:
                     ids, errors = kept["content_ids"], kept["errors"]
                 if ids.shape != errors.shape[:1] or errors.shape[2:] not in ((1,), (2,)) or errors.dtype != np.float32:
@@ -134,7 +137,9 @@ class ReferenceErrors:
         self._settle()
         some = self.known.any(dim=-1).numpy()
         try:
-            with replacing(self.file) as temporary, open(temporary, "wb") as file:
-                np.savez(file, content_ids=self.content_ids[some], errors=self.errors.numpy()[some])
+            with replacing(self.file) as temporary:
+                with open(temporary, "wb") as file:
+                    np.savez(file, content_ids=self.content_ids[some], errors=self.errors.numpy()[some])
+                seal(temporary)
         except OSError as error:
             log.warning("%s cannot be written (%s): these errors will be computed again", self.file, error)

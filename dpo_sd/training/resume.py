@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpo_sd.errors import UserError
+from dpo_sd.files.checksums import is_whole
 
 # Settings that may change when a run is continued: where and how it runs and who watches it, but not what it learns.
 FREE = ("resume", "name", "cache_dir", "hardware", "judge", "callbacks", "logger")
@@ -41,12 +42,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     import torch
 
     try:
+        if not is_whole(path):
+            others = sorted(path.parent.glob("step=*.ckpt"), reverse=True)
+            whole = next((other for other in others if is_whole(other)), None)
+            way_out = f"go on from resume={whole}" if whole else "start that run again without resume="
+            raise UserError(f"{path} is damaged, or no checkpoint of this version of dpo_sd: {way_out}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint["identity"]["settings"], dict):
             raise TypeError("identity")
         for key in ("identity", "global_step", "adapters", "optimizer_states", "loops"):
             checkpoint[key]
         return checkpoint
+    except UserError:
+        raise
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError, OSError) as error:
         raise UserError(f"{path} is not a whole checkpoint of dpo_sd ({type(error).__name__}): name another") from error
 
