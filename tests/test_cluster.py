@@ -45,11 +45,17 @@ def test_outside_of_a_job_nothing_is_shared_and_nothing_restarts():
     assert cluster.first_process()
 
 
-@pytest.mark.parametrize(("name", "value", "expected"), [
-    ("SLURM_JOB_ID", "4711", "4711"), ("TORCHELASTIC_RUN_ID", "abc", "abc"), ("TORCHELASTIC_RUN_ID", "none", f"torchrun-{os.getppid()}"),
+@pytest.mark.parametrize(("numbers", "expected"), [
+    ({"SLURM_JOB_ID": "4711"}, "4711"),
+    ({"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "2"}, "4711.2"),
+    ({"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "4294967290"}, "4711"),  # a shell: many commands run in it
+    ({"TORCHELASTIC_RUN_ID": "abc"}, "abc"),
+    ({"SLURM_JOB_ID": "4711", "TORCHELASTIC_RUN_ID": "none"}, f"4711.torchrun-{os.getppid()}"),
+    ({"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "TORCHELASTIC_RUN_ID": "none"}, "4711.0"),
 ])  # fmt: skip
-def test_all_processes_of_a_job_name_it_alike(monkeypatch, name, value, expected):
-    monkeypatch.setenv(name, value)
+def test_all_processes_of_a_launch_name_it_alike_and_those_of_another_do_not(monkeypatch, numbers, expected):
+    for name, value in numbers.items():
+        monkeypatch.setenv(name, value)
     assert cluster.run_id() == expected
 
 

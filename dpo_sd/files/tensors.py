@@ -219,7 +219,7 @@ class TensorStore:
         """Reads where every key lies into columns that are sorted by key: objects would not do for millions.
 
         Row i of the index says that key `_keys[i]` lies in shard number `_shards[i]`, an index into `files`, from byte
-        `_offsets[i]` on, and has shape number `_shape_numbers[i]`, an index into `shapes`, and checksum `_checksums[i]`.
+        `_offsets[i]` on, and has shape number `_shape_numbers[i]`, in `shapes`, and checksum `_checksums[i]`.
         """
         self.files: list[Path] = []
         columns = [
