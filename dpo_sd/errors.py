@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 # words of letters, digits and a few signs, with a slash or a letter in front, that Hydra reads as text
 _PLAIN = re.compile(r"(?!(?:null|true|false|nan|inf)$)[a-z/][\w/.-]*(?: [\w/.-]+)*", re.ASCII | re.IGNORECASE)
@@ -15,7 +16,7 @@ class UserError(ValueError):
 def override(key: str, value: str) -> str:
     """A setting as Hydra's command line takes it, key=value, with the value in quotes where it needs them.
 
-    It is meant for a message or for `sys.argv`; a shell needs `shlex.join` in addition.
+    It is meant for `sys.argv`; `in_shell` is for what a user types.
 
     Args:
         key: dotted path of the setting, or a group.
@@ -23,12 +24,12 @@ def override(key: str, value: str) -> str:
     """
     if _PLAIN.fullmatch(value):
         return f"{key}={value}"
-    value = escaped(value)
+    # OmegaConf would look up ${x}; it takes a backslash off before it, and halves those in front
+    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     # in Hydra's quotes only the quote itself has a meaning, and backslashes before it or the closing one
     return f"{key}='" + re.sub(r"(\\*)('|\Z)", r"\1\1\2", value).replace("'", r"\'") + "'"
 
 
-def escaped(text: str) -> str:
-    """A text that OmegaConf reads as it stands: it would look up ${x}."""
-    # it takes a backslash off before ${, and halves those in front
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+def in_shell(key: str, value: object) -> str:
+    """A setting as one types it in a shell, which has quotes of its own."""
+    return shlex.quote(override(key, str(value)))

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from dpo_sd.composition.application import entry_point
 from dpo_sd.data.prompts import read_prompts
-from dpo_sd.errors import UserError
+from dpo_sd.errors import UserError, in_shell
 from dpo_sd.files.claims import held
 from dpo_sd.files.hashes import sha256
 from dpo_sd.files.images import save_png
@@ -69,7 +69,9 @@ def generate(cfg: DictConfig, folder: Path) -> None:
         raise
     finally:
         pairs = list_pairs(folder, images, made_by)
-    print(f"{len(pairs)} pairs; choose the better pictures with\n  python -m dpo_sd.annotate pairs={folder}")
+    print(
+        f"{len(pairs)} pairs; choose the better pictures with\n  python -m dpo_sd.annotate {in_shell('pairs', folder)}"
+    )
 
 
 class SetImage(NamedTuple):

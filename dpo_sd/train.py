@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from dpo_sd.composition.application import entry_point
 from dpo_sd.composition.options import own_flags
 from dpo_sd.data.cache import Cache
-from dpo_sd.errors import UserError
+from dpo_sd.errors import UserError, in_shell
 from dpo_sd.files.claims import held
 from dpo_sd.training import cluster
 from dpo_sd.training.resume import check_same, check_same_run, newest_checkpoint
@@ -246,7 +247,9 @@ def resumed(cfg: DictConfig, run: Path) -> str | None:
     if cluster.restarted():
         return str(run)
     if cluster.first_process():
-        raise UserError(f"{run} holds a run already: continue it with resume={run}, or choose another hydra.run.dir")
+        raise UserError(
+            f"{run} holds a run already: continue it with {in_shell('resume', run)}, or choose another hydra.run.dir"
+        )
     return None
 
 
@@ -312,8 +315,8 @@ def continuable(run: Path) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as end:  # Lightning makes the one the other
-        own = [f"{flag} {value}" for flag, value in own_flags(sys.argv[1:]).items() if flag == "--config-dir"]
-        say(f"stopped; continue with\n  {' '.join(['python -m dpo_sd.train', *own, f'resume={run}'])}")
+        own = [shlex.join(flag) for flag in own_flags(sys.argv[1:]).items() if flag[0] == "--config-dir"]
+        say(f"stopped; continue with\n  {' '.join(['python -m dpo_sd.train', *own, in_shell('resume', run)])}")
         raise KeyboardInterrupt from end
 
 
@@ -321,7 +324,7 @@ def going_on(run: Path, overrides: str) -> str:
     """Words on the checkpoint that a run has kept which ended early, and on the command that continues it."""
     checkpoint = newest_checkpoint(str(run))
     kept = "there is no checkpoint yet" if checkpoint is None else f"{checkpoint} is kept"
-    return f"{kept}; go on with\n  python -m dpo_sd.train resume={run} {overrides}".rstrip()
+    return f"{kept}; go on with\n  python -m dpo_sd.train {in_shell('resume', run)} {overrides}".rstrip()
 
 
 def conclude(run: Run, watchers: Sequence[Watcher], record: RunRecord) -> float | None:

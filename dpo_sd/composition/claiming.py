@@ -6,13 +6,13 @@ import json
 import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
 from dpo_sd.callbacks.sweep_table import JOB_NAME
-from dpo_sd.errors import UserError, escaped, override
+from dpo_sd.errors import UserError, override
 from dpo_sd.files.claims import held, made_anew, numbered
 from dpo_sd.training import cluster
 
@@ -35,20 +35,21 @@ class OwnFolder(Callback):
                 own = made_anew(folder)
         if own is not None:
             _rename(config, "run", own)
+        _check_name(own or folder)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
+        _check_name(folder)
         try:
             if not _is_named(config, "hydra.sweep.dir"):
                 folder = made_anew(folder)
                 _rename(config, "sweep", folder)
                 config.hydra.overrides.hydra.append(override("hydra.sweep.dir", str(folder)))  # for its jobs
             elif any(folder.glob(f"*/{JOB_NAME}")):
-                raise UserError(f"{folder} holds a sweep already: choose another hydra.sweep.dir")
+                _refuse(f"{folder} holds a sweep already: choose another hydra.sweep.dir")
             self._open.enter_context(held(folder))
-        except UserError as error:  # Hydra would make a warning of it
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(1) from error
+        except UserError as error:
+            _refuse(str(error))
         except OSError:
             pass  # which Hydra meets in its turn
 
@@ -60,9 +61,19 @@ def _is_named(config: DictConfig, key: str) -> bool:
     return any(setting.lstrip("+").startswith(f"{key}=") for setting in config.hydra.overrides.hydra)
 
 
+def _check_name(folder: Path) -> None:
+    if "${" in str(folder):
+        _refuse(f"{folder} is a name that Hydra cannot keep, because it looks up ${{…}}: choose another folder")
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(1)  # Hydra would make a warning of any other exception
+
+
 def _rename(config: DictConfig, mode: str, folder: Path) -> None:
     with read_write(config), open_dict(config):
-        config.hydra[mode].dir = escaped(str(folder))
+        config.hydra[mode].dir = str(folder)
 
 
 def _before_the_restart(folder: Path, config: DictConfig) -> Path | None:

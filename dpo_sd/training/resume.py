@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_sd.errors import UserError
+from dpo_sd.errors import UserError, in_shell
 from dpo_sd.files.checksums import is_whole
 
 # Settings that may change when a run is continued: where and how it runs and who watches it, but not what it learns.
@@ -45,7 +45,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         if not is_whole(path):
             others = sorted(path.parent.glob("step=*.ckpt"), reverse=True)
             whole = next((other for other in others if is_whole(other)), None)
-            way_out = f"go on from resume={whole}" if whole else "start that run again without resume="
+            way_out = f"go on with {in_shell('resume', whole)}" if whole else "start that run again without resume="
             raise UserError(f"{path} is damaged, or no checkpoint of this version of dpo_sd: {way_out}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint["identity"]["settings"], dict):
