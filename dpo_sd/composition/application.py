@@ -69,6 +69,7 @@ def entry_point(
             if cfg is not None:
                 return main(cfg)
             keep_talking()
+            wants_all = "HYDRA_FULL_ERROR" in os.environ
             os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come out of Hydra as they are
             try:
                 sys.argv[1:] = flags_first(sys.argv[1:])
@@ -83,8 +84,12 @@ def entry_point(
             except ValueError as error:  # a plain one is Hydra's own, about its flags and groups
                 _report(error if explain(error) else UserError(error))
                 sys.exit(1)
-            except Exception as error:
-                _report(error)
+            except Exception as error:  # job has reported its own
+                unread = UserError(
+                    f"these settings cannot be composed ({type(error).__name__}: {str(error).partition(chr(10))[0]}); "
+                    "HYDRA_FULL_ERROR=1 in the environment shows where"
+                )
+                _report(error if explain(error) or wants_all else unread)
                 sys.exit(1)
 
         return run

@@ -178,6 +178,12 @@ def _having(group: str, attribute: str, value: bool) -> list[str]:
 def _check_typed(cfg: DictConfig) -> None:
     """Refuses a key beyond the settings of a typed node, and a value that is none of its choices."""
     declared = settings_of(OmegaConf.get_type(cfg))
+    if "_target_" in declared and cfg._target_ != declared["_target_"].default:
+        key = str(cfg._get_full_key("_target_"))
+        group = key.partition(".")[0]
+        raise UserError(
+            f"{key}: the class comes with the option {group}=<option>, of conf/{group} or of --config-dir: choose that"
+        )
     for key, value in ((str(key), value) for key, value in cfg.items()):
         full_key = cfg._get_full_key(key)
         if declared and key not in declared:  # `+key=value` can add one

@@ -32,6 +32,7 @@ _UNWRITABLE = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 _DENIED = (errno.EACCES, errno.EPERM)
 _NO_SUCH_PLACE = (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR)
 _OTHER_PLACES = "hydra.run.dir=<folder> and cache_dir=<folder> choose other places"
+_UNLOCATED = re.compile(r"Error locating target '(.*?)'.*full_key: (\S+)", re.DOTALL)
 LAUNCHERS = ("joblib", "submitit_")  # of the extra `sweep`
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
 
@@ -147,6 +148,8 @@ def explain(error: BaseException) -> str | None:
         return _of_composition(place[1] if place else None, value) if value else str(error)
     if isinstance(error, InterpolationResolutionError):
         return explain_value(error)
+    if isinstance(error, InstantiationException) and (unknown := _UNLOCATED.match(str(error))):
+        return f"{unknown[2]}._target_={unknown[1]}: there is no such class"
     cause = causes[-1]
     if isinstance(cause, RuntimeError) and "home directory" in str(cause):  # pathlib's, of ~
         return "this user has no home directory: write folders without ~, and give cache_dir=<folder>"

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import lightning as L
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from omegaconf import DictConfig
 
+from dpo_sd.errors import UserError
 from dpo_sd.training import cluster, wandb_mode
 from dpo_sd.training.checkpoints import AtomicCheckpointIO
 from dpo_sd.training.hardware import Hardware
@@ -31,8 +32,10 @@ def make_trainer(
     quiet_lightning()
     # the Checkpoint callback puts the job back into the queue, at the end of an update
     slurm = [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
-    loggers = [instantiate(logger) for logger in cfg.logger.values()]
-    for logger in loggers:
+    loggers = {name: instantiate(node) for name, node in cfg.logger.items()}
+    for name, logger in loggers.items():
+        if not isinstance(logger, Logger):
+            raise UserError(f"logger.{name}: its class must have the base class Logger of lightning.pytorch.loggers")
         if isinstance(logger, WandbLogger) and cluster.first_process():
             wandb_mode.begin(logger)
     return L.Trainer(
@@ -48,7 +51,7 @@ def make_trainer(
         deterministic=cfg.trainer.deterministic,
         use_distributed_sampler=False,
         callbacks=callbacks,
-        logger=[MetricsFile(run / "metrics.csv"), *loggers],
+        logger=[MetricsFile(run / "metrics.csv"), *loggers.values()],
         plugins=[AtomicCheckpointIO(accumulation), *slurm],
         enable_checkpointing=False,
         enable_progress_bar=False,
