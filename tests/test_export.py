@@ -195,7 +195,9 @@ def test_a_twin_of_sdxl_keeps_both_text_encoders_in_every_form(export: Export, t
     for form, name in (("peft", "peft"), ("diffusers", "d.safetensors"), ("kohya", "k.safetensors"), ("merged", "all")):
         ended = export(f"lora={source}", f"format={form}", f"out={tmp_path / name}", "model=sdxl", f"model.path={base}")
         assert ended.code == 0, ended.err
-        assert form == "merged" or "text by nothing, unet by nothing" in ended.out
+        # alpha / rank is 1.5, which rounds B where it is multiplied into it
+        assert form in ("merged", "diffusers") or "text by nothing, unet by nothing" in ended.out
+        assert form != "diffusers" or "alphas are multiplied into the weights" in ended.out
         assert form != "kohya" or ended.out.count(" 0 unmatched keys of ") == 4
     assert read_lora(tmp_path / "k.safetensors").networks == ["unet", "text_encoder", "text_encoder_2"]
 

@@ -202,7 +202,7 @@ def _check(path: Path, shapes: Mapping[str, tuple[int, ...]], form: Form) -> Non
         complain("is no LoRA in diffusers', Kohya's or PEFT's form", [*shapes])
     if form != "peft":
         alone = [key for key in shapes if key.startswith(PEFT_PREFIX)]
-        complain(f"lacks the {PEFT_CONFIG} that says its strength: put it beside a {PEFT_WEIGHTS} with these", alone)
+        complain(f"is PEFT's {PEFT_WEIGHTS} without the {PEFT_CONFIG} beside it that says its strength", alone)
     complain(f"holds more than a LoRA in {form} form", [key for key in shapes if key not in found])
     parts = {key: (module, part_of(names[key])) for key, module in found.items()}
     count = Counter(parts.values())

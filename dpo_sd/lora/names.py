@@ -177,6 +177,15 @@ def underscored(module: str) -> str:
     return module.replace(".", "_")
 
 
+def kohya_convolutions(modules: Iterable[str], family: Family) -> set[str]:
+    """The modules, of those given, that are linear in SD 2 and that Kohya's trainer has as convolutions of one pixel.
+
+    It builds the UNet of SD 2 like that of SD 1 and refuses weights of another shape. ComfyUI, A1111 and InvokeAI
+    multiply the halves whatever their shape; diffusers refuses what is no matrix.
+    """
+    return {module for module in modules if family.kohya_v2 and module.endswith((".proj_in", ".proj_out"))}
+
+
 def kohya_names(module: str, family: Family) -> list[str]:
     """All names for a module in Kohya's files, with diffusers' or Stability's names, whoever reads them."""
     network, _, inside = module.partition(".")
