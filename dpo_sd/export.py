@@ -137,7 +137,7 @@ def write_merged(model: StableDiffusion, lora: LoRAFile | None, out: Path) -> No
 
 def check(lora: LoRAFile, form: str, out: Path, shape: StableDiffusion) -> None:
     """Reads a LoRA back and reports it; raises UserError if it is not the same, or a key would be left unread."""
-    again = read_lora(out)
+    again = check_base(shape, read_lora(out))
     differences = [difference(lora.change(module), again.change(module)) for module in lora.modules]
     if again.alphas.keys() != lora.alphas.keys() or max(differences) > TOLERANCE:
         raise UserError(f"{out} does not hold what {lora.path} does: please report this")
@@ -147,20 +147,15 @@ def check(lora: LoRAFile, form: str, out: Path, shape: StableDiffusion) -> None:
         programs = [program for program in PROGRAMS if program != "diffusers" or not convolutions]
         check_programs({name: alpha / again.ranks[name] for name, alpha in again.alphas.items()}, out, shape, programs)
         if convolutions:
-            print(
-                f"          (diffusers refuses {len(convolutions)} projections of SD 2 in the shape of Kohya's trainer:"
-            )
-            print("          give it format=diffusers)")
+            print("          (diffusers refuses the projections of SD 2 in this form: give it format=diffusers)")
         said = again.metadata["modelspec.prediction_type"], again.metadata["ss_zero_terminal_snr"]
         print("metadata  of a base that predicts {}, zero terminal SNR: {}".format(*said))
     elif form == "diffusers":
         if baked := sum(alpha != again.ranks[name] for name, alpha in again.alphas.items()):
-            print(
-                f"          ({baked} alphas are multiplied into the weights: not all programs read them from this form)"
-            )
+            print(f"          ({baked} alphas are multiplied into the weights: not every program reads them here)")
         check_programs(dict.fromkeys(again.alphas, 1.0), out, shape, ["diffusers"])
     elif again.networks != ["unet"]:
-        print("          (text encoders by the names of all versions of transformers)")
+        print("          (text encoders are there twice, by the names of older and of newer transformers)")
 
 
 def check_programs(strengths: Mapping[str, float], out: Path, shape: StableDiffusion, programs: Sequence[str]) -> None:

@@ -221,6 +221,16 @@ def test_kohya_files_carry_the_metadata_that_other_tools_read(
     }
 
 
+@pytest.mark.parametrize("zero", [False, True])
+def test_kohya_files_say_whether_the_schedule_ends_in_pure_noise(tmp_path: Path, zero: bool) -> None:
+    path = save_kohya(
+        ones("sdxl", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"), tmp_path / "x.safetensors", "sdxl",
+        prediction_type="v_prediction", zero_terminal_snr=zero, extra={"ss_zero_terminal_snr": str(not zero)},
+    )  # fmt: skip
+    metadata = read_lora(path).metadata
+    assert (metadata["modelspec.prediction_type"], metadata["ss_zero_terminal_snr"]) == ("v", str(zero))
+
+
 def test_sdxl_is_read_by_diffusers_names_too(tmp_path: Path) -> None:
     lora = ones("sdxl", "add_embedding.linear_1", "attn2.to_k", "upsamplers.0.conv", "proj_in")
     kohya = {}
@@ -407,6 +417,18 @@ def test_a_lora_is_read_in_every_precision(tmp_path: Path, dtype: torch.dtype) -
         assert torch.equal(file.state[key].float(), tensor.float())
 
 
+def test_numbers_that_torch_cannot_compute_with_are_refused(tmp_path: Path) -> None:
+    for dtype, size in (("F4", 8), ("F2_ODD", 4)):
+        header = {
+            f"unet.a.lora_{half}.weight": {"dtype": dtype, "shape": [4, 4], "data_offsets": [start, start + size]}
+            for half, start in (("A", 0), ("B", size))
+        }
+        text = json.dumps(header).encode()
+        (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"0" * 2 * size)
+        with pytest.raises(UserError, match=r"holds numbers that cannot be read .*: store them as float16 or float32"):
+            read_lora(tmp_path / "x.safetensors")
+
+
 def test_a_float8_lora_that_holds_no_number_is_refused(tmp_path: Path) -> None:
     state = load_file(save(ones("sd15", "attn1.to_q"), "kohya", tmp_path, "sd15"))
     key = next(key for key in state if key.endswith("lora_up.weight"))
@@ -545,6 +567,13 @@ def test_damaged_metadata_is_refused(start: Path, tmp_path: Path, metadata: str)
     refused(tmp_path / "x.safetensors", "is corrupt")
 
 
+@pytest.mark.parametrize("metadata", ["[1, 2]", '{"unet.a": "y"}', '{"unet.a": NaN}', '{"unet.a": 0}', "{"])
+def test_damaged_alphas_of_the_training_are_refused(start: Path, tmp_path: Path, metadata: str) -> None:
+    state = load_file(start / "lora" / WEIGHTS_NAME)
+    save_file(state, tmp_path / "x.safetensors", metadata={"dpo_sd.alphas": metadata})
+    refused(tmp_path / "x.safetensors", "is corrupt")
+
+
 def test_an_alpha_of_zero_is_refused_because_it_would_change_nothing(start: Path, tmp_path: Path) -> None:
     state = load_file(start / "lora" / WEIGHTS_NAME)
     save_file(state, tmp_path / "x.safetensors", metadata={"lora_adapter_metadata": '{"unet.lora_alpha": 0}'})
@@ -635,7 +664,7 @@ def test_an_alpha_of_several_numbers_is_refused(start: Path, tmp_path: Path) -> 
     state = load_file(save(ones("sd15", "attn1.to_q"), "kohya", tmp_path, "sd15"))
     key = next(key for key in state if key.endswith(".alpha"))
     save_file(state | {key: torch.ones(2)}, tmp_path / "x.safetensors")
-    refused(tmp_path / "x.safetensors", f"has an alpha that is more than one number: 1 of {len(state)}")
+    refused(tmp_path / "x.safetensors", f"has an alpha that is not one number: 1 of {len(state)}")
 
 
 def test_halves_of_different_ranks_are_refused(tmp_path: Path) -> None:

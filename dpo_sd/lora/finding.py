@@ -158,7 +158,9 @@ def read_header(path: Path) -> Header:
         header = tensors.read_header(path)
         adapters = json.loads(header.metadata.get(SETTINGS_KEY, "{}"))
         _check_numbers(adapters, ["", *(f"{network}." for network in NETWORKS)])
-        alphas = {str(name): float(alpha) for name, alpha in json.loads(header.metadata.get(ALPHAS_KEY, "{}")).items()}
+        alphas = {name: float(alpha) for name, alpha in json.loads(header.metadata.get(ALPHAS_KEY, "{}")).items()}
+        if not all(0 < alpha < math.inf for alpha in alphas.values()):
+            raise ValueError(f"{ALPHAS_KEY} is {alphas}")
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is corrupt or no safetensors file ({error}): fetch or export it again") from error
     return Header(dict(sorted(header.shapes.items())), header.metadata, adapters, alphas)
@@ -210,7 +212,7 @@ def _check(path: Path, shapes: Mapping[str, tuple[int, ...]], form: Form) -> Non
     lacking = [key for key, module in found.items() if not (count[module, "A"] and count[module, "B"])]
     complain("lacks the other half of a pair", lacking)
     several = [key for key, (_, part) in parts.items() if part == "alpha" and math.prod(shapes[key]) != 1]
-    complain("has an alpha that is more than one number", several)
+    complain("has an alpha that is not one number", several)
     ranks = {  # of what is a matrix
         part: shapes[key][part[1] == "B"] for key, part in parts.items() if len(shapes[key]) > 1 and all(shapes[key])
     }

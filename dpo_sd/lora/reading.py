@@ -60,7 +60,7 @@ def _read_file(path: Path) -> LoRAFile:
     alphas = {key.removesuffix(".lora_A.weight"): alpha for key, alpha in _stated(stated or {}).items()}
     alphas |= _alphas_of_settings(header.adapters, ranks)
     known = {module: float(alphas.get(module, rank)) for module, rank in ranks.items()}
-    trained = {module: alpha for module, alpha in header.alphas.items() if module in known and 0 < alpha < math.inf}
+    trained = {module: alpha for module, alpha in header.alphas.items() if module in known}
     return LoRAFile(state, known, path, form, header.metadata).with_alphas(trained)
 
 
@@ -70,16 +70,16 @@ def _load(file: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(file)
-    except (SafetensorError, KeyError) as error:
+        tensors = {
+            key: tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+            for key, tensor in load_file(file).items()
+        }
+    except (SafetensorError, KeyError, NotImplementedError) as error:
         raise UserError(
             f"{file} holds numbers that cannot be read ({error}): store them as float16 or float32"
         ) from error
     names = plain_names(tensors)
-    return {
-        names[key]: tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
-        for key, tensor in tensors.items()
-    }
+    return {names[key]: tensor for key, tensor in tensors.items()}
 
 
 def _ranks(state: Mapping[str, Any]) -> dict[str, int]:
