@@ -99,7 +99,8 @@ def write(lora: LoRAFile, form: str, out: Path, shape: StableDiffusion, base: Ba
     """
     if form == "kohya":
         kept = {key: value for key, value in lora.metadata.items() if key.startswith(("ss_", "modelspec."))}
-        kept.pop("modelspec.date", None)  # of another file
+        for stale in ("modelspec.date", "modelspec.hash_sha256"):  # of another file
+            kept.pop(stale, None)
         said = {} if at_hand else kept
         velocity = {"v": "v_prediction", "epsilon": "epsilon"}.get(said.get("modelspec.prediction_type", ""))
         prediction_type: Any = base.prediction_type or velocity or shape.prediction_type
