@@ -6,7 +6,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from dpo_sd.composition.application import entry_point
 from dpo_sd.errors import UserError
 from dpo_sd.lora.attaching import check_base, load_for_drawing
-from dpo_sd.lora.names import modules_of
+from dpo_sd.lora.names import kohya_convolutions, modules_of
 from dpo_sd.lora.programs import diffusers_scales, loader_report, unmatched
 from dpo_sd.lora.reading import read_lora
 from dpo_sd.lora.weights import LoRAFile
@@ -60,7 +60,7 @@ def export_lora(lora: LoRAFile, base: Base, form: str, out: Path) -> None:
     """Writes a LoRA, or the base with it, and compares both where the base's weights are at hand."""
     at_hand = form == "merged" or Path(base.path).expanduser().exists()
     model = ready(base, "cpu") if at_hand else on_meta(base.name)
-    check_base(model, lora)
+    lora = check_base(model, lora)
     print(f"lora      {lora.path}: {lora.summary()}")
     shape = blank(model)
     expected = outputs_with(model, lora) if at_hand else {}
@@ -68,11 +68,13 @@ def export_lora(lora: LoRAFile, base: Base, form: str, out: Path) -> None:
     if form == "merged":
         write_merged(base.load(), lora, out)
     else:
-        write(lora, form, out, shape, base)
+        write(lora, form, out, shape, base, at_hand)
     print(f"wrote     {out}")
     if form != "merged":
         check(lora, form, out, shape)
-    if at_hand:
+    if form == "kohya" and kohya_convolutions(lora.modules, shape.family):
+        print("outputs   not compared: diffusers does not load the projections of SD 2 in Kohya's form")
+    elif at_hand:
         compare(expected, outputs(loaded_by_its_library(base, form, out)), out)
     else:
         print(f"outputs   not compared: the weights of {base.path} were not loaded")
@@ -88,12 +90,24 @@ def check_place(out: Path, form: str) -> None:
         raise UserError(f"out={out} exists: choose another name, or move it away")
 
 
-def write(lora: LoRAFile, form: str, out: Path, shape: StableDiffusion, base: Base) -> None:
-    """Writes a LoRA in Kohya's, diffusers' or PEFT's form."""
+def write(lora: LoRAFile, form: str, out: Path, shape: StableDiffusion, base: Base, at_hand: bool) -> None:
+    """Writes a LoRA in Kohya's, diffusers' or PEFT's form.
+
+    Args:
+        shape: the base, without its weights.
+        at_hand: whether it was loaded, so that its schedule is the true one; if not, what the LoRA's file says counts.
+    """
     if form == "kohya":
         kept = {key: value for key, value in lora.metadata.items() if key.startswith(("ss_", "modelspec."))}
-        prediction_type: Any = base.prediction_type or shape.prediction_type
-        save_kohya(lora, out, base.name, prediction_type=prediction_type, extra=kept)
+        for stale in ("modelspec.date", "modelspec.hash_sha256"):  # of another file
+            kept.pop(stale, None)
+        said = {} if at_hand else kept
+        velocity = {"v": "v_prediction", "epsilon": "epsilon"}.get(said.get("modelspec.prediction_type", ""))
+        prediction_type: Any = base.prediction_type or velocity or shape.prediction_type
+        zero = shape.noise_scheduler.config["rescale_betas_zero_snr"] or said.get("ss_zero_terminal_snr") == "True"
+        if base.zero_terminal_snr is not None:
+            zero = base.zero_terminal_snr
+        save_kohya(lora, out, base.name, prediction_type=prediction_type, zero_terminal_snr=zero, extra=kept)
     elif form == "diffusers":
         save_diffusers(lora, out)
     else:
@@ -124,29 +138,43 @@ def write_merged(model: StableDiffusion, lora: LoRAFile | None, out: Path) -> No
 
 def check(lora: LoRAFile, form: str, out: Path, shape: StableDiffusion) -> None:
     """Reads a LoRA back and reports it; raises UserError if it is not the same, or a key would be left unread."""
-    again = read_lora(out)
+    again = check_base(shape, read_lora(out))
     differences = [difference(lora.change(module), again.change(module)) for module in lora.modules]
     if again.alphas.keys() != lora.alphas.keys() or max(differences) > TOLERANCE:
         raise UserError(f"{out} does not hold what {lora.path} does: please report this")
     print(f"weights   {len(differences)} modules read back, differing by {_words(max(differences))}")
     if form == "kohya":
-        check_programs(again, out, shape, PROGRAMS)
+        convolutions = kohya_convolutions(lora.modules, shape.family)
+        programs = [program for program in PROGRAMS if program != "diffusers" or not convolutions]
+        check_programs({name: alpha / again.ranks[name] for name, alpha in again.alphas.items()}, out, shape, programs)
+        if convolutions:
+            print("          (diffusers refuses the projections of SD 2 in this form: give it format=diffusers)")
+        said = again.metadata["modelspec.prediction_type"], again.metadata["ss_zero_terminal_snr"]
+        print("metadata  of a base that predicts {}, zero terminal SNR: {}".format(*said))
     elif form == "diffusers":
-        check_programs(again, out, shape, ("diffusers",))
+        if baked := sum(alpha != again.ranks[name] for name, alpha in again.alphas.items()):
+            print(f"          ({baked} alphas are multiplied into the weights: not every program reads them here)")
+        check_programs(dict.fromkeys(again.alphas, 1.0), out, shape, ["diffusers"])
+    elif again.networks != ["unet"]:
+        print("          (text encoders are there twice, by the names of older and of newer transformers)")
 
 
-def check_programs(again: LoRAFile, out: Path, shape: StableDiffusion, programs: tuple[str, ...]) -> None:
-    """Reports what programs read of a file; raises UserError if they leave a key unread, or change its strength."""
+def check_programs(strengths: Mapping[str, float], out: Path, shape: StableDiffusion, programs: Sequence[str]) -> None:
+    """Reports what programs read of a file; raises UserError if they leave a key unread, or change its strength.
+
+    Args:
+        strengths: by module, the factor of what it adds.
+    """
     for line in loader_report(out, shape):
-        if line.startswith(programs):
+        if line.startswith(tuple(programs)):
             print(line)
     if without := [program for program in programs if program not in shape.family.programs]:
         print(f"          ({', '.join(without[:-1])} and {without[-1]} have no model of this size)")
     left = {program: keys for program, keys in unmatched(out, shape).items() if keys and program in programs}
     if left:
         raise UserError(f"{out} is written, but {' and '.join(left)} would leave out what is named above")
-    scales = diffusers_scales(out, shape)
-    wrong = [name for name, alpha in again.alphas.items() if scales[name] != alpha / again.ranks[name]]
+    scales = diffusers_scales(out, shape) if "diffusers" in programs else strengths
+    wrong = [name for name, strength in strengths.items() if scales[name] != strength]
     if wrong:
         raise UserError(f"{out} is written, but diffusers takes {len(wrong)} modules at another strength: {wrong[0]}")
 

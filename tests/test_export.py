@@ -129,6 +129,48 @@ def test_what_a_kohya_file_says_of_itself_is_kept(export: Export, run: Path, tmp
     assert (metadata["ss_steps"], metadata["modelspec.trigger"], metadata["ss_output_name"]) == ("300", "x", "second")
 
 
+def test_alphas_of_the_diffusers_form_are_in_its_weights_and_the_report_says_so(
+    export: Export, run: Path, tmp_path: Path
+) -> None:
+    ended = export(f"lora={run}", "format=diffusers", f"out={tmp_path / 'd.safetensors'}")
+    assert "(37 alphas are multiplied into the weights: not every program reads them here)" in ended.out
+    assert set(read_lora(tmp_path / "d.safetensors").alphas.values()) == {1}
+    state, source = load_file(tmp_path / "d.safetensors"), read_lora(run).state
+    assert all(torch.equal(tensor, source[key] * (0.25 if "lora_B" in key else 1)) for key, tensor in state.items())
+
+
+def test_projections_of_sd_2_in_kohyas_form_are_for_all_but_diffusers(export: Export, tmp_path: Path) -> None:
+    lora = ones("sd21", "proj_in", "attn2.to_k")
+    save_diffusers(lora, tmp_path / "d.safetensors")
+    ended = export(f"lora={tmp_path / 'd.safetensors'}", f"out={tmp_path / 'k.safetensors'}", "model=sd21")
+    assert ended.code == 0, ended.err
+    assert "weights   32 modules read back, differing by nothing" in ended.out
+    assert ended.out.count(" 0 unmatched keys of 96\n") == 3
+    assert "(diffusers refuses the projections of SD 2 in this form: give it format=diffusers)" in ended.out
+    ended = export(
+        f"lora={tmp_path / 'k.safetensors'}", "format=diffusers", f"out={tmp_path / 'e.safetensors'}", "model=sd21"
+    )
+    assert ended.code == 0 and "diffusers 0 unmatched keys of 64\n" in ended.out, ended.err
+    assert (tmp_path / "d.safetensors").read_bytes() == (tmp_path / "e.safetensors").read_bytes()
+
+
+def test_what_a_file_says_of_its_base_counts_where_the_base_is_not_loaded(export: Export, tmp_path: Path) -> None:
+    lora = ones("sdxl", "attn2.to_k")
+    velocity = save_kohya(
+        lora, tmp_path / "v.safetensors", "sdxl", prediction_type="v_prediction", zero_terminal_snr=True,
+        extra={"modelspec.date": "2020-01-01", "modelspec.hash_sha256": "0x0"},
+    )  # fmt: skip
+    ended = export(f"lora={velocity}", f"out={tmp_path / 'k.safetensors'}", "model=sdxl")
+    assert "metadata  of a base that predicts v, zero terminal SNR: True" in ended.out
+    metadata = read_lora(tmp_path / "k.safetensors").metadata
+    assert not {"modelspec.date", "modelspec.hash_sha256"} & metadata.keys()
+    ended = export(
+        f"lora={velocity}", f"out={tmp_path / 'e.safetensors'}", "model=sdxl", "model.prediction_type=epsilon",
+        "model.zero_terminal_snr=false",
+    )  # fmt: skip
+    assert "metadata  of a base that predicts epsilon, zero terminal SNR: False" in ended.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -195,7 +237,9 @@ def test_a_twin_of_sdxl_keeps_both_text_encoders_in_every_form(export: Export, t
     for form, name in (("peft", "peft"), ("diffusers", "d.safetensors"), ("kohya", "k.safetensors"), ("merged", "all")):
         ended = export(f"lora={source}", f"format={form}", f"out={tmp_path / name}", "model=sdxl", f"model.path={base}")
         assert ended.code == 0, ended.err
-        assert form == "merged" or "text by nothing, unet by nothing" in ended.out
+        # alpha / rank is 1.5, which rounds B where it is multiplied into it
+        assert form in ("merged", "diffusers") or "text by nothing, unet by nothing" in ended.out
+        assert form != "diffusers" or "alphas are multiplied into the weights" in ended.out
         assert form != "kohya" or ended.out.count(" 0 unmatched keys of ") == 4
     assert read_lora(tmp_path / "k.safetensors").networks == ["unet", "text_encoder", "text_encoder_2"]
 

@@ -45,6 +45,7 @@ class Export(Watcher):
             folder / f"{self.name}.safetensors",
             model.name,
             prediction_type=model.prediction_type,
+            zero_terminal_snr=model.noise_scheduler.config["rescale_betas_zero_snr"],
             resolution=model.resolution,
             extra={
                 "ss_sd_model_name": model.name,

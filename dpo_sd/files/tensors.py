@@ -192,6 +192,32 @@ def _header(entries: dict[str, Any], start: int, size: int) -> Header:
     )
 
 
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file whose bytes follow from tensors and texts alone.
+
+    safetensors' own writer puts the texts in an order that differs from process to process.
+
+    Args:
+        file: written as it is named; `replacing` makes it appear whole or not at all.
+        tensors: by name; none shares memory with another.
+        metadata: texts by key.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    from safetensors.torch import save
+
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata))
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of eight bytes
+    with open(file, "wb") as opened:
+        opened.write(struct.pack("<Q", len(text)) + text)
+        opened.write(memoryview(data)[start:])
+
+
 def content_key(**made_from: Any) -> str:
     """Key of whatever follows from these values alone: 24 hexadecimal digits."""
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:KEY]

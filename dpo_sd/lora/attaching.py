@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,7 +106,7 @@ class LoRA:
             raise UserError(f"rank {self.rank} is above the width of every module: use lora.rank={widest} at most")
         file = None if self.init_from is None else read_lora(self.init_from)
         if file is not None:
-            check_base(model, file)
+            file = check_base(model, file)
         with _drawing_from(seed):
             for name, network in model.networks.items():
                 trained = name == "unet" or self.text_encoder
@@ -154,9 +155,8 @@ def load_for_drawing(model: StableDiffusion, loras: Sequence[tuple[str | Path, f
     Raises:
         UserError: if a file cannot be used on this base.
     """
-    files = [read_lora(path) for path, _ in loras]
-    for file in files:  # all of them before the first changes the names of the modules
-        check_base(model, file)
+    # all of them before the first changes the names of the modules
+    files = [check_base(model, read_lora(path)) for path, _ in loras]
     lines, names = [], [f"lora_{number}" for number in range(len(loras))]
     for name, file, (path, weight) in zip(names, files, loras, strict=True):
         for network in file.networks:
@@ -172,8 +172,17 @@ def load_for_drawing(model: StableDiffusion, loras: Sequence[tuple[str | Path, f
     return lines
 
 
-def check_base(model: StableDiffusion, file: LoRAFile) -> None:
-    """Raises UserError, naming both families, if a LoRA has modules that the model lacks or has in other shapes."""
+def check_base(model: StableDiffusion, file: LoRAFile) -> LoRAFile:
+    """The LoRA with its tensors in the shapes that the model's modules ask for.
+
+    A linear module is a convolution of one pixel to some writers, and the other way round.
+
+    Args:
+        model: the base, without adapters.
+
+    Raises:
+        UserError: naming both families, if the LoRA has modules that the model lacks or has in other sizes.
+    """
     from torch import nn
 
     there = {
@@ -181,29 +190,39 @@ def check_base(model: StableDiffusion, file: LoRAFile) -> None:
         for n, network in model.networks.items()
         for name, module in adaptable(network).items()
     }
-    unknown, misshaped = [], []
+    state, unknown, misshaped = {}, [], []
     for name, rank in file.ranks.items():
-        down, up = (list(file.state[f"{name}.lora_{half}.weight"].shape) for half in "AB")
         module = there.get(name)
         if module is None:
             unknown.append(name)
-        elif isinstance(module, nn.Linear):
-            if (down, up) != ([rank, module.in_features], [module.out_features, rank]):
+            continue
+        if isinstance(module, nn.Linear):
+            shapes = {"A": (rank, module.in_features), "B": (module.out_features, rank)}
+        else:
+            shapes = {"A": (rank, module.in_channels, *module.kernel_size), "B": (module.out_channels, rank, 1, 1)}
+        for half, shape in shapes.items():
+            tensor = file.state[key := f"{name}.lora_{half}.weight"]
+            if _padded(tensor.shape) != _padded(shape):
                 misshaped.append(name)
-        elif (down, up) != ([rank, module.in_channels, *module.kernel_size], [module.out_channels, rank, 1, 1]):
-            misshaped.append(name)
+                break
+            state[key] = tensor.reshape(shape)
     if not unknown and not misshaped:
-        return
+        return replace(file, state=state)
     complaints = [
         f"{len(names)} of {len(file.modules)} modules {what} (first: {names[0]})"
         for what, names in (("are unknown to this model", unknown), ("have another shape", misshaped))
         if names
     ]
     looks = _family(file)
-    hint = f"this model is {model.name}"
+    what, hint = "does not fit this model", f"this model is {model.name}"
     if looks not in (None, model.name):
-        hint = f"it looks like {looks}, {hint}: use model={looks}"
-    raise UserError(f"{file.path} was made for another base: {', '.join(complaints)}; {hint}")
+        what, hint = "was made for another base", f"it looks like {looks}, {hint}: use model={looks}"
+    raise UserError(f"{file.path} {what}: {', '.join(complaints)}; {hint}")
+
+
+def _padded(shape: Sequence[int]) -> tuple[int, ...]:
+    """A matrix as a convolution of one pixel; others as they are."""
+    return (*shape, 1, 1) if len(shape) == 2 else tuple(shape)
 
 
 @contextmanager

@@ -4,30 +4,49 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_sd.errors import UserError
 from dpo_sd.files import tensors
-from dpo_sd.lora.names import KEYS
-from dpo_sd.lora.weights import PEFT_CONFIG, PEFT_WEIGHTS, WEIGHTS_NAME
+from dpo_sd.lora.names import KEYS, part_of, plain_names
+from dpo_sd.lora.weights import ALPHAS_KEY, PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, SETTINGS_KEY, WEIGHTS_NAME
 from dpo_sd.models.families import NETWORKS
 from dpo_sd.models.places import PICKLES
 
 if TYPE_CHECKING:
     from dpo_sd.lora.weights import Form
 
+# of which a file's tensors tell that it is no plain LoRA, by patterns of their names
 _OTHER_KINDS = {
-    "dora_scale": "a DoRA",
-    "lora_magnitude_vector": "a DoRA",
-    ".hada_": "a LoHa",
-    ".lokr_": "a LoKr",
-    ".oft_": "an OFT",
-    ".lora_mid.": "a LoRA in three factors (Tucker)",
+    r"dora_scale|lora_magnitude_vector": "is a DoRA",
+    r"\.hada_": "is a LoHa",
+    r"\.lokr_": "is a LoKr",
+    r"\.oft_": "is an OFT",
+    r"\.(on_input|ia3_l\b)": "is an IA3",
+    r"\.[ab][12]\.weight": "is a GLoRA",
+    r"\.lora_E\b": "is an AdaLoRA",
+    r"vera_lambda": "is a VeRA",
+    r"\.lora_mid\.": "is a LoRA in three factors (Tucker)",
+    r"\.(diff|diff_b|w_norm|b_norm|set_weight)$": "holds differences of whole weights (.diff)",
+    r"bundle_emb|string_to_param|emb_params": "holds embeddings of words (textual inversion)",
+    r"scale_weight|weight_scale|scaled_fp8|scale_input|input_scale": "is stored in scaled float8",
+}
+# and that it was made for something else than a Stable Diffusion with a UNet
+_OTHER_BASES = {
+    r"(double|single|single_transformer)_blocks[._]\d": "Flux or a model built like it",
+    r"joint_(transformer_)?blocks[._]\d|(lora_te3|text_encoder_3|t5xxl)[._]": "Stable Diffusion 3",
+    r"^(\w+\.|lora_unet_)?blocks[._]\d+[._](self|cross)_attn[._]": "Wan or a model built like it",
+    r"^lora_prior_": "Stable Cascade",
+    r"^(lora_)?transformer[._]|^(lora_unet_|diffusion_model\.)(transformer_)?(blocks|layers)[._]\d": (
+        "a diffusion transformer (Stable Diffusion 3, Flux, Qwen-Image, …)"
+    ),
 }
 
 
@@ -43,10 +62,10 @@ def find_lora(path: str | Path) -> Path:
     path = _locate(path)
     for part in peft_parts(path).values():
         peft_config(part)
-        _check_keys(part / PEFT_WEIGHTS, read_header(part / PEFT_WEIGHTS).keys, "peft")
+        _check(part / PEFT_WEIGHTS, read_header(part / PEFT_WEIGHTS).shapes, "peft")
     if path.is_file():
-        keys = read_header(path).keys
-        _check_keys(path, keys, form_of(keys))
+        shapes = read_header(path).shapes
+        _check(path, shapes, form_of(plain_names(shapes).values()))
     return path
 
 
@@ -85,14 +104,20 @@ class Header(NamedTuple):
     """The header of a LoRA file.
 
     Args:
-        keys: names of the tensors, sorted.
+        shapes: sizes of the tensors by their names, which are sorted.
         metadata: strings by name.
         adapters: settings of the adapters, which diffusers' form keeps in its metadata.
+        alphas: by module, those that a LoRA of diffusers' form was trained with, where it holds others.
     """
 
-    keys: list[str]
+    shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str]
     adapters: dict[str, Any]
+    alphas: dict[str, float]
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self.shapes)
 
 
 def peft_parts(path: Path) -> dict[str, Path]:
@@ -131,11 +156,14 @@ def read_header(path: Path) -> Header:
         _refuse_pickle(path)
     try:
         header = tensors.read_header(path)
-        adapters = json.loads(header.metadata.get("lora_adapter_metadata", "{}"))
+        adapters = json.loads(header.metadata.get(SETTINGS_KEY, "{}"))
         _check_numbers(adapters, ["", *(f"{network}." for network in NETWORKS)])
-    except (ValueError, AttributeError) as error:
+        alphas = {name: float(alpha) for name, alpha in json.loads(header.metadata.get(ALPHAS_KEY, "{}")).items()}
+        if not all(0 < alpha < math.inf for alpha in alphas.values()):
+            raise ValueError(f"{ALPHAS_KEY} is {alphas}")
+    except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is corrupt or no safetensors file ({error}): fetch or export it again") from error
-    return Header(sorted(header.names), header.metadata, adapters)
+    return Header(dict(sorted(header.shapes.items())), header.metadata, adapters, alphas)
 
 
 def _check_numbers(settings: dict[str, Any], prefixes: list[str]) -> None:
@@ -153,26 +181,45 @@ def _refuse_pickle(path: Path) -> None:
     )
 
 
-def form_of(keys: list[str]) -> Form:
-    """Kohya's or diffusers' form, by the names of a file's tensors."""
-    return "kohya" if any(key.startswith(("lora_unet_", "lora_te")) for key in keys) else "diffusers"
+def form_of(names: Iterable[str]) -> Form:
+    """Kohya's or diffusers' form, by the plain names of a file's tensors."""
+    return "kohya" if any(name.startswith(("lora_unet_", "lora_te")) for name in names) else "diffusers"
 
 
-def _check_keys(path: Path, keys: list[str], form: Form) -> None:
-    def complain(what: str, named: list[str]) -> None:
+def _check(path: Path, shapes: Mapping[str, tuple[int, ...]], form: Form) -> None:
+    def complain(what: str, named: Sequence[str]) -> None:
         if named:
-            raise UserError(f"{path} {what}: {len(named)} of {len(keys)} tensors (first: {named[0]})")
+            raise UserError(f"{path} {what}: {len(named)} of {len(shapes)} tensors (first: {named[0]})")
 
-    if not keys:
+    if not shapes:
         raise UserError(f"{path} holds no tensors")
-    for mark, kind in _OTHER_KINDS.items():
-        complain(f"is {kind}, and without these the rest would draw other pictures", [k for k in keys if mark in k])
-    found = {key: match[1] for key in keys if (match := KEYS[form].fullmatch(key))}
+    for pattern, base in _OTHER_BASES.items():
+        complain(f"was made for {base}, and not for SD 1, 2 or XL", [key for key in shapes if re.search(pattern, key)])
+    for pattern, kind in _OTHER_KINDS.items():
+        others = [key for key in shapes if re.search(pattern, key)]
+        complain(f"{kind}, and without these the rest would draw other pictures", others)
+    names = plain_names(shapes)
+    found = {key: match[1] for key, name in names.items() if (match := KEYS[form].fullmatch(name))}
     if not found:
-        complain("is no LoRA in diffusers', Kohya's or PEFT's form", keys)
-    complain(f"holds more than a LoRA in {form} form", [key for key in keys if key not in found])
-    halves = Counter(module for key, module in found.items() if not key.endswith(".alpha"))
-    complain("lacks the other half of a pair", [key for key, module in found.items() if halves[module] != 2])
-    sgm = [key for key in keys if re.search("_(input_blocks|middle_block|output_blocks)_", key)]
-    if any(re.search("_(down_blocks|mid_block|up_blocks)_", key) for key in keys):  # diffusers would drop the sgm ones
-        complain("mixes sgm names with diffusers names", sgm)
+        complain("is no LoRA in diffusers', Kohya's or PEFT's form", [*shapes])
+    if form != "peft":
+        alone = [key for key in shapes if key.startswith(PEFT_PREFIX)]
+        complain(f"is PEFT's {PEFT_WEIGHTS} without the {PEFT_CONFIG} beside it that says its strength", alone)
+    complain(f"holds more than a LoRA in {form} form", [key for key in shapes if key not in found])
+    parts = {key: (module, part_of(names[key])) for key, module in found.items()}
+    count = Counter(parts.values())
+    complain("holds more than one LoRA for a module", [key for key, part in parts.items() if count[part] > 1])
+    lacking = [key for key, module in found.items() if not (count[module, "A"] and count[module, "B"])]
+    complain("lacks the other half of a pair", lacking)
+    several = [key for key, (_, part) in parts.items() if part == "alpha" and math.prod(shapes[key]) != 1]
+    complain("has an alpha that is not one number", several)
+    ranks = {  # of what is a matrix
+        part: shapes[key][part[1] == "B"] for key, part in parts.items() if len(shapes[key]) > 1 and all(shapes[key])
+    }
+    apart = [
+        key for key, (module, _) in parts.items() if len({ranks.get((module, half)) for half in "AB"} - {None}) > 1
+    ]
+    complain("has pairs whose halves differ in rank", apart)
+    sgm = [key for key, name in names.items() if re.search("_(input_blocks|middle_block|output_blocks)_", name)]
+    if any(re.search("_(down_blocks|mid_block|up_blocks)_", name) for name in names.values()):
+        complain("mixes sgm names with diffusers names", sgm)  # other programs would leave out one of the two kinds

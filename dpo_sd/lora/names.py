@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_sd.lora.weights import PEFT_PREFIX
-from dpo_sd.models.families import FAMILIES
+from dpo_sd.models.families import FAMILIES, NETWORKS
 from dpo_sd.models.stable_diffusion import StableDiffusion
 
 if TYPE_CHECKING:
@@ -28,6 +28,19 @@ KEYS: dict[Form, re.Pattern[str]] = {  # names of tensors in LoRA files by their
     "kohya": re.compile(rf"((?:{_STARTS})[^.]+)\.(?:lora_(?:down|up)\.weight|alpha)"),
     "peft": re.compile(rf"{re.escape(PEFT_PREFIX)}(.+)\.lora_[AB]\.weight"),
 }
+# beginnings of dotted names in files of OneTrainer, ComfyUI and others, and Kohya's for the same network
+_DOTTED_STARTS = {
+    **dict.fromkeys(("", "unet", "lora_unet", "diffusion_model", "model.diffusion_model"), UNET),
+    **dict.fromkeys(("text_encoder", "lora_te", "lora_te1", "clip_l", "clip_h"), "lora_te_"),
+    **dict.fromkeys(("text_encoders.clip_l.transformer", "text_encoders.clip_h.transformer"), "lora_te_"),
+    **dict.fromkeys(("text_encoder_2", "lora_te2", "clip_g", "text_encoders.clip_g.transformer"), "lora_te2_"),
+}
+_SGM_BLOCKS = "input_blocks|middle_block|output_blocks|time_embed|label_emb|out"
+_BLOCKS = f"down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding|{_SGM_BLOCKS}"
+_DOTTED = re.compile(
+    rf"(?:({'|'.join(map(re.escape, filter(None, _DOTTED_STARTS)))})\.|(?=(?:{_BLOCKS})\.))"
+    r"(.+?)\.(?:lora_(A|B|down|up)\.weight|alpha)"
+)
 
 _IN_RESNETS = {
     "conv1": "in_layers.2",
@@ -104,8 +117,73 @@ def kohya_name(module: str, family: Family) -> str:
     return UNET + underscored(sgm_name(inside) if family.sgm_names else inside)
 
 
+def plain_names(keys: Iterable[str]) -> dict[str, str]:
+    """What diffusers or Kohya's trainer would call the tensors of a LoRA file, for whichever names it has.
+
+    A name that is unknown stays as it is. Dotted names of a file are those of diffusers, unless one of them ends as
+    Kohya's do or names a block as Stability's code does: then all of them become Kohya's.
+    """
+    names = {key: _without_wrapping(key) for key in keys}
+    dotted = {key: match for key, name in names.items() if (match := _DOTTED.fullmatch(name))}
+    as_diffusers = all(
+        match[1] in (None, *NETWORKS) and match[3] in ("A", "B") and not re.match(rf"(?:{_SGM_BLOCKS})\.", match[2])
+        for match in dotted.values()
+    )
+    return names if as_diffusers else names | {key: _as_kohya(match) for key, match in dotted.items()}
+
+
+def _without_wrapping(key: str) -> str:
+    key = re.sub(r"\.lora_([AB])\.[^.]+\.weight$", r".lora_\1.weight", key)  # the name of peft's adapter
+    return re.sub(rf"^({'|'.join(NETWORKS)})\.{re.escape(PEFT_PREFIX)}", r"\1.", key)
+
+
+def _as_kohya(match: re.Match[str]) -> str:
+    start, module, half = match.groups(default="")
+    ending = f"lora_{ {'A': 'down', 'B': 'up'}.get(half, half) }.weight" if half else "alpha"
+    return f"{_DOTTED_STARTS[start]}{underscored(module)}.{ending}"
+
+
+def from_sgm(module: str) -> str:
+    """diffusers' name, in Kohya's form, for a block of the UNet that a Kohya file names as Stability's code does.
+
+    The opposite of `sgm_name`, for SD 1 and 2 too; names outside of blocks stay as they are.
+
+    Raises:
+        ValueError: if there is no such block.
+    """
+    if match := re.match(rf"{UNET}middle_block_([012])_", module):
+        place = int(match[1])
+        return f"{UNET}mid_block_{'attentions_0' if place == 1 else f'resnets_{place // 2}'}_{module[match.end() :]}"
+    if match := re.fullmatch(rf"{UNET}(input|output)_blocks_(\d+)_([012])_(.+)", module):
+        way = {"input": "down", "output": "up"}[match[1]]
+        block, layer = divmod(int(match[2]) - (way == "down"), 3)
+        if match[4] in ("op", "conv"):
+            return f"{UNET}{way}_blocks_{block}_{way}samplers_0_conv"
+        if match[3] != "2":
+            return f"{UNET}{way}_blocks_{block}_{('resnets', 'attentions')[int(match[3])]}_{layer}_{match[4]}"
+    if re.match(rf"{UNET}(input_blocks|middle_block|output_blocks)_(?!0_0$)", module):
+        raise ValueError(module)
+    return module
+
+
+def part_of(name: str) -> Literal["A", "B", "alpha"]:
+    """What a tensor of a plain name is of its module."""
+    if name.endswith(".alpha"):
+        return "alpha"
+    return "A" if name.endswith(("lora_A.weight", "down.weight")) else "B"
+
+
 def underscored(module: str) -> str:
     return module.replace(".", "_")
+
+
+def kohya_convolutions(modules: Iterable[str], family: Family) -> set[str]:
+    """The modules, of those given, that are linear in SD 2 and that Kohya's trainer has as convolutions of one pixel.
+
+    It builds the UNet of SD 2 like that of SD 1 and refuses weights of another shape. ComfyUI, A1111 and InvokeAI
+    multiply the halves whatever their shape; diffusers refuses what is no matrix.
+    """
+    return {module for module in modules if family.kohya_v2 and module.endswith((".proj_in", ".proj_out"))}
 
 
 def kohya_names(module: str, family: Family) -> list[str]:

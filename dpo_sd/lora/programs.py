@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,10 +59,15 @@ def diffusers_scales(path: str | Path, model: StableDiffusion) -> dict[str, floa
     quiet_libraries()
     model = blank(model)
     pipeline: Any = model.pipeline()
+    log = logging.getLogger("diffusers")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # of what it refuses it writes a line per tensor
     try:
         pipeline.load_lora_weights(str(Path(path).parent), weight_name=Path(path).name, local_files_only=True)
     except (ValueError, KeyError, IndexError, RuntimeError):
         return {}
+    finally:
+        log.setLevel(level)
     return {
         canonical(name, module): next(iter(layer.scaling.values()))
         for name, network in model.networks.items()

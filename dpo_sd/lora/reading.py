@@ -6,12 +6,11 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from dpo_sd.errors import UserError
 from dpo_sd.lora.finding import find_lora, form_of, peft_config, peft_parts, read_header
-from dpo_sd.lora.names import canonical
+from dpo_sd.lora.names import canonical, from_sgm, plain_names
 from dpo_sd.lora.weights import PEFT_PREFIX, PEFT_WEIGHTS, LoRAFile
 from dpo_sd.models.families import NETWORKS
 
@@ -24,41 +23,74 @@ def read_lora(path: str | Path) -> LoRAFile:
     Args:
         path: as in `find_lora`.
 
+    Names of other trainers and programs are read too (OneTrainer, ComfyUI, a named adapter of PEFT). Tensors have the
+    shapes that the file gives them, which `attaching.check_base` brings into those of a model, and float8 becomes
+    float32.
+
     Raises:
         UserError: if the file is missing, empty, corrupt or a pickle, is no LoRA or one of another kind (DoRA, LoHa,
-            LoKr), or has tensors or alphas that can be no LoRA's.
+            LoKr) or base (Flux), or has tensors or alphas that can be no LoRA's.
     """
     path = find_lora(path)
     file = _read_peft(path) if path.is_dir() else _read_file(path)
     for key, tensor in file.state.items():
         if tensor.ndim < 2 or not tensor.is_floating_point() or not tensor.numel() or not tensor.isfinite().all():
             raise UserError(f"{path}: {key} is no matrix of finite numbers ({tensor.dtype}, {tuple(tensor.shape)})")
-    if any(not 0 < alpha < math.inf for alpha in file.alphas.values()):
-        raise UserError(f"{path} has an alpha that is not positive: it would change nothing")
+    for module, alpha in file.alphas.items():
+        if not 0 < alpha < math.inf:
+            raise UserError(f"{path} has an alpha that is not positive: it is {alpha:g} for {module}")
     return file
 
 
 def _read_file(path: Path) -> LoRAFile:
     from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
-    from safetensors.torch import load_file
 
-    header = read_header(path)
-    form = form_of(header.keys)
-    # diffusers cannot read these two modules of SDXL by their names in diffusers
-    tensors = {re.sub(r"add_embedding_linear_([12])", _label_emb, key): t for key, t in load_file(path).items()}
+    header, tensors = read_header(path), _load(path)
+    form = form_of(tensors)
     try:
-        # every Stable Diffusion has two layers per block; this is read for Stability's names only
-        config = SimpleNamespace(layers_per_block=2)
-        converted: Any = StableDiffusionLoraLoaderMixin.lora_state_dict(tensors, unet_config=config)
-    except (ValueError, IndexError) as error:
+        known_to_diffusers = {_for_diffusers(name): tensor for name, tensor in tensors.items()}
+        converted: Any = StableDiffusionLoraLoaderMixin.lora_state_dict(known_to_diffusers)
+    except ValueError as error:
         raise UserError(f"{path} names modules that no Stable Diffusion has: {error}") from error
-    tensors, stated = converted
-    state = _dotted(tensors)
-    ranks = {key.removesuffix(".lora_A.weight"): len(a) for key, a in state.items() if key.endswith(".lora_A.weight")}
+    converted, stated = converted
+    state = _dotted(converted)
+    if len(state) != sum(not name.endswith(".alpha") for name in tensors):
+        raise UserError(f"{path} names a module in two ways: keep one of them")
+    ranks = _ranks(state)
     alphas = {key.removesuffix(".lora_A.weight"): alpha for key, alpha in _stated(stated or {}).items()}
     alphas |= _alphas_of_settings(header.adapters, ranks)
     known = {module: float(alphas.get(module, rank)) for module, rank in ranks.items()}
-    return LoRAFile(state, known, path, form, header.metadata)
+    trained = {module: alpha for module, alpha in header.alphas.items() if module in known}
+    return LoRAFile(state, known, path, form, header.metadata).with_alphas(trained)
+
+
+def _load(file: Path) -> dict[str, Any]:
+    """The tensors of a file by their plain names, in a precision that can be computed with."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = {
+            key: tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+            for key, tensor in load_file(file).items()
+        }
+    except (SafetensorError, KeyError, NotImplementedError) as error:
+        raise UserError(
+            f"{file} holds numbers that cannot be read ({error}): store them as float16 or float32"
+        ) from error
+    names = plain_names(tensors)
+    return {names[key]: tensor for key, tensor in tensors.items()}
+
+
+def _ranks(state: Mapping[str, Any]) -> dict[str, int]:
+    return {key.removesuffix(".lora_A.weight"): len(a) for key, a in state.items() if key.endswith(".lora_A.weight")}
+
+
+def _for_diffusers(name: str) -> str:
+    """A name that diffusers' reader understands; it knows `add_embedding` by Stability's name only, and mistakes
+    Stability's blocks 1 and 10 of an SD 1 for each other."""
+    module, dot, ending = name.partition(".")
+    return re.sub(r"add_embedding_linear_([12])", _label_emb, from_sgm(module)) + dot + ending
 
 
 def _label_emb(match: re.Match[str]) -> str:
@@ -109,16 +141,14 @@ def _alphas_of_settings(settings: Mapping[str, Any], ranks: Mapping[str, int]) -
 
 
 def _read_peft(folder: Path) -> LoRAFile:
-    from safetensors.torch import load_file
-
     state: dict[str, Any] = {}
     alphas: dict[str, float] = {}
     for network, part in peft_parts(folder).items():
         found = {
             canonical(network, key.removeprefix(PEFT_PREFIX)): tensor
-            for key, tensor in load_file(part / PEFT_WEIGHTS).items()
+            for key, tensor in _load(part / PEFT_WEIGHTS).items()
         }
-        ranks = {k.removesuffix(".lora_A.weight"): len(a) for k, a in found.items() if k.endswith(".lora_A.weight")}
+        ranks = _ranks(found)
         stated = _alphas_of_settings({f"{network}.{key}": value for key, value in peft_config(part).items()}, ranks)
         state |= found
         alphas |= {module: float(stated.get(module, rank)) for module, rank in ranks.items()}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from dpo_sd.models.families import NETWORKS
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_PREFIX = "base_model.model."  # of the names of tensors
+SETTINGS_KEY = "lora_adapter_metadata"  # of the header of diffusers' form: PEFT's settings of each network
+ALPHAS_KEY = "dpo_sd.alphas"  # the alphas that were trained with, where B makes up for others
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]  # of a UNet
 Form = Literal["diffusers", "kohya", "peft"]
 
@@ -54,6 +56,16 @@ class LoRAWeights:
             return {name: value for name, value in values.items() if name.startswith(f"{network}.")}
 
         return LoRAWeights(part(self.state), part(self.alphas))
+
+    def with_alphas(self, alphas: dict[str, float]) -> Self:
+        """The same LoRA with other alphas for some modules, whose B becomes float32 and makes up for the difference.
+
+        A factor that is a power of two changes no digit of B; others round it to float32.
+        """
+        factors = {name: self.alphas[name] / alpha for name, alpha in alphas.items() if self.alphas[name] != alpha}
+        keys = {f"{name}.lora_B.weight": factor for name, factor in factors.items()}
+        scaled = {key: self.state[key].float() * factor for key, factor in keys.items()}
+        return replace(self, state=self.state | scaled, alphas=self.alphas | alphas)
 
     def change(self, module: str) -> Tensor:
         """The summand of a module's weight: (out, in), or (out, in, k, k) for a convolution; fp32."""

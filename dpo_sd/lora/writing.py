@@ -2,44 +2,55 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpo_sd.errors import UserError
 from dpo_sd.files.atomic import replacing, write_json
-from dpo_sd.lora.names import kohya_name, modules_of
-from dpo_sd.lora.weights import ATTENTION, PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, LoRAWeights
+from dpo_sd.files.tensors import write_tensors
+from dpo_sd.lora.names import kohya_convolutions, kohya_name, modules_of
+from dpo_sd.lora.weights import (
+    ALPHAS_KEY,
+    ATTENTION,
+    PEFT_CONFIG,
+    PEFT_PREFIX,
+    PEFT_WEIGHTS,
+    SETTINGS_KEY,
+    LoRAWeights,
+)
 from dpo_sd.losses import PredictionType
 from dpo_sd.models.families import FAMILIES, Family, FamilyName
 from dpo_sd.models.stable_diffusion import StableDiffusion
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 def save_diffusers(lora: LoRAWeights, path: str | Path) -> Path:
-    """Write a LoRA in diffusers' form, for `pipeline.load_lora_weights`, with ranks and alphas in its metadata.
+    """Write a LoRA in diffusers' form, for `pipeline.load_lora_weights`.
 
+    Every module's alpha is its rank, and B makes up for it: ComfyUI assumes that in this form, as diffusers did before
+    it read the metadata. There `read_lora` finds the alphas that were trained with, so that a training that starts from
+    the file goes on with them: where alpha / rank is a power of two, to the bit.
     The file appears whole or not at all; if writing fails, a former one stays.
 
     Raises:
         UserError: if the file cannot be written.
     """
-    from diffusers.loaders.lora_pipeline import StableDiffusionXLLoraLoaderMixin
-
-    path, layers = Path(path), {}
-    for network in lora.networks:
-        part = lora.of(network)
+    path, state, settings = Path(path), {}, {}
+    written = lora.with_alphas({module: float(rank) for module, rank in lora.ranks.items()})
+    for network in written.networks:
         # peft's own names: of a file that also has `to_q.lora.down`, diffusers 0.42 reads one
-        layers[f"{network}_lora_layers"] = {k.removeprefix(f"{network}."): v for k, v in _contiguous(part).items()}
+        state |= written.of(network).state
         # only what decides the strength: a peft of another version refuses the settings that it does not know
-        layers[f"{network}_lora_adapter_metadata"] = lora.peft_settings(network)
+        settings |= {f"{network}.{name}": value for name, value in written.peft_settings(network).items()}
+    metadata = {"format": "pt", SETTINGS_KEY: json.dumps(settings, indent=2, sort_keys=True)}
+    trained = {module: alpha for module, alpha in lora.alphas.items() if alpha != written.alphas[module]}
+    if trained:
+        metadata[ALPHAS_KEY] = json.dumps(trained, sort_keys=True)
     with _replacing(path) as temporary:
-        StableDiffusionXLLoraLoaderMixin.save_lora_weights(temporary.parent, weight_name=temporary.name, **layers)
+        write_tensors(temporary, state, metadata)
     return path
 
 
@@ -49,18 +60,21 @@ def save_kohya(
     family: FamilyName,
     *,
     prediction_type: PredictionType = "epsilon",
+    zero_terminal_snr: bool = False,
     resolution: int | None = None,
     extra: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a LoRA in Kohya's form, for ComfyUI, A1111 and InvokeAI, with its alphas and metadata.
+    """Write a LoRA in Kohya's form, for ComfyUI, A1111, InvokeAI and Kohya's trainer, with its alphas and metadata.
 
     Alphas that diffusers would misread are replaced by one for the whole network, and B is scaled to make up for it.
+    The file bears no date: the same LoRA of a run gives the same bytes.
     The file appears whole or not at all; if writing fails, a former one stays.
 
     Args:
         path: the file, ending in .safetensors; its stem is what the LoRA calls itself.
         family: the base's; one that other programs do not know is written as an SD 1.
         prediction_type: what the base predicts.
+        zero_terminal_snr: whether its schedule ends in noise alone.
         resolution: side of the training images in pixels, if it is known.
         extra: further metadata, such as `ss_seed`, `ss_steps`, `ss_learning_rate`.
 
@@ -68,24 +82,29 @@ def save_kohya(
         UserError: if the file cannot be written.
     """
     import torch
-    from safetensors.torch import save_file
 
     path = Path(path)
     lora = _every_loader_reads(lora)
-    state = {}
+    state, convolutions = {}, kohya_convolutions(lora.modules, FAMILIES[family])
     for module, alpha in lora.alphas.items():
         name = kohya_name(module, FAMILIES[family])
-        state[f"{name}.lora_down.weight"] = lora.state[f"{module}.lora_A.weight"].contiguous()
-        state[f"{name}.lora_up.weight"] = lora.state[f"{module}.lora_B.weight"].contiguous()
+        for half, key in (("down", "A"), ("up", "B")):
+            tensor = lora.state[f"{module}.lora_{key}.weight"]
+            shape = (*tensor.shape[:2], 1, 1) if module in convolutions else tensor.shape
+            state[f"{name}.lora_{half}.weight"] = tensor.reshape(shape)
         state[f"{name}.alpha"] = torch.tensor(alpha)
     metadata = dict(extra or {}) | _kohya_metadata(lora, path.stem, FAMILIES[family], prediction_type, resolution)
+    metadata["ss_zero_terminal_snr"] = str(zero_terminal_snr)
     with _replacing(path) as temporary:
-        save_file(state, temporary, metadata=metadata)
+        write_tensors(temporary, state, metadata)
     return path
 
 
 def save_peft(lora: LoRAWeights, folder: str | Path, model: StableDiffusion) -> Path:
     """Write a LoRA in PEFT's form: `<folder>/unet/` and so on, each for `PeftModel.from_pretrained(pipe.unet, …)`.
+
+    A text encoder's tensors are there twice, as `encoder…` and as `text_model.encoder…`: versions of transformers name
+    its modules in the one way or in the other, and PEFT passes over what it does not find without a word.
 
     Args:
         model: one of the shape that the LoRA is for, without adapters: PEFT's form names modules as its networks do.
@@ -94,25 +113,28 @@ def save_peft(lora: LoRAWeights, folder: str | Path, model: StableDiffusion) -> 
         UserError: if a file cannot be written.
     """
     from peft import LoraConfig
-    from safetensors.torch import save_file
 
     folder, inside = Path(folder), modules_of(model)
     for network in lora.networks:
         part = lora.of(network)
         state = {}
-        for key, tensor in _contiguous(part).items():
+        for key, tensor in part.state.items():
             module, _, half = key.rpartition(".lora_")
-            state[f"{PEFT_PREFIX}{inside[module]}.lora_{half}"] = tensor
+            for name in {inside[module], _in_other_versions(inside[module])}:
+                state[f"{PEFT_PREFIX}{name}.lora_{half}"] = tensor.clone()
         config = LoraConfig(**lora.peft_settings(network)).to_dict()  # pyright: ignore[reportArgumentType]
         config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
         with _replacing(folder / network / PEFT_WEIGHTS) as temporary:
-            save_file(state, temporary, metadata={"format": "pt"})
+            write_tensors(temporary, state, {"format": "pt"})
         write_json(folder / network / PEFT_CONFIG, config)
     return folder
 
 
-def _contiguous(lora: LoRAWeights) -> dict[str, Tensor]:
-    return {key: tensor.contiguous() for key, tensor in lora.state.items()}
+def _in_other_versions(module: str) -> str:
+    """What other versions of transformers call a module of a text encoder."""
+    if module.startswith("encoder."):
+        return f"text_model.{module}"
+    return module.removeprefix("text_model.")
 
 
 def _every_loader_reads(lora: LoRAWeights) -> LoRAWeights:
@@ -121,16 +143,14 @@ def _every_loader_reads(lora: LoRAWeights) -> LoRAWeights:
     diffusers 0.42 gives attention projections and text encoders in a Kohya file the most common alpha of their network,
     whatever theirs is.
     """
-    state, alphas = dict(lora.state), dict(lora.alphas)
+    alphas: dict[str, float] = {}
     for network in lora.networks:
         part = lora.of(network).alphas
         (common, count), *others = Counter(part.values()).most_common()
         misread = [alpha for module, alpha in part.items() if network != "unet" or module.endswith(tuple(ATTENTION))]
         if (others and others[0][1] == count) or any(alpha != common for alpha in misread):
-            for module, alpha in part.items():
-                alphas[module] = common
-                state[f"{module}.lora_B.weight"] = lora.state[f"{module}.lora_B.weight"] * (alpha / common)
-    return LoRAWeights(state, alphas)
+            alphas |= dict.fromkeys(part, common)
+    return lora.with_alphas(alphas)
 
 
 def _kohya_metadata(
@@ -153,7 +173,6 @@ def _kohya_metadata(
         "modelspec.architecture": f"{base.architecture}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
-        "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
         "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
     }
     if resolution is not None:
