@@ -32,4 +32,7 @@ def override(key: str, value: str) -> str:
 
 def in_shell(key: str, value: object) -> str:
     """A setting as one types it in a shell, which has quotes of its own."""
-    return shlex.quote(override(key, str(value)))
+    text = override(key, str(value))
+    quoted = shlex.quote(text)
+    # the two kinds of quotes are read more easily than one kind inside of itself
+    return quoted if quoted == text or set('"$`\\!') & set(text) else f'"{text}"'

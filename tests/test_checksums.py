@@ -17,6 +17,9 @@ from safetensors.torch import load_file
 from dpo_sd.errors import UserError
 from dpo_sd.files.checksums import is_whole, seal
 from dpo_sd.files.tensors import HeaderError, TensorStore, check_tensors, read_header, write_tensors
+from dpo_sd.lora.reading import read_lora
+from dpo_sd.lora.weights import LoRAWeights
+from dpo_sd.lora.writing import save_diffusers, save_kohya
 from dpo_sd.losses import PairErrors
 from dpo_sd.training.checkpoints import AtomicCheckpointIO
 from dpo_sd.training.reference_cache import ReferenceErrors
@@ -72,7 +75,7 @@ def test_a_damaged_checkpoint_names_the_newest_whole_one(tmp_path):
         AtomicCheckpointIO().save_checkpoint({"global_step": 1}, tmp_path / f"{name}.ckpt")
     for name in ("last", "step=000300"):
         (tmp_path / f"{name}.ckpt").write_bytes(b"?" * 999)
-    with pytest.raises(UserError, match=r"last.ckpt is damaged.*go on from resume=.*step=000200.ckpt"):
+    with pytest.raises(UserError, match=r"last.ckpt is damaged.*go on with .resume=.*step=000200.ckpt"):
         read_checkpoint(tmp_path / "last.ckpt")
 
 
@@ -135,3 +138,14 @@ def test_a_seal_changes_nothing_for_who_does_not_know_it(tmp_path):
     assert not is_whole(tmp_path / "x.ckpt")
     seal(tmp_path / "x.ckpt")
     assert is_whole(tmp_path / "x.ckpt") and torch.load(tmp_path / "x.ckpt", weights_only=True) == {"a": 1}
+
+
+def test_every_mutation_of_a_lora_of_ours_is_noticed(tmp_path):
+    factors = {"lora_A": torch.randn(4, 320), "lora_B": torch.randn(320, 4)}
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    lora = LoRAWeights({f"{name}.{half}.weight": factor for half, factor in factors.items()}, {name: 3.0})
+    for file in (
+        save_diffusers(lora, tmp_path / "d.safetensors"),
+        save_kohya(lora, tmp_path / "k.safetensors", "sd15"),
+    ):
+        assert unnoticed(file, lambda file=file: read_lora(file), (UserError,)) == 0

@@ -115,7 +115,7 @@ def write_tensors(
     """Writes a safetensors file whole or not at all, with checksums; equal tensors and texts give equal bytes.
 
     Args:
-        tensors: contiguous, in memory of their own, by name.
+        tensors: by name; none shares memory with another.
         metadata: texts by key.
         one_by_one: gives each tensor a checksum of its own, for files of which parts are read.
 
@@ -126,7 +126,8 @@ def write_tensors(
 
     blank = "0" * _DIGITS * (1 + (len(tensors) if one_by_one else 1))
     with replacing(file) as temporary:
-        save_file(dict(tensors), temporary, {**(metadata or {}), _MARK: "1", _CHECKSUMS: blank})
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, {**(metadata or {}), _MARK: "1", _CHECKSUMS: blank})
         with open(temporary, "rb+") as opened:
             length = opened.read(8)
             text = opened.read(*struct.unpack("<Q", length))
@@ -190,32 +191,6 @@ def _header(entries: dict[str, Any], start: int, size: int) -> Header:
     return Header(
         shapes, dtypes, {name: start + entry["data_offsets"][0] for name, entry in entries.items()}, metadata, []
     )
-
-
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file whose bytes follow from tensors and texts alone.
-
-    safetensors' own writer puts the texts in an order that differs from process to process.
-
-    Args:
-        file: written as it is named; `replacing` makes it appear whole or not at all.
-        tensors: by name; none shares memory with another.
-        metadata: texts by key.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    from safetensors.torch import save
-
-    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata))
-    start = 8 + struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8:start])
-    header["__metadata__"] = dict(sorted(metadata.items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of eight bytes
-    with open(file, "wb") as opened:
-        opened.write(struct.pack("<Q", len(text)) + text)
-        opened.write(memoryview(data)[start:])
 
 
 def content_key(**made_from: Any) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_sd.errors import UserError
+from dpo_sd.files.tensors import HeaderError, check_tensors
 from dpo_sd.lora.finding import find_lora, form_of, peft_config, peft_parts, read_header
 from dpo_sd.lora.names import canonical, from_sgm, plain_names
 from dpo_sd.lora.weights import PEFT_PREFIX, PEFT_WEIGHTS, LoRAFile
@@ -70,10 +71,16 @@ def _load(file: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     try:
+        check_tensors(file)
         tensors = {
             key: tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
             for key, tensor in load_file(file).items()
         }
+    except HeaderError as error:
+        raise UserError(
+            f"{file} is damaged: {error}; fetch or export it again, or, if another program has edited it on purpose, "
+            "save it without the metadata that begin with dpo_sd"
+        ) from error
     except (SafetensorError, KeyError, NotImplementedError) as error:
         raise UserError(
             f"{file} holds numbers that cannot be read ({error}): store them as float16 or float32"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_sd.errors import UserError
-from dpo_sd.files.atomic import replacing, write_json
+from dpo_sd.files.atomic import write_json
 from dpo_sd.files.tensors import write_tensors
 from dpo_sd.lora.names import kohya_convolutions, kohya_name, modules_of
 from dpo_sd.lora.weights import (
@@ -49,8 +49,8 @@ def save_diffusers(lora: LoRAWeights, path: str | Path) -> Path:
     trained = {module: alpha for module, alpha in lora.alphas.items() if alpha != written.alphas[module]}
     if trained:
         metadata[ALPHAS_KEY] = json.dumps(trained, sort_keys=True)
-    with _replacing(path) as temporary:
-        write_tensors(temporary, state, metadata)
+    with _writing(path):
+        write_tensors(path, state, metadata)
     return path
 
 
@@ -95,8 +95,8 @@ def save_kohya(
         state[f"{name}.alpha"] = torch.tensor(alpha)
     metadata = dict(extra or {}) | _kohya_metadata(lora, path.stem, FAMILIES[family], prediction_type, resolution)
     metadata["ss_zero_terminal_snr"] = str(zero_terminal_snr)
-    with _replacing(path) as temporary:
-        write_tensors(temporary, state, metadata)
+    with _writing(path):
+        write_tensors(path, state, metadata)
     return path
 
 
@@ -124,8 +124,8 @@ def save_peft(lora: LoRAWeights, folder: str | Path, model: StableDiffusion) -> 
                 state[f"{PEFT_PREFIX}{name}.lora_{half}"] = tensor.clone()
         config = LoraConfig(**lora.peft_settings(network)).to_dict()  # pyright: ignore[reportArgumentType]
         config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-        with _replacing(folder / network / PEFT_WEIGHTS) as temporary:
-            write_tensors(temporary, state, {"format": "pt"})
+        with _writing(file := folder / network / PEFT_WEIGHTS):
+            write_tensors(file, state, {"format": "pt"})
         write_json(folder / network / PEFT_CONFIG, config)
     return folder
 
@@ -184,11 +184,10 @@ def _kohya_metadata(
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def _writing(path: Path) -> Iterator[None]:
     from safetensors import SafetensorError
 
     try:
-        with replacing(path) as temporary:
-            yield temporary
+        yield
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {path}: {error}") from error
