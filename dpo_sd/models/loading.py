@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_sd.errors import UserError
-from dpo_sd.models.families import tokenizer_of
+from dpo_sd.models.contents import check_names, header_of
+from dpo_sd.models.places import PICKLES
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL, DDPMScheduler
+    from diffusers import DDPMScheduler
+    from torch import Tensor, nn
 
     from dpo_sd.losses import PredictionType
     from dpo_sd.models.families import Family
@@ -32,90 +33,162 @@ def loading(what: Path) -> Iterator[None]:
     except UserError:
         raise
     except damage as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{what} cannot be loaded: {reason}") from error
+        reason = ": ".join(str(error).splitlines()[:2]) if str(error) else type(error).__name__
+        reason = f"it lacks {reason}" if isinstance(error, KeyError) else reason
+        # what diffusers offers next is no setting here
+        raise UserError(f"{what} cannot be loaded: {reason.partition('. If you want to instead')[0]}") from error
+
+
+def kinds(family: Family) -> dict[str, Any]:
+    """The classes of a family's networks by their names in diffusers' layout."""
+    import diffusers
+    import transformers
+
+    encoders = {name: getattr(transformers, how.kind) for name, how in family.encoders.items()}
+    return {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL, **encoders}
 
 
 def read_folder(
-    folder: Path, family: Family, dtype: torch.dtype, files: WeightFiles, note: Callable[[str], None]
-) -> dict[str, Any]:
-    """All parts of a pipeline in diffusers' layout: the UNet in `dtype`, the other networks in fp32.
+    folder: Path, cls: Any, dtype: torch.dtype, files: WeightFiles, note: Callable[[str], None], hollow: bool = False
+) -> Any:
+    """A network in its folder of diffusers' layout.
 
     Args:
+        cls: its class in diffusers or transformers.
         files: which weights are read.
-        note: is told where a part has not the variant that is preferred.
+        note: is told where the part has not the variant that is preferred.
+        hollow: leaves the weights in the files, and the network on the `meta` device.
+
+    Raises:
+        UserError: if it cannot be loaded, or a tensor is not in the files.
     """
-    import diffusers
-    import torch
-    import transformers
-
-    def weights(cls: Any, name: str, dtype: torch.dtype = torch.float32) -> Any:
-        with loading(folder / name):
-            kind = json.loads((folder / name / "config.json").read_text()).get("_class_name", cls.__name__)
-            if kind != cls.__name__:
-                raise ValueError(f"it is a {kind}, not a {cls.__name__}")
-            return read_weights(cls, folder / name, dtype, files, note)
-
-    def plain(cls: Any, name: str) -> Any:
-        with loading(folder / name):
-            return cls.from_pretrained(folder / name, local_files_only=True)
-
-    parts = {
-        "scheduler": plain(diffusers.DDPMScheduler, "scheduler"),
-        "unet": weights(diffusers.UNet2DConditionModel, "unet", dtype),
-        "vae": weights(diffusers.AutoencoderKL, "vae"),
-    }
-    for name, encoder in family.encoders.items():
-        tokenizer = tokenizer_of(name)
-        parts[name] = weights(getattr(transformers, encoder.kind), name)
-        parts[tokenizer] = plain(transformers.CLIPTokenizer, tokenizer)
-    return parts
-
-
-def read_weights(cls: Any, folder: Path, dtype: torch.dtype, files: WeightFiles, note: Callable[[str], None]) -> Any:
-    """A network of a class of diffusers or transformers, from its folder in diffusers' layout; as `read_folder`."""
     variant, _ = files.taken(folder)
     if variant != files.variant:
         lacking, taken = (f"variant {name}" if name else "plain weights" for name in (files.variant, variant))
         note(f"{folder} has no {lacking}: {taken} taken")
     safe = None if files.pickle else True
     how: dict[str, Any] = {"torch_dtype": dtype, "variant": variant, "use_safetensors": safe}
-    return cls.from_pretrained(folder, local_files_only=True, **how)
+    with loading(folder):
+        place = {"device_map": "meta"} if hollow else {}
+        network, told = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, **how, **place)
+    check_complete(told["missing_keys"], told["unexpected_keys"], folder)
+    return network
 
 
-def read_single_file(file: Path, settings: Path, family: Family, dtype: torch.dtype) -> dict[str, Any]:
-    """All parts of a checkpoint in Stability's layout: the UNet in `dtype`, the other networks in fp32.
+def state_of(file: Path, hollow: bool = False) -> dict[str, Tensor]:
+    """The tensors of a single file by their names; if hollow, on the `meta` device."""
+    import torch
+    from diffusers.loaders.single_file_utils import load_single_file_checkpoint
+
+    if hollow and file.suffix not in PICKLES:
+        return {name: torch.empty(shape, device="meta") for name, shape in header_of(file).shapes.items()}
+    with loading(file):
+        state = load_single_file_checkpoint(str(file), local_files_only=True)
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+
+
+def read_from_state(
+    state: dict[str, Tensor], file: Path, cls: Any, dtype: torch.dtype, settings: Path, prefix: str = ""
+) -> Any:
+    """A network of a single file in Stability's layout.
 
     Args:
-        settings: folder with the settings and the vocabulary, which the file lacks.
+        state: tensors of the file, on the `meta` device if the network is to be there too.
+        cls: its class in diffusers or transformers.
+        settings: the folder with the network's settings, which the file lacks.
+        prefix: beginning of a text encoder's names.
+
+    Raises:
+        UserError: if it cannot be loaded, or a tensor is not in the file.
     """
-    import diffusers
+    from accelerate import init_empty_weights
+    from transformers import PreTrainedModel
 
     with loading(file):
-        pipeline = getattr(diffusers, family.pipeline).from_single_file(
-            file, config=str(settings), local_files_only=True, safety_checker=None, feature_extractor=None
-        )
-    parts = {name: getattr(pipeline, name) for name in family.parts}
-    parts["unet"].to(dtype)
-    return parts
+        with init_empty_weights(include_buffers=False):
+            if issubclass(cls, PreTrainedModel):
+                network = cls(cls.config_class.from_pretrained(settings, local_files_only=True))
+            else:
+                network = cls.from_config(cls.load_config(settings, local_files_only=True))
+        own = _in_diffusers_names(network, state, prefix)
+        lacking, unknown = network.load_state_dict(own, strict=False, assign=True)
+        check_complete(lacking, unknown, file)
+        return network.to(dtype)
 
 
-def read_vae(place: Path, config: Path, files: WeightFiles, note: Callable[[str], None]) -> AutoencoderKL:
-    """Another VAE than the base's own, in fp32.
+def _in_diffusers_names(network: Any, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders import single_file_utils
+
+    if network.state_dict().keys() <= state.keys():  # a VAE in a file of its own may have them
+        return state
+    if isinstance(network, UNet2DConditionModel):
+        return single_file_utils.convert_ldm_unet_checkpoint(state, network.config)
+    if not prefix:
+        return single_file_utils.convert_ldm_vae_checkpoint(state, network.config)
+    state = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    if prefix.endswith(".model."):
+        state = single_file_utils.convert_open_clip_checkpoint(network, state, prefix)
+    else:
+        state = single_file_utils.convert_ldm_clip_checkpoint(state)
+    inside = "text_model." if hasattr(network, "text_model") else ""
+    return {name.replace("text_model.", inside, 1): tensor for name, tensor in state.items()}
+
+
+def check_complete(lacking: Iterable[str], unknown: Iterable[str], where: Path) -> None:
+    """Refuses a network of which tensors are not in its files, or one of them is an adapter's or a scale.
 
     Args:
-        place: folder in diffusers' layout, or single file.
-        config: folder with the settings that a single file lacks.
-        files, note: as in `read_folder`.
+        lacking: names of the tensors that are not there.
+        unknown: names of those that are there and not the network's; whatever else they are, they are left out.
+    """
+    unknown = sorted(unknown)
+    check_names(unknown, where)
+    if lacking := sorted(lacking):
+        beside = f", and holds {unknown[0]}, which is none of it" if unknown else ""
+        tensors = "a tensor" if len(lacking) == 1 else f"{len(lacking)} tensors"
+        raise UserError(f"{where} lacks {tensors} of the network, {lacking[0]}{beside}: fetch or save it again")
+
+
+def check_finite(network: nn.Module, where: Path) -> None:
+    """Refuses weights that are no numbers; it takes less than half a second for the UNet of SDXL.
+
+    Args:
+        network: on the CPU.
+        where: the file or folder that it was read from.
     """
     import torch
-    from diffusers import AutoencoderKL
 
-    with loading(place):
-        if place.is_dir():
-            return read_weights(AutoencoderKL, place, torch.float32, files, note)
-        how: dict[str, Any] = {"local_files_only": True, "torch_dtype": torch.float32}
-        return AutoencoderKL.from_single_file(str(place), config=str(config), **how)
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise UserError(f"{where} holds NaN or infinity in {name}: fetch it again, or use another model")
+
+
+def read_tokenizer(folder: Path, encoder: Any) -> Any:
+    """The vocabulary of a text encoder, which cuts prompts at what the encoder reads.
+
+    Raises:
+        UserError: if it cannot be loaded, or has tokens that the encoder does not know.
+    """
+    from transformers import CLIPTokenizer
+
+    with loading(folder):
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    if len(tokenizer) > encoder.config.vocab_size:
+        raise UserError(
+            f"{folder} has {len(tokenizer)} tokens, but its text encoder knows {encoder.config.vocab_size}: they are "
+            "not of one model"
+        )
+    tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    return tokenizer
+
+
+def read_schedule(folder: Path) -> DDPMScheduler:
+    """The schedule in its folder of diffusers' layout; raises UserError if it cannot be loaded."""
+    from diffusers import DDPMScheduler
+
+    with loading(folder):
+        return DDPMScheduler.from_pretrained(folder, local_files_only=True)
 
 
 def training_schedule(
