@@ -106,7 +106,8 @@ def composed(cfg: DictConfig) -> Parts:
     """The parts of a training, checked as far as that is cheap.
 
     Raises:
-        UserError: if a value is out of range, or the machine, the base, a LoRA file or the optimiser's package is not there.
+        UserError: if a value is out of range, the machine, a LoRA file or the optimiser's package is not there, or the
+            base is not one that can be trained.
     """
     hardware = instantiate(cfg.hardware)
     hardware.check(cfg.trainer.devices, preset=HydraConfig.get().runtime.choices.get("hardware"))

@@ -158,15 +158,9 @@ class Base:
             UserError: if a part cannot be fetched or loaded, lacks tensors or holds NaN, the files are of another
                 family or not of a base alone, or the UNet predicts neither noise nor velocity.
         """
-        from dpo_sd.models.loading import read_tokenizer
         from dpo_sd.models.quantization import store
 
         parts = self._read(weights)
-        where = self.files()
-        settings = where if where.is_dir() else self._settings()
-        for encoder in self.family.encoders:
-            tokenizer = tokenizer_of(encoder)
-            parts[tokenizer] = read_tokenizer(settings / tokenizer, parts[encoder])
         store(parts["unet"], weights)
         return StableDiffusion.of_parts(self.name, parts, self.fingerprints(), device)
 
@@ -180,10 +174,17 @@ class Base:
         return [part for part in self._own_parts if part in (*self.family.networks, "vae")]
 
     def _read(self, weights: Weights, hollow: bool = False) -> dict[str, Any]:
-        """The networks and the schedule; if hollow, on the `meta` device and from what lies on this computer."""
+        """All parts; if hollow, the networks are on the `meta` device, and what is not on this computer is left out."""
         import torch
 
-        from dpo_sd.models.loading import check_finite, kinds, read_folder, read_from_state, state_of
+        from dpo_sd.models.loading import (
+            check_finite,
+            kinds,
+            read_folder,
+            read_from_state,
+            read_tokenizer,
+            state_of,
+        )
         from dpo_sd.models.quantization import stored_in
 
         quiet_libraries()
@@ -220,6 +221,13 @@ class Base:
                 parts[name] = read_from_state(states[place], place, cls, dtype, config, prefix)
             if not hollow:
                 check_finite(parts[name], place)
+        tokenizers = {name: settings / tokenizer_of(name) for name in self.family.encoders}
+        if not hollow or all(folder.is_dir() for folder in tokenizers.values()):
+            for name, folder in tokenizers.items():
+                parts[folder.name] = read_tokenizer(folder, parts[name].config)
+            for folder in tokenizers.values():  # whose hidden states are put side by side
+                limits = (parts[folder.name].model_max_length for folder in tokenizers.values())
+                parts[folder.name].model_max_length = min(limits)
         return parts | {"scheduler": self._schedule(settings / "scheduler", said)}
 
     def _schedule(self, folder: Path, said: Told) -> DDPMScheduler:

@@ -271,9 +271,9 @@ def _told_more(where: Path, what: str) -> UserError:
 
 def _check_channels(channels: int, end: str, where: Path) -> None:
     if channels != LATENT_CHANNELS:
-        beside = f", which is for {_BESIDE[channels]}" if end == "input" and channels in _BESIDE else ""
+        beside = next((f", which is for {what}" for n, what in _BESIDE.items() if (end, channels) == ("input", n)), "")
         raise UserError(
-            f"{where} has a UNet of {channels} {end} channels{beside}: only one of {LATENT_CHANNELS} can be trained, "
+            f"{where} has a UNet of {channels!r} {end} channels{beside}: only one of {LATENT_CHANNELS} can be trained, "
             "such as the base that it was made from"
         )
 

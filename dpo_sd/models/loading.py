@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DDPMScheduler
     from torch import Tensor, nn
+    from transformers import CLIPTextConfig, CLIPTokenizer
 
     from dpo_sd.losses import PredictionType
     from dpo_sd.models.families import Family
@@ -24,16 +25,17 @@ if TYPE_CHECKING:
 @contextmanager
 def loading(what: Path) -> Iterator[None]:
     """Turns what goes wrong in loading a file into one line."""
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    damage = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError)
+    damage = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError)
+    damage += (RuntimeError, SafetensorError, StrictDataclassError)
     try:
         yield
     except UserError:
         raise
     except damage as error:
-        reason = ": ".join(str(error).splitlines()[:2]) if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         reason = f"it lacks {reason}" if isinstance(error, KeyError) else reason
         # what diffusers offers next is no setting here
         raise UserError(f"{what} cannot be loaded: {reason.partition('. If you want to instead')[0]}") from error
@@ -68,9 +70,12 @@ def read_folder(
         note(f"{folder} has no {lacking}: {taken} taken")
     safe = None if files.pickle else True
     how: dict[str, Any] = {"torch_dtype": dtype, "variant": variant, "use_safetensors": safe}
+    how |= {"device_map": "meta"} if hollow else {}
+    how |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that transformers names them
     with loading(folder):
-        place = {"device_map": "meta"} if hollow else {}
-        network, told = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, **how, **place)
+        network, told = cls.from_pretrained(folder, local_files_only=True, **how)
+        for misfit in told["mismatched_keys"]:
+            raise _misfit(*misfit)
     check_complete(told["missing_keys"], told["unexpected_keys"], folder)
     return network
 
@@ -110,10 +115,17 @@ def read_from_state(
                 network = cls(cls.config_class.from_pretrained(settings, local_files_only=True))
             else:
                 network = cls.from_config(cls.load_config(settings, local_files_only=True))
-        own = _in_diffusers_names(network, state, prefix)
+        own, needed = _in_diffusers_names(network, state, prefix), network.state_dict()
+        for name in own.keys() & needed:
+            if own[name].shape != needed[name].shape:
+                raise _misfit(name, own[name].shape, needed[name].shape)
         lacking, unknown = network.load_state_dict(own, strict=False, assign=True)
         check_complete(lacking, unknown, file)
         return network.to(dtype)
+
+
+def _misfit(name: str, found: Iterable[int], needed: Iterable[int]) -> ValueError:
+    return ValueError(f"{name} has the shape {tuple(found)}, not the network's {tuple(needed)}")
 
 
 def _in_diffusers_names(network: Any, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -164,8 +176,11 @@ def check_finite(network: nn.Module, where: Path) -> None:
             raise UserError(f"{where} holds NaN or infinity in {name}: fetch it again, or use another model")
 
 
-def read_tokenizer(folder: Path, encoder: Any) -> Any:
-    """The vocabulary of a text encoder, which cuts prompts at what the encoder reads.
+def read_tokenizer(folder: Path, config: CLIPTextConfig) -> CLIPTokenizer:
+    """The vocabulary of a text encoder, which cuts prompts at what the encoder reads, or before if it says so.
+
+    Args:
+        config: of the encoder.
 
     Raises:
         UserError: if it cannot be loaded, or has tokens that the encoder does not know.
@@ -174,12 +189,14 @@ def read_tokenizer(folder: Path, encoder: Any) -> Any:
 
     with loading(folder):
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    if len(tokenizer) > encoder.config.vocab_size:
+    limit, known = tokenizer.model_max_length, config.vocab_size
+    if not isinstance(limit, int | float) or limit < 3:
+        raise UserError(f"{folder} has model_max_length={limit!r}: it must be a number of tokens, at least 3")
+    if len(tokenizer) > known:
         raise UserError(
-            f"{folder} has {len(tokenizer)} tokens, but its text encoder knows {encoder.config.vocab_size}: they are "
-            "not of one model"
+            f"{folder} has {len(tokenizer)} tokens, and its text encoder knows {known}: they are not of one model"
         )
-    tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    tokenizer.model_max_length = min(int(limit), config.max_position_embeddings)
     return tokenizer
 
 
