@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_sd.errors import UserError
-from dpo_sd.files.tensors import Header
 from dpo_sd.models.contents import (
     Told,
     check_family_of_file,
@@ -19,7 +17,7 @@ from dpo_sd.models.contents import (
     header_of,
     told,
 )
-from dpo_sd.models.families import FAMILIES, SHIPPED, FamilyName, tokenizer_of
+from dpo_sd.models.families import FAMILIES, SHIPPED, FamilyName
 from dpo_sd.models.files import WeightFiles, fingerprints
 from dpo_sd.models.hub import hub_errors, quiet_libraries, snapshot
 from dpo_sd.models.places import PICKLES, check_place
@@ -28,7 +26,6 @@ from dpo_sd.models.stable_diffusion import Fingerprints, StableDiffusion
 if TYPE_CHECKING:
     import torch
     from diffusers import DDPMScheduler
-    from torch import Tensor
 
     from dpo_sd.losses import PredictionType
     from dpo_sd.models.quantization import Weights
@@ -84,10 +81,10 @@ class Base:
             raise UserError(
                 "zero_terminal_snr needs prediction_type=v_prediction: pure noise says nothing of the noise"
             )
-        local = Path(self.path).expanduser()
-        if local.is_dir():
+        local = _here(self.path)
+        if local is not None and local.is_dir():
             check_family_of_folder(local, self.family)
-        elif local.is_file() and local.suffix not in PICKLES:
+        elif local is not None and local.suffix not in PICKLES:
             check_family_of_file(local, self.family)
 
     def files(self) -> Path:
@@ -96,8 +93,7 @@ class Base:
         Raises:
             UserError: if it cannot be fetched.
         """
-        local = Path(self.path).expanduser()
-        return local if local.exists() else self._fetched(self.path)
+        return _here(self.path) or self._fetched(self.path)
 
     def fingerprints(self) -> Fingerprints:
         """Hashes of the files, fetched first if they lie on the Hub.
@@ -122,14 +118,14 @@ class Base:
         Raises:
             UserError: if the files are not of a base alone, quantised, wrapped, of another schedule, or lack a part.
         """
-        local, settings = Path(self.path).expanduser(), Path(self.config or "").expanduser()
-        if local.is_dir():
+        local, config = _here(self.path), _here(self.config)
+        if local is not None and local.is_dir():
             check_folder(local, self._own_networks, self.family, self.weight_files)
-        elif local.is_file() and local.suffix not in PICKLES:
+        elif local is not None and local.suffix not in PICKLES:
             check_file(header_of(local), local, self.family, self.vae is None)
-        if local.is_file() and self.config is not None and settings.is_dir():
-            check_settings(settings, self._own_networks, self.family, "config")
-        if self.vae is not None and Path(self.vae).expanduser().exists():
+        if local is not None and local.is_file() and config is not None:
+            check_settings(config, self._own_networks, self.family, "config")
+        if self.vae is not None and _here(self.vae) is not None:
             check_vae_place(_vae_place(self.vae), self.weight_files)
 
     def check_tensors(self) -> None:
@@ -141,8 +137,8 @@ class Base:
             UserError: as `load`.
         """
         self.check()
-        local = Path(self.path).expanduser()
-        if local.exists() and local.suffix not in PICKLES:
+        local = _here(self.path)
+        if local is not None and local.suffix not in PICKLES:
             self._read("float32", hollow=True)
 
     def load(self, weights: Weights = "float32", device: torch.device | str = "cpu") -> StableDiffusion:
@@ -175,59 +171,28 @@ class Base:
 
     def _read(self, weights: Weights, hollow: bool = False) -> dict[str, Any]:
         """All parts; if hollow, the networks are on the `meta` device, and what is not on this computer is left out."""
-        import torch
-
-        from dpo_sd.models.loading import (
-            check_finite,
-            kinds,
-            read_folder,
-            read_from_state,
-            read_tokenizer,
-            state_of,
-        )
-        from dpo_sd.models.quantization import stored_in
+        from dpo_sd.models.loading import Reader
 
         quiet_libraries()
+        reader = Reader(self.family, self.weight_files, weights, self._note, hollow)
         where, said = self.files(), Told()
-        settings, states = where, {}
-        if where.is_file():
-            here = self.config is not None and Path(self.config).expanduser().is_dir()
-            settings = self.family.folder if hollow and not here else self._settings()
+        settings = where
+        if where.is_dir():
+            check_folder(where, self._own_networks, self.family, self.weight_files)
+        else:
+            settings = self.family.folder if hollow and _here(self.config) is None else self._settings()
             check_settings(settings, self._own_networks, self.family, "config")
-            states[where] = state_of(where, hollow)
-            header = _as_header(states[where]) if where.suffix in PICKLES else header_of(where)
+            header = reader.header(where)
             check_file(header, where, self.family, self.vae is None)
             said = told(header, self.family)
-        else:
-            check_folder(where, self._own_networks, self.family, self.weight_files)
-        parts: dict[str, Any] = {}
-        for name, cls in kinds(self.family).items():
-            place, config = where / name if where.is_dir() else where, settings / name
-            if name == "vae" and self.vae is not None:
-                if hollow and not Path(self.vae).expanduser().exists():
-                    continue
-                place, config = (
-                    _vae_place(self.vae),
-                    where / name if (where / name).is_dir() else self.family.folder / name,
-                )
-                check_vae_place(place, self.weight_files)
-            dtype = stored_in(weights) if name == "unet" else torch.float32
-            if place.is_dir():
-                parts[name] = read_folder(place, cls, dtype, self.weight_files, self._note, hollow)
-            else:
-                if place not in states:
-                    states[place] = state_of(place, hollow)
-                prefix = self.family.encoders[name].prefix if name in self.family.encoders else ""
-                parts[name] = read_from_state(states[place], place, cls, dtype, config, prefix)
-            if not hollow:
-                check_finite(parts[name], place)
-        tokenizers = {name: settings / tokenizer_of(name) for name in self.family.encoders}
-        if not hollow or all(folder.is_dir() for folder in tokenizers.values()):
-            for name, folder in tokenizers.items():
-                parts[folder.name] = read_tokenizer(folder, parts[name].config)
-            for folder in tokenizers.values():  # whose hidden states are put side by side
-                limits = (parts[folder.name].model_max_length for folder in tokenizers.values())
-                parts[folder.name].model_max_length = min(limits)
+        places = {name: (where / name if where.is_dir() else where, settings / name) for name in self._own_networks}
+        if self.vae is not None and not (hollow and _here(self.vae) is None):
+            place, own = _vae_place(self.vae), where / "vae"
+            check_vae_place(place, self.weight_files)
+            places["vae"] = place, own if own.is_dir() else self.family.folder / "vae"
+        parts = {name: reader.network(name, *place) for name, place in places.items()}
+        if not hollow or (settings / "tokenizer").is_dir():
+            parts |= reader.tokenizers(settings, parts)
         return parts | {"scheduler": self._schedule(settings / "scheduler", said)}
 
     def _schedule(self, folder: Path, said: Told) -> DDPMScheduler:
@@ -283,9 +248,10 @@ class Base:
         return local if local.is_dir() else snapshot(self.config, ["model_index.json", "*/*.json", "*/*.txt"])
 
 
-def _as_header(state: Mapping[str, Tensor]) -> Header:
-    """The tensors of a pickle as the header of a safetensors file names them."""
-    return Header({name: tuple(tensor.shape) for name, tensor in state.items()}, {}, {}, {})
+def _here(where: str | None) -> Path | None:
+    """The folder or file of that name on this computer, if there is one."""
+    local = Path(where or "").expanduser()
+    return local if where and local.exists() else None
 
 
 def _vae_place(where: str) -> Path:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_sd.errors import UserError
+from dpo_sd.files.tensors import Header, read_header
 from dpo_sd.models.contents import check_names, header_of
+from dpo_sd.models.families import tokenizer_of
 from dpo_sd.models.places import PICKLES
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from dpo_sd.losses import PredictionType
     from dpo_sd.models.families import Family
     from dpo_sd.models.files import WeightFiles
+    from dpo_sd.models.quantization import Weights
 
 
 @contextmanager
@@ -41,87 +44,121 @@ def loading(what: Path) -> Iterator[None]:
         raise UserError(f"{what} cannot be loaded: {reason.partition('. If you want to instead')[0]}") from error
 
 
-def kinds(family: Family) -> dict[str, Any]:
-    """The classes of a family's networks by their names in diffusers' layout."""
-    import diffusers
-    import transformers
-
-    encoders = {name: getattr(transformers, how.kind) for name, how in family.encoders.items()}
-    return {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL, **encoders}
-
-
-def read_folder(
-    folder: Path, cls: Any, dtype: torch.dtype, files: WeightFiles, note: Callable[[str], None], hollow: bool = False
-) -> Any:
-    """A network in its folder of diffusers' layout.
+class Reader:
+    """Reads the networks and vocabularies of one base, from folders in diffusers' layout and single files.
 
     Args:
-        cls: its class in diffusers or transformers.
-        files: which weights are read.
-        note: is told where the part has not the variant that is preferred.
-        hollow: leaves the weights in the files, and the network on the `meta` device.
-
-    Raises:
-        UserError: if it cannot be loaded, or a tensor is not in the files.
+        family: of the base.
+        files: which weights are read from folders.
+        weights: how the UNet is stored, as in `Base.load`; the other networks are fp32.
+        note: is told where a folder has not the variant that is preferred.
+        hollow: leaves the weights in the files, and the networks on the `meta` device.
     """
-    variant, _ = files.taken(folder)
-    if variant != files.variant:
-        lacking, taken = (f"variant {name}" if name else "plain weights" for name in (files.variant, variant))
-        note(f"{folder} has no {lacking}: {taken} taken")
-    safe = None if files.pickle else True
-    how: dict[str, Any] = {"torch_dtype": dtype, "variant": variant, "use_safetensors": safe}
-    how |= {"device_map": "meta"} if hollow else {}
-    how |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that transformers names them
-    with loading(folder):
-        network, told = cls.from_pretrained(folder, local_files_only=True, **how)
-        for misfit in told["mismatched_keys"]:
-            raise _misfit(*misfit)
-    check_complete(told["missing_keys"], told["unexpected_keys"], folder)
-    return network
 
+    def __init__(
+        self, family: Family, files: WeightFiles, weights: Weights, note: Callable[[str], None], hollow: bool
+    ) -> None:
+        self.family, self.files, self.weights, self.note, self.hollow = family, files, weights, note, hollow
+        self._states: dict[Path, dict[str, Tensor]] = {}
 
-def state_of(file: Path, hollow: bool = False) -> dict[str, Tensor]:
-    """The tensors of a single file by their names; if hollow, on the `meta` device."""
-    import torch
-    from diffusers.loaders.single_file_utils import load_single_file_checkpoint
+    def header(self, file: Path) -> Header:
+        """The header of a single file; of a pickle, names and shapes alone."""
+        if file.suffix not in PICKLES:
+            return header_of(file)
+        return Header({name: tuple(tensor.shape) for name, tensor in self._state(file).items()}, {}, {}, {})
 
-    if hollow and file.suffix not in PICKLES:
-        return {name: torch.empty(shape, device="meta") for name, shape in header_of(file).shapes.items()}
-    with loading(file):
-        state = load_single_file_checkpoint(str(file), local_files_only=True)
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    def network(self, name: str, place: Path, settings: Path) -> Any:
+        """A network that has all of its tensors from its files, and numbers in them.
 
+        Args:
+            name: as diffusers names it.
+            place: its folder in diffusers' layout, or a single file in Stability's.
+            settings: the folder with the settings that a single file lacks.
 
-def read_from_state(
-    state: dict[str, Tensor], file: Path, cls: Any, dtype: torch.dtype, settings: Path, prefix: str = ""
-) -> Any:
-    """A network of a single file in Stability's layout.
+        Raises:
+            UserError: if it cannot be loaded, a tensor is not in the files, or one holds NaN.
+        """
+        import diffusers
+        import torch
+        import transformers
 
-    Args:
-        state: tensors of the file, on the `meta` device if the network is to be there too.
-        cls: its class in diffusers or transformers.
-        settings: the folder with the network's settings, which the file lacks.
-        prefix: beginning of a text encoder's names.
+        from dpo_sd.models.quantization import stored_in
 
-    Raises:
-        UserError: if it cannot be loaded, or a tensor is not in the file.
-    """
-    from accelerate import init_empty_weights
-    from transformers import PreTrainedModel
+        encoder = self.family.encoders.get(name)
+        classes = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
+        cls = getattr(transformers, encoder.kind) if encoder else classes[name]
+        dtype = stored_in(self.weights) if name == "unet" else torch.float32
+        if place.is_dir():
+            network = self._of_folder(place, cls, dtype)
+        else:
+            network = self._of_file(place, cls, dtype, settings, encoder.prefix if encoder else "")
+        if not self.hollow:
+            check_finite(network, place)
+        return network
 
-    with loading(file):
-        with init_empty_weights(include_buffers=False):
-            if issubclass(cls, PreTrainedModel):
-                network = cls(cls.config_class.from_pretrained(settings, local_files_only=True))
+    def tokenizers(self, settings: Path, networks: Mapping[str, Any]) -> dict[str, CLIPTokenizer]:
+        """The vocabularies by their names, which cut prompts at one length: hidden states are put side by side.
+
+        Raises:
+            UserError: if one cannot be loaded, or has tokens that its text encoder does not know.
+        """
+        read = {
+            tokenizer_of(name): read_tokenizer(settings / tokenizer_of(name), networks[name].config)
+            for name in self.family.encoders
+        }
+        limit = min(tokenizer.model_max_length for tokenizer in read.values())
+        for tokenizer in read.values():
+            tokenizer.model_max_length = limit
+        return read
+
+    def _state(self, file: Path) -> dict[str, Tensor]:
+        """The tensors of a single file by their names; those of a safetensors file on the `meta` device if hollow."""
+        import torch
+        from diffusers.loaders.single_file_utils import load_single_file_checkpoint
+
+        if file in self._states:
+            return self._states[file]
+        with loading(file):
+            if self.hollow and file.suffix not in PICKLES:
+                state = {name: torch.empty(shape, device="meta") for name, shape in read_header(file).shapes.items()}
             else:
-                network = cls.from_config(cls.load_config(settings, local_files_only=True))
-        own, needed = _in_diffusers_names(network, state, prefix), network.state_dict()
-        for name in own.keys() & needed:
-            if own[name].shape != needed[name].shape:
-                raise _misfit(name, own[name].shape, needed[name].shape)
-        lacking, unknown = network.load_state_dict(own, strict=False, assign=True)
-        check_complete(lacking, unknown, file)
-        return network.to(dtype)
+                state = load_single_file_checkpoint(str(file), local_files_only=True)
+        self._states[file] = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+        return self._states[file]
+
+    def _of_folder(self, folder: Path, cls: Any, dtype: torch.dtype) -> Any:
+        variant, _ = self.files.taken(folder)
+        if variant != self.files.variant:
+            lacking, taken = (f"variant {name}" if name else "plain weights" for name in (self.files.variant, variant))
+            self.note(f"{folder} has no {lacking}: {taken} taken")
+        safe = None if self.files.pickle else True
+        how: dict[str, Any] = {"torch_dtype": dtype, "variant": variant, "use_safetensors": safe}
+        how |= {"device_map": "meta"} if self.hollow else {}
+        how |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that transformers names them
+        with loading(folder):
+            network, found = cls.from_pretrained(folder, local_files_only=True, **how)
+            for misfit in found["mismatched_keys"]:
+                raise _misfit(*misfit)
+        check_complete(found["missing_keys"], found["unexpected_keys"], folder)
+        return network
+
+    def _of_file(self, file: Path, cls: Any, dtype: torch.dtype, settings: Path, prefix: str) -> Any:
+        from accelerate import init_empty_weights
+        from transformers import PreTrainedModel
+
+        with loading(file):
+            with init_empty_weights(include_buffers=False):
+                if issubclass(cls, PreTrainedModel):
+                    network = cls(cls.config_class.from_pretrained(settings, local_files_only=True))
+                else:
+                    network = cls.from_config(cls.load_config(settings, local_files_only=True))
+            own, needed = _in_diffusers_names(network, self._state(file), prefix), network.state_dict()
+            for name in own.keys() & needed:
+                if own[name].shape != needed[name].shape:
+                    raise _misfit(name, own[name].shape, needed[name].shape)
+            lacking, unknown = network.load_state_dict(own, strict=False, assign=True)
+            check_complete(lacking, unknown, file)
+            return network.to(dtype)
 
 
 def _misfit(name: str, found: Iterable[int], needed: Iterable[int]) -> ValueError:
