@@ -127,13 +127,14 @@ class Reader:
         return self._states[file]
 
     def _of_folder(self, folder: Path, cls: Any, dtype: torch.dtype) -> Any:
-        variant, _ = self.files.taken(folder)
+        variant, weights = self.files.taken(folder)
         if variant != self.files.variant:
             lacking, taken = (f"variant {name}" if name else "plain weights" for name in (self.files.variant, variant))
             self.note(f"{folder} has no {lacking}: {taken} taken")
         safe = None if self.files.pickle else True
         how: dict[str, Any] = {"torch_dtype": dtype, "variant": variant, "use_safetensors": safe}
-        how |= {"device_map": "meta"} if self.hollow else {}
+        if self.hollow:
+            how |= {"device_map": "meta", "torch_dtype": next(map(_kept_in, weights), dtype)}
         how |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that transformers names them
         with loading(folder):
             network, found = cls.from_pretrained(folder, local_files_only=True, **how)
@@ -159,6 +160,17 @@ class Reader:
             lacking, unknown = network.load_state_dict(own, strict=False, assign=True)
             check_complete(lacking, unknown, file)
             return network.to(dtype)
+
+
+def _kept_in(file: Path) -> torch.dtype | None:
+    """The precision of a file's weights, in which none of them needs to be read."""
+    from safetensors import safe_open
+
+    if file.suffix in PICKLES:
+        return None
+    with safe_open(file, "pt") as opened:
+        kinds = (opened.get_tensor(name).dtype for name in opened.keys())  # noqa: SIM118 - it is no mapping
+        return next((kind for kind in kinds if kind.is_floating_point), None)
 
 
 def _misfit(name: str, found: Iterable[int], needed: Iterable[int]) -> ValueError:
@@ -264,6 +276,9 @@ def training_schedule(
     predicted = schedule.config["prediction_type"]
     if predicted not in ("epsilon", "v_prediction"):
         raise UserError(f"{path} predicts {predicted!r}: only epsilon and v_prediction can be trained")
+    betas, steps = schedule.betas, schedule.config["num_train_timesteps"]
+    if not (len(betas) == steps > 0 and bool(((betas > 0) & (betas <= 1)).all())):
+        raise UserError(f"{path} has a schedule of {steps} steps whose betas are not as many numbers from 0 to 1")
     if schedule.config["rescale_betas_zero_snr"] and predicted == "epsilon":
         raise UserError(
             f"{path} has a schedule that ends in pure noise, from which noise cannot be predicted: "
