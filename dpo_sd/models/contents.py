@@ -46,7 +46,7 @@ _UNET = "model.diffusion_model."
 _VAE = ("first_stage_model.", "vae.")
 # cross-attention of the first block that has any, by whose width a single file is told
 _CROSS_ATTENTION = re.compile(
-    re.escape(_UNET) + r"input_blocks\.\d+\.1\.transformer_blocks\.0\.attn2\.to_k\.weight",
+    r"model\.diffusion_model\.input_blocks\.\d+\.1\.transformer_blocks\.0\.attn2\.to_k\.weight"
 )
 _PREDICTIONS = {  # in metadata of single files
     "epsilon": "epsilon",
@@ -87,10 +87,10 @@ def told(header: Header, family: Family) -> Told:
     if family.kohya_velocity is not None:  # otherwise one name is for both
         kinds = {family.kohya.architecture: "epsilon", family.kohya_velocity.architecture: "v_prediction"}
         said["modelspec.architecture"] = kinds.get(header.metadata.get("modelspec.architecture", ""))
-    kind, *_ = [[key] for key, value in said.items() if value is not None] or [[]]
+    key = next((key for key, kind in said.items() if kind is not None), "")
     ends = ["ztsnr"] if "ztsnr" in header.shapes else []
     ends += ["ss_zero_terminal_snr"] if texts.get("ss_zero_terminal_snr") == "true" else []
-    return Told(said[kind[0]] if kind else None, bool(ends) or None, " and ".join([*kind, *ends]))
+    return Told(said.get(key), bool(ends) or None, " and ".join(filter(None, (key, *ends))))
 
 
 def check_header(header: Header, file: Path) -> None:
