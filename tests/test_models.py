@@ -719,6 +719,14 @@ def of_file(file: Path, single: SingleFile, **settings: Any) -> Base:
 UNET = "model.diffusion_model."
 
 
+def test_a_refiner_is_told_from_a_base(twin, tmp_path):
+    folder = shutil.copytree(twin("sdxl"), tmp_path / "refiner")
+    for part in ("text_encoder", "tokenizer"):
+        shutil.rmtree(folder / part)
+    with pytest.raises(UserError, match=r"lacks text_encoder, tokenizer: .*where this is SDXL's refiner, use its base"):
+        Base("sdxl", str(folder))
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import CLIPTextConfig, CLIPTokenizer
 
-    from dpo_sd.losses import PredictionType
     from dpo_sd.models.families import Family
     from dpo_sd.models.files import WeightFiles
     from dpo_sd.models.quantization import Weights
@@ -58,7 +57,8 @@ class Reader:
     def __init__(
         self, family: Family, files: WeightFiles, weights: Weights, note: Callable[[str], None], hollow: bool
     ) -> None:
-        self.family, self.files, self.weights, self.note, self.hollow = family, files, weights, note, hollow
+        self.family, self.files, self.note, self.hollow = family, files, note, hollow
+        self.weights: Weights = weights
         self._states: dict[Path, dict[str, Tensor]] = {}
 
     def header(self, file: Path) -> Header:
@@ -124,7 +124,7 @@ class Reader:
             if self.hollow and file.suffix not in PICKLES:
                 state = {name: torch.empty(shape, device="meta") for name, shape in read_header(file).shapes.items()}
             else:
-                state = load_single_file_checkpoint(str(file), local_files_only=True)
+                state: Any = load_single_file_checkpoint(str(file), local_files_only=True)
         self._states[file] = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
         return self._states[file]
 
@@ -147,12 +147,12 @@ class Reader:
 
     def _of_file(self, file: Path, cls: Any, dtype: torch.dtype, settings: Path, prefix: str) -> Any:
         from accelerate import init_empty_weights
-        from transformers import PreTrainedModel
+        from transformers import CLIPTextConfig
 
         with loading(file):
             with init_empty_weights(include_buffers=False):
-                if issubclass(cls, PreTrainedModel):
-                    network = cls(cls.config_class.from_pretrained(settings, local_files_only=True))
+                if prefix:
+                    network = cls(CLIPTextConfig.from_pretrained(settings, local_files_only=True))
                 else:
                     network = cls.from_config(cls.load_config(settings, local_files_only=True))
             own, needed = _in_diffusers_names(network, self._state(file), prefix), network.state_dict()
@@ -256,16 +256,17 @@ def read_schedule(folder: Path) -> DDPMScheduler:
     from diffusers import DDPMScheduler
 
     with loading(folder):
-        return DDPMScheduler.from_pretrained(folder, local_files_only=True)
+        schedule: Any = DDPMScheduler.from_pretrained(folder, local_files_only=True)
+    return schedule
 
 
 def training_schedule(
-    scheduler: Any, path: str, prediction_type: PredictionType | None, zero_terminal_snr: bool | None
+    scheduler: Any, path: str, prediction_type: str | None, zero_terminal_snr: bool | None
 ) -> DDPMScheduler:
     """The schedule that a base is trained on, as its files say or as the settings override it.
 
     Raises:
-        UserError: if it predicts neither noise nor velocity, or noise from pure noise.
+        UserError: if it predicts neither noise nor velocity, or noise from pure noise, or its betas are none.
     """
     from diffusers import DDPMScheduler
 

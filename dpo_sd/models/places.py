@@ -64,4 +64,6 @@ def _check_folder(folder: Path, named: str, parts: Iterable[str]) -> None:
         raise UserError(f"{named}: no diffusers pipeline there (a folder with a model_index.json)")
     if missing := [part for part in parts if not (folder / part).is_dir()]:
         way = ", or give one as model.vae" if missing == ["vae"] else ""
+        if "text_encoder" in missing and (folder / "text_encoder_2").is_dir():
+            way = ", or, where this is SDXL's refiner, use its base"
         raise UserError(f"{named} lacks {', '.join(missing)}: copy the whole pipeline folder{way}")
