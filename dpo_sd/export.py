@@ -47,6 +47,7 @@ def export(cfg: DictConfig) -> None:
     out = Path(cfg.out).expanduser()
     check_place(out, cfg.format)
     base = instantiate(cfg.model)
+    base.check()
     if cfg.lora.path is not None:
         export_lora(read_lora(cfg.lora.path), base, cfg.format, out)
     elif cfg.format == "merged":

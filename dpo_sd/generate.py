@@ -45,6 +45,7 @@ def generate(cfg: DictConfig, folder: Path) -> None:
     loras = [parse_lora(text) for text in ([cfg.loras] if isinstance(cfg.loras, str) else cfg.loras)]
     hardware, sampler, base = (instantiate(cfg[group]) for group in ("hardware", "sampler", "model"))
     hardware.check()
+    base.check()
     made_by = {
         "model": base.name,
         "model_fingerprint": base.fingerprints().model,

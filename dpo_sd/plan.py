@@ -33,6 +33,10 @@ def main(cfg: DictConfig) -> None:
     from dpo_sd.forecast.memory import memory_lines
     from dpo_sd.forecast.phases import Forecast
 
+    base = instantiate(cfg.model)
+    base.check_tensors()
+    for note in base.notes:
+        print(f"model    {note}")
     forecast = Forecast(workload(cfg))
     if cfg.measure:
         forecast.workload.hardware.check(preset=HydraConfig.get().runtime.choices.get("hardware"))

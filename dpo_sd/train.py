@@ -111,7 +111,8 @@ def composed(cfg: DictConfig) -> Parts:
     """The parts of a training, checked as far as that is cheap.
 
     Raises:
-        UserError: if a value is out of range, or the machine, a LoRA file or the optimiser's package is not there.
+        UserError: if a value is out of range, the machine, a LoRA file or the optimiser's package is not there, or the
+            base is not one that can be trained.
     """
     hardware = instantiate(cfg.hardware)
     hardware.check(cfg.trainer.devices, preset=HydraConfig.get().runtime.choices.get("hardware"))
@@ -119,6 +120,7 @@ def composed(cfg: DictConfig) -> Parts:
     judge = instantiate(cfg.judge) if cfg.judge else None
     cache = Cache(Path(cfg.cache_dir).expanduser(), cfg.cache, half=hardware.weights != "float32")
     parts = Parts._make([hardware, *(instantiate(cfg[group]) for group in groups), judge, cache])
+    parts.base.check()
     parts.lora.check()
     parts.optimizer.check(cfg.trainer.max_steps)
     return parts

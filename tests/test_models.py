@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 import struct
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -18,9 +23,12 @@ from conftest import run_forked
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from transformers import CLIPTokenizer
+from twins import SingleFile
 
 from dpo_sd.data.drawn import encode_images
 from dpo_sd.errors import UserError
+from dpo_sd.forecast.truncation import truncation_line
 from dpo_sd.lora.attaching import LoRA
 from dpo_sd.models.base import Base
 from dpo_sd.models.families import FAMILIES, TINY, FamilyName
@@ -29,6 +37,7 @@ from dpo_sd.models.stable_diffusion import StableDiffusion, TextEmbeds, encode_b
 
 PROMPTS = ["a small red circle on a blue background", "", "star", "Ünïcödé 漢字 🔴 مرحبا"]
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 REAL: list[FamilyName] = ["sd15", "sd21", "sdxl"]
 
 
@@ -532,6 +541,393 @@ def test_a_single_file_with_a_part_missing_or_cut_is_one_line(single_file, tmp_p
 def test_a_config_that_is_no_pipeline_folder_is_named(single_file, tmp_path):
     with pytest.raises(UserError, match=f"model.config={tmp_path}: no diffusers pipeline there"):
         Base("sd15", str(single_file("sd15").file), config=str(tmp_path))
+
+
+# --------------------------------------------------------------------------------------- what is in the files of a part
+
+Tensors = dict[str, torch.Tensor]
+
+
+def rewrite(part: Path, change: Callable[[Tensors], Tensors]) -> None:
+    """Changes the tensors in the folder of a part."""
+    (file,) = part.glob("*.safetensors")
+    save_file(change(load_file(file)), file, {"format": "pt"})
+
+
+def without_one(tensors: Tensors) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if name != sorted(tensors)[7]}
+
+
+def refused_by_all(base: Callable[[], Base]) -> str:
+    """What both `load` and the look at names alone say."""
+    said = []
+    for how in ("check_tensors", "load"):
+        with pytest.raises(UserError) as refused:
+            getattr(base(), how)()
+        said.append(str(refused.value))
+    assert said[0] == said[1] and "\n" not in said[0]
+    return said[0]
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensors: {re.sub(r"(to_q|q_proj)\.", r"\1.base_layer.", n): t for n, t in tensors.items()},
+            "adapters are attached",
+        ),
+        (lambda tensors: {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}, "inside a wrapper"),
+        (lambda tensors: {f"module.{name}": tensor for name, tensor in tensors.items()}, "inside a wrapper"),
+        (
+            lambda tensors: {f"net.{name}": tensor for name, tensor in tensors.items()},
+            "lacks .* and holds net.*none of it",
+        ),
+        (lambda tensors: tensors | {"mid.to_q.lora_A.weight": torch.ones(2)}, "adapters are attached"),
+        (lambda tensors: tensors | {"mid.to_q.weight_scale": torch.ones(1)}, "quantised"),
+        (lambda tensors: tensors | {"mid.to_q.weight.absmax": torch.ones(1)}, "quantised"),
+        (lambda tensors: {name: tensor.to(torch.int8) for name, tensor in tensors.items()}, "quantised"),
+        (without_one, "lacks a tensor of the network"),
+        (lambda tensors: tensors | {sorted(tensors)[7]: torch.ones(1, 2)}, r"has the shape \(1, 2\), not"),
+    ],
+)
+def test_a_part_whose_file_has_not_its_tensors_as_they_are_is_refused(tiny, part, change, message):
+    rewrite(tiny / part, change)
+    assert re.search(f"{part}.*{message}", refused_by_all(lambda: Base(path=str(tiny))))
+
+
+def test_a_text_encoder_that_was_saved_with_its_adapters_is_refused_at_once(tiny):
+    rewrite(tiny / "text_encoder", lambda t: {n.replace("q_proj.", "q_proj.base_layer."): x for n, x in t.items()})
+    with pytest.raises(UserError, match=r"text_encoder/model.safetensors holds .*base_layer.*: adapters are attached"):
+        Base(path=str(tiny)).check()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_one, "unet lacks a tensor of the network"),
+        (lambda tensors: {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}, "inside a wrapper"),
+        (lambda tensors: tensors | {"conv_in.SCB": torch.ones(1)}, "quantised"),
+    ],
+)
+def test_a_pickle_is_refused_for_the_same_reasons(tiny, change, message):
+    (file,) = (tiny / "unet").glob("*.safetensors")
+    torch.save(change(load_file(file)), file.with_suffix(".bin"))
+    file.unlink()
+    with pytest.raises(UserError, match=message):
+        Base(path=str(tiny), pickle=True).load()
+
+
+def test_what_nothing_reads_may_lie_beside_the_tensors(tiny, single_file, tmp_path):
+    beside = {"position_ids": torch.arange(32)[None], "logit_scale": torch.ones(())}
+    for part in ("unet", "vae", "text_encoder"):
+        rewrite(tiny / part, lambda tensors: tensors | beside)
+    Base(path=str(tiny)).check_tensors()
+    assert same_weights(Base(path=str(tiny)).load().unet, Base().load().unet)
+    kept = {"model_ema.decay": torch.ones(()), "model_ema.diffusion_modelout0weight": torch.ones(2)}
+    kept |= {
+        "betas": torch.ones(1000),
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.ones(1, 32),
+    }
+    single = single_file("sd15")
+    file = altered(single, tmp_path, lambda tensors: tensors | kept, {"sshs_model_hash": "0", "merge_recipe": "{}"})
+    assert same_weights(of_file(file, single).load().unet, Base("sd15", str(single.folder)).load().unet)
+
+
+def test_older_names_of_tensors_are_read(tiny):
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def old(name: str) -> str:
+        return reduce(
+            lambda name, new: name.replace(f"attentions.0.{new}.", f"attentions.0.{older[new]}."), older, name
+        )
+
+    rewrite(tiny / "vae", lambda tensors: {old(name): tensor for name, tensor in tensors.items()})
+    rewrite(tiny / "text_encoder", lambda tensors: {f"text_model.{name}": tensor for name, tensor in tensors.items()})
+    base = Base(path=str(tiny))
+    base.check_tensors()
+    model, plain = base.load(), Base().load()
+    assert same_weights(model.vae, plain.vae) and same_weights(model.text_encoders[0], plain.text_encoders[0])
+
+
+def test_weights_in_plain_float8_are_read_as_they_are(tiny):
+    rewrite(tiny / "unet", lambda tensors: {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()})
+    base = Base(path=str(tiny))
+    base.check_tensors()
+    weight = base.load().unet.state_dict()["conv_in.weight"]
+    assert torch.equal(weight, Base().load().unet.state_dict()["conv_in.weight"].to(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_tensor_that_holds_no_numbers_is_named(tiny, part, number):
+    def spoilt(tensors: Tensors) -> Tensors:
+        tensors[sorted(tensors)[7]].view(-1)[-1] = number
+        return tensors
+
+    rewrite(tiny / part, spoilt)
+    (file,) = (tiny / part).glob("*.safetensors")
+    with pytest.raises(UserError, match=f"{part} holds NaN or infinity in {sorted(load_file(file))[7]}: "):
+        Base(path=str(tiny)).load()
+
+
+# --------------------------------------------------------------------------------------------- what is not a base alone
+
+
+@pytest.mark.parametrize(
+    ("part", "settings", "message"),
+    [
+        ("unet", {"in_channels": 9}, "9 input channels, which is for a mask and an image to inpaint"),
+        ("unet", {"in_channels": 8}, "8 input channels, which is for an image to edit"),
+        ("unet", {"in_channels": [4]}, "input channels"),
+        ("unet", {"out_channels": 8}, "8 output channels"),
+        ("unet", {"time_cond_proj_dim": 256}, "told more than the time and the text"),
+        ("unet", {"num_class_embeds": 10}, "told more than the time and the text"),
+        ("unet", {"addition_embed_type": "image"}, "told more than the time and the text"),
+        ("unet", {"cross_attention_dim": 1280}, "reads text of width 1280, but .* give 128"),
+        ("unet", {"quantization_config": {"load_in_4bit": True}}, "is quantised"),
+        ("text_encoder", {"quantization_config": {"load_in_8bit": True}}, "is quantised"),
+        ("vae", {"latent_channels": 16}, "latents of 16 channels"),
+        ("vae", {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "by latents_mean"),
+        ("vae", {"shift_factor": 0.06}, "by shift_factor"),
+        ("vae", {"_class_name": "AutoencoderTiny"}, "it is a AutoencoderTiny, not a AutoencoderKL"),
+    ],
+)
+def test_a_folder_of_another_kind_of_model_is_refused_at_once(tiny, part, settings, message):
+    change(tiny / part / "config.json", **settings)
+    for how in ("check", "check_tensors", "load"):
+        with pytest.raises(UserError, match=f"{part} .*{message}"):
+            getattr(Base(path=str(tiny)), how)()
+    if part == "vae":
+        with pytest.raises(UserError, match=f"{part} .*{message}"):
+            Base(vae=str(tiny)).check()
+
+
+def altered(
+    single: SingleFile, folder: Path, change: Callable[[Tensors], Tensors], metadata: dict[str, str] | None = None
+) -> Path:
+    """A copy of a single file with other tensors."""
+    file = folder / "altered.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in change(load_file(single.file)).items()}, file, metadata)
+    return file
+
+
+def of_file(file: Path, single: SingleFile, **settings: Any) -> Base:
+    return Base("sd15", str(file), config=str(single.config), **settings)
+
+
+UNET = "model.diffusion_model."
+
+
+def test_a_refiner_is_told_from_a_base(twin, tmp_path):
+    folder = shutil.copytree(twin("sdxl"), tmp_path / "refiner")
+    for part in ("text_encoder", "tokenizer"):
+        shutil.rmtree(folder / part)
+    with pytest.raises(UserError, match=r"lacks text_encoder, tokenizer: .*where this is SDXL's refiner, use its base"):
+        Base("sdxl", str(folder))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({UNET + "input_blocks.0.0.weight": torch.ones(32, 9, 3, 3)}, "9 input channels, which is for a mask"),
+        ({UNET + "out.2.weight": torch.ones(8, 32, 3, 3)}, "8 output channels"),
+        ({UNET + "time_embed.cond_proj.weight": torch.ones(4, 4)}, "told more than the time and the text"),
+        ({UNET + "out.0.scale_weight": torch.ones(1)}, "quantised"),
+        ({"scaled_fp8": torch.ones(1).to(torch.float8_e4m3fn)}, "quantised"),
+        ({UNET + "out.0.weight": torch.ones(32).to(torch.uint8)}, "quantised"),
+        ({UNET + "input_blocks.1.1.to_q.lora_A.weight": torch.ones(2)}, "adapters are attached"),
+        ({"edm_mean": torch.ones(4), "edm_std": torch.ones(4)}, "its noise is that of EDM"),
+        ({"edm_vpred.sigma_max": torch.ones(())}, "its noise is that of EDM"),
+    ],
+)
+def test_a_single_file_of_another_kind_of_model_is_refused_at_once(single_file, tmp_path, more, message):
+    single = single_file("sd15")
+    file = altered(single, tmp_path, lambda tensors: tensors | more)
+    for how in ("check", "check_tensors", "load"):
+        with pytest.raises(UserError, match=message):
+            getattr(of_file(file, single), how)()
+    torch.save(load_file(file), file.with_suffix(".ckpt"))
+    with pytest.raises(UserError, match=message):
+        of_file(file.with_suffix(".ckpt"), single, pickle=True).load()
+
+
+@pytest.mark.parametrize("beginning", [UNET, "first_stage_model.", "cond_stage_model."])
+def test_a_single_file_that_lacks_a_tensor_of_a_part_is_refused(single_file, tmp_path, beginning):
+    single = single_file("sd15")
+    lost = [name for name in load_file(single.file) if name.startswith(beginning)][-1]
+    file = altered(single, tmp_path, lambda tensors: {name: tensors[name] for name in tensors if name != lost})
+    assert "lacks a tensor of the network" in refused_by_all(lambda: of_file(file, single))
+
+
+def test_a_single_file_without_a_vae_is_used_with_another_and_says_so_otherwise(single_file, tmp_path):
+    single = single_file("sd15")
+    file = altered(single, tmp_path, lambda tensors: {n: x for n, x in tensors.items() if "first_stage" not in n})
+    with pytest.raises(UserError, match=r"lacks vae .*: give one as model.vae"):
+        of_file(file, single).check()
+    base = of_file(file, single, vae=str(single.folder / "vae"))
+    base.check_tensors()
+    assert same_weights(base.load().vae, Base("sd15", str(single.folder)).load().vae)
+
+
+def test_a_single_file_takes_no_part_from_the_folder_of_its_settings(single_file, tmp_path):
+    single = single_file("sd15")
+    file = altered(single, tmp_path, lambda tensors: {n: x for n, x in tensors.items() if n.startswith(UNET)})
+    message = r"lacks text_encoder \(cond_stage_model.transformer.*\), vae \(first_stage_model.*\): use a whole"
+    with pytest.raises(UserError, match=message):
+        Base("sd15", str(file), config=str(single.folder)).check()
+
+
+def test_a_folder_without_a_vae_is_used_with_another(tiny):
+    shutil.rmtree(tiny / "vae")
+    with pytest.raises(UserError, match=r"lacks vae: copy the whole pipeline folder, or give one as model.vae"):
+        Base(path=str(tiny))
+    base = Base(path=str(tiny), vae=str(TINY))
+    base.check_tensors()
+    assert same_weights(base.load().vae, Base().load().vae)
+
+
+# ------------------------------------------------------------------------------------------------------------ schedules
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"_class_name": "EDMEulerScheduler", "sigma_min": 0.002, "sigma_max": 80.0},
+            "EDMEulerScheduler without betas",
+        ),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "FlowMatch.* without betas"),
+        ({"_class_name": "DDPMScheduler"}, "without betas"),
+        ({**BETAS, "timestep_type": "continuous", "prediction_type": "v_prediction"}, "timestep_type=continuous"),
+        ({**BETAS, "sigma_min": 0.002, "sigma_max": 120.0}, "sigma_min=0.002"),
+        ({**BETAS, "use_flow_sigmas": True}, "use_flow_sigmas=True"),
+        ({**BETAS, "beta_schedule": "laplace"}, "beta_schedule=laplace"),
+        ({**BETAS, "beta_end": "x"}, "scheduler cannot be loaded"),
+        ({**BETAS, "beta_end": 12.0}, "betas are not as many numbers from 0 to 1"),
+        ({"trained_betas": [0.1, 0.2]}, "schedule of 1000 steps whose betas"),
+    ],
+)
+def test_a_schedule_that_is_not_ddpms_is_refused(tiny, settings, message):
+    (tiny / "scheduler" / "scheduler_config.json").write_text(json.dumps(settings))
+    assert re.search(message, refused_by_all(lambda: Base(path=str(tiny))))
+
+
+@pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler", "LCMScheduler"])
+def test_samplers_of_ddpms_schedule_leave_it_as_it_is(tiny, name):
+    getattr(diffusers, name)(**BETAS).save_pretrained(tiny / "scheduler")
+    schedule = Base(path=str(tiny)).load().noise_scheduler
+    assert torch.equal(schedule.alphas_cumprod, Base().load().noise_scheduler.alphas_cumprod)
+
+
+@pytest.mark.parametrize(
+    ("marks", "metadata", "predicts", "ends"),
+    [
+        (["v_pred"], {}, "v_prediction", False),
+        (["v_pred", "ztsnr"], {"modelspec.prediction_type": "epsilon"}, "v_prediction", True),
+        ([], {"modelspec.prediction_type": "v"}, "v_prediction", False),
+        ([], {"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"}, "v_prediction", True),
+        ([], {"modelspec.prediction_type": "epsilon"}, "epsilon", False),
+        ([], {"modelspec.prediction_type": "who knows", "ss_zero_terminal_snr": "False"}, "epsilon", False),
+    ],
+)
+def test_what_a_single_file_says_of_its_training_is_believed_and_noted(
+    single_file, tmp_path, marks, metadata, predicts, ends
+):
+    single = single_file("sd15")
+    file = altered(single, tmp_path, lambda tensors: tensors | dict.fromkeys(marks, torch.tensor([])), metadata)
+    base = of_file(file, single)
+    model = base.load()
+    assert model.prediction_type == predicts
+    assert bool(model.noise_scheduler.alphas_cumprod[-1] < 1e-7) == ends
+    assert len(base.notes) == (predicts != "epsilon") + ends
+    planned = of_file(file, single)
+    planned.check_tensors()
+    assert planned.notes == base.notes
+
+
+def test_a_setting_is_followed_against_what_the_file_says_with_a_note(single_file, tmp_path):
+    single = single_file("sd15")
+    file = altered(single, tmp_path, lambda tensors: tensors | {"v_pred": torch.tensor([])})
+    base = of_file(file, single, prediction_type="epsilon")
+    assert base.load().prediction_type == "epsilon"
+    assert base.notes == [
+        f"{file} says by v_pred that model.prediction_type is v_prediction: epsilon is taken, as it is set"
+    ]
+
+
+def test_a_file_whose_schedule_ends_in_noise_that_the_setting_cannot_predict_is_refused(single_file, tmp_path):
+    single = single_file("sd15")
+    marks = {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}
+    file = altered(single, tmp_path, lambda tensors: tensors | marks)
+    said = refused_by_all(lambda: of_file(file, single, prediction_type="epsilon"))
+    assert "ends in pure noise" in said and "model.zero_terminal_snr=false" in said
+
+
+# --------------------------------------------------------------------------------------------------------- vocabularies
+
+
+@pytest.mark.parametrize("limit", [None, 77, 10**30])
+def test_a_vocabulary_without_a_limit_is_limited_by_its_text_encoder(tiny, limit):
+    change(tiny / "tokenizer" / "tokenizer_config.json", model_max_length=limit)
+    if limit is None:
+        file = tiny / "tokenizer" / "tokenizer_config.json"
+        settings = json.loads(file.read_text())
+        del settings["model_max_length"]
+        file.write_text(json.dumps(settings))
+    model = Base(path=str(tiny)).load()
+    assert model.max_tokens == 32
+    assert torch.equal(model.encode_prompts(PROMPTS).hidden, Base().load().encode_prompts(PROMPTS).hidden)
+    assert truncation_line(Base(path=str(tiny)), ["red " * 31]).startswith("1 of 1 prompt is cut")
+
+
+@pytest.mark.parametrize("limit", ["many", 0])
+def test_a_limit_that_is_none_is_refused(tiny, limit):
+    change(tiny / "tokenizer" / "tokenizer_config.json", model_max_length=limit)
+    assert f"tokenizer has model_max_length={limit!r}" in refused_by_all(lambda: Base(path=str(tiny)))
+
+
+def test_a_vocabulary_of_more_tokens_than_its_text_encoder_knows_is_refused(tiny):
+    tokenizer = CLIPTokenizer.from_pretrained(tiny / "tokenizer")
+    tokenizer.add_tokens(["<my-style>"])
+    tokenizer.save_pretrained(tiny / "tokenizer")
+    assert "has 627 tokens, and its text encoder knows 626" in refused_by_all(lambda: Base(path=str(tiny)))
+
+
+def test_the_vocabularies_of_sdxl_cut_at_one_length(twin, tmp_path):
+    folder = shutil.copytree(twin("sdxl"), tmp_path / "sdxl")
+    change(folder / "tokenizer_2" / "tokenizer_config.json", model_max_length=16)
+    assert Base("sdxl", str(folder)).load().encode_prompts(PROMPTS).hidden.shape[:2] == (4, 16)
+
+
+# --------------------------------------------------------------------------------------------------------- the commands
+
+
+@pytest.mark.parametrize("program", ["train", "plan", "generate", "export"])
+def test_every_command_refuses_what_is_no_base_before_it_does_anything(command, tiny, tmp_path, program):
+    change(tiny / "unet" / "config.json", in_channels=9)
+    brief = {
+        "train": [f"hydra.run.dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}"],
+        "plan": [],
+        "generate": ["prompts=[a star]", f"out={tmp_path / 'out'}"],
+        "export": ["format=merged", f"out={tmp_path / 'out'}"],
+    }
+    ended = command(f"model.path={tiny}", *brief[program], program=program)
+    assert ended.code == 1 and ended.out == ""
+    assert re.fullmatch(r"error: .*unet has a UNet of 9 input channels.*\n", ended.err), ended.err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+
+
+def test_a_plan_says_which_tensors_are_missing_and_what_the_file_says_of_its_training(
+    command, tiny, single_file, tmp_path
+):
+    rewrite(tiny / "text_encoder", without_one)
+    refused = command(f"model.path={tiny}", program="plan")
+    assert refused.code == 1 and "text_encoder lacks a tensor of the network" in refused.err
+    single = single_file("sd15")
+    file = altered(single, tmp_path, lambda tensors: tensors | {"v_pred": torch.tensor([])})
+    ended = command("model=sd15", f"model.path={file}", f"model.config={single.config}", program="plan")
+    assert "model    " in ended.out and "says by v_pred that model.prediction_type is v_prediction" in ended.out
 
 
 # -------------------------------------------------------------------------------------------------------------- the Hub

@@ -17,9 +17,13 @@ def truncation_line(base: Base, prompts: Sequence[str]) -> str:
     folder = vocabulary(base)
     if folder is None:
         return "prompts cut at the text encoder's limit: not known before the vocabulary is downloaded"
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTextConfig
 
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    from dpo_sd.models.loading import read_tokenizer
+
+    beside = folder.parent / "text_encoder"
+    encoder = beside if (beside / "config.json").is_file() else base.family.folder / "text_encoder"
+    tokenizer = read_tokenizer(folder, CLIPTextConfig.from_pretrained(encoder))
     long = [prompt for prompt in prompts if len(tokenizer(prompt).input_ids) > tokenizer.model_max_length]
     named = f": {', '.join(repr(prompt[:60]) for prompt in long[:3])}" if long else ""
     are = "is" if len(long) == 1 else "are"
@@ -30,9 +34,9 @@ def vocabulary(base: Base) -> Path | None:
     """The folder of a base's tokenizer, if it is on this computer."""
     from huggingface_hub import try_to_load_from_cache
 
-    local = Path(base.path).expanduser() / "tokenizer"
-    if local.is_dir():
-        return local
+    for place in (base.path, base.config or ""):
+        if (local := Path(place).expanduser() / "tokenizer").is_dir():
+            return local
     where = base.path if "/" in base.path and not Path(base.path).exists() else base.config
     cached = try_to_load_from_cache(where, "tokenizer/vocab.json") if where and not Path(where).exists() else None
     return Path(cached).parent if isinstance(cached, str) else None

@@ -6,14 +6,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_sd.errors import UserError
-from dpo_sd.models.families import FAMILIES, SHIPPED, FamilyName, family_of_unet
+from dpo_sd.models.contents import (
+    Told,
+    check_family_of_file,
+    check_family_of_folder,
+    check_file,
+    check_folder,
+    check_settings,
+    check_vae_place,
+    header_of,
+    told,
+)
+from dpo_sd.models.families import FAMILIES, SHIPPED, FamilyName
 from dpo_sd.models.files import WeightFiles, fingerprints
 from dpo_sd.models.hub import hub_errors, quiet_libraries, snapshot
-from dpo_sd.models.places import check_family, check_place
+from dpo_sd.models.places import PICKLES, check_place
 from dpo_sd.models.stable_diffusion import Fingerprints, StableDiffusion
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import DDPMScheduler
 
     from dpo_sd.losses import PredictionType
     from dpo_sd.models.quantization import Weights
@@ -64,11 +76,16 @@ class Base:
         self.notes: list[str] = []
         for key, where in (("path", self.path), ("config", config), ("vae", vae)):
             if where is not None:
-                check_place(key, where, self.family, pickle)
+                check_place(key, where, self.family, self._own_parts, pickle)
         if prediction_type == "epsilon" and zero_terminal_snr:
             raise UserError(
                 "zero_terminal_snr needs prediction_type=v_prediction: pure noise says nothing of the noise"
             )
+        local = _here(self.path)
+        if local is not None and local.is_dir():
+            check_family_of_folder(local, self.family)
+        elif local is not None and local.suffix not in PICKLES:
+            check_family_of_file(local, self.family)
 
     def files(self) -> Path:
         """The diffusers folder or single file that the weights are read from, fetched first if it lies on the Hub.
@@ -76,8 +93,7 @@ class Base:
         Raises:
             UserError: if it cannot be fetched.
         """
-        local = Path(self.path).expanduser()
-        return local if local.exists() else self._fetched(self.path)
+        return _here(self.path) or self._fetched(self.path)
 
     def fingerprints(self) -> Fingerprints:
         """Hashes of the files, fetched first if they lie on the Hub.
@@ -86,15 +102,44 @@ class Base:
             UserError: if they cannot be fetched.
         """
         where, deciding = self.files(), self.weight_files.deciding
-        if where.is_file():
-            settings = self._settings()
-            parts = {part: [where, *deciding(settings / part)] for part in self.family.parts}
-        else:
-            parts = {part: deciding(where / part) for part in self.family.parts}
-        if self.vae is not None:
-            place = _vae_place(self.vae)
-            parts["vae"] = [place] if place.is_file() else deciding(place)
+        settings, first = (self._settings(), [where]) if where.is_file() else (where, [])
+        parts: dict[str, list[Path]] = {}
+        for part in self.family.parts:
+            if part in self._own_parts:
+                parts[part] = [*first, *deciding(settings / part)]
+            else:
+                place = _vae_place(self.vae or "")
+                parts[part] = [place] if place.is_file() else deciding(place)
         return fingerprints(parts, [self.prediction_type, self.zero_terminal_snr], self.family)
+
+    def check(self) -> None:
+        """Refuses what `load` would refuse, as far as headers and settings on this computer tell it, at once.
+
+        Raises:
+            UserError: if the files are not of a base alone, quantised, wrapped, of another schedule, or lack a part.
+        """
+        local, config = _here(self.path), _here(self.config)
+        if local is not None and local.is_dir():
+            check_folder(local, self._own_networks, self.family, self.weight_files)
+        elif local is not None and local.suffix not in PICKLES:
+            check_file(header_of(local), local, self.family, self.vae is None)
+        if local is not None and local.is_file() and config is not None:
+            check_settings(config, self._own_networks, self.family, "config")
+        if self.vae is not None and _here(self.vae) is not None:
+            check_vae_place(_vae_place(self.vae), self.weight_files)
+
+    def check_tensors(self) -> None:
+        """Refuses what `load` would refuse, as far as it is told without weights: `check`, and each tensor's name.
+
+        It asks the libraries that would load the files on this computer, which takes seconds.
+
+        Raises:
+            UserError: as `load`.
+        """
+        self.check()
+        local = _here(self.path)
+        if local is not None and local.suffix not in PICKLES:
+            self._read("float32", hollow=True)
 
     def load(self, weights: Weights = "float32", device: torch.device | str = "cpu") -> StableDiffusion:
         """Loads all parts, frozen, the UNet in the precision `weights` and the small parts in fp32, on the CPU.
@@ -106,27 +151,68 @@ class Base:
             device: where the networks are going to work.
 
         Raises:
-            UserError: if a part cannot be fetched or loaded, the files are of another family, or the UNet predicts
-                neither noise nor velocity.
+            UserError: if a part cannot be fetched or loaded, lacks tensors or holds NaN, the files are of another
+                family or not of a base alone, or the UNet predicts neither noise nor velocity.
         """
-        from dpo_sd.models.loading import read_folder, read_single_file, read_vae, training_schedule
-        from dpo_sd.models.quantization import store, stored_in
+        from dpo_sd.models.quantization import store
+
+        parts = self._read(weights)
+        store(parts["unet"], weights)
+        return StableDiffusion.of_parts(self.name, parts, self.fingerprints(), device)
+
+    @property
+    def _own_parts(self) -> list[str]:
+        """The parts that come from `path`, in the order of the family's."""
+        return [part for part in self.family.parts if part != "vae" or self.vae is None]
+
+    @property
+    def _own_networks(self) -> list[str]:
+        return [part for part in self._own_parts if part in (*self.family.networks, "vae")]
+
+    def _read(self, weights: Weights, hollow: bool = False) -> dict[str, Any]:
+        """All parts; if hollow, the networks are on the `meta` device, and what is not on this computer is left out."""
+        from dpo_sd.models.loading import Reader
 
         quiet_libraries()
-        where, dtype = self.files(), stored_in(weights)
+        reader = Reader(self.family, self.weight_files, weights, self._note, hollow)
+        where, said = self.files(), Told()
+        settings = where
         if where.is_dir():
-            parts = read_folder(where, self.family, dtype, self.weight_files, self._note)
+            check_folder(where, self._own_networks, self.family, self.weight_files)
         else:
-            parts = read_single_file(where, self._settings(), self.family, dtype)
-        check_family(family_of_unet(parts["unet"].config), self.family, self.path)
-        if self.vae is not None:
-            own = where / "vae" if where.is_dir() else self.family.folder / "vae"
-            parts["vae"] = read_vae(_vae_place(self.vae), own, self.weight_files, self._note)
-        store(parts["unet"], weights)
-        parts["scheduler"] = training_schedule(
-            parts["scheduler"], self.path, self.prediction_type, self.zero_terminal_snr
-        )
-        return StableDiffusion.of_parts(self.name, parts, self.fingerprints(), device)
+            settings = self.family.folder if hollow and _here(self.config) is None else self._settings()
+            check_settings(settings, self._own_networks, self.family, "config")
+            header = reader.header(where)
+            check_file(header, where, self.family, self.vae is None)
+            said = told(header, self.family)
+        places = {name: (where / name if where.is_dir() else where, settings / name) for name in self._own_networks}
+        if self.vae is not None and not (hollow and _here(self.vae) is None):
+            place, own = _vae_place(self.vae), where / "vae"
+            check_vae_place(place, self.weight_files)
+            places["vae"] = place, own if own.is_dir() else self.family.folder / "vae"
+        parts = {name: reader.network(name, *place) for name, place in places.items()}
+        if not hollow or (settings / "tokenizer").is_dir():
+            parts |= reader.tokenizers(settings, parts)
+        return parts | {"scheduler": self._schedule(settings / "scheduler", said)}
+
+    def _schedule(self, folder: Path, said: Told) -> DDPMScheduler:
+        """The training schedule as the settings say, or else the single file, or else the files of the schedule."""
+        from dpo_sd.models.loading import read_schedule, training_schedule
+
+        schedule = read_schedule(folder)
+        for key, kept, setting, found in (
+            ("prediction_type", "prediction_type", self.prediction_type, said.prediction_type),
+            ("zero_terminal_snr", "rescale_betas_zero_snr", self.zero_terminal_snr, said.zero_terminal_snr),
+        ):
+            if setting is None and found not in (None, schedule.config[kept]):
+                self._note(f"{self.path} says by {said.by} that model.{key} is {found}: so it is taken")
+            elif None not in (setting, found) and setting != found:
+                self._note(
+                    f"{self.path} says by {said.by} that model.{key} is {found}: {setting} is taken, as it is set"
+                )
+        predicts = self.prediction_type or said.prediction_type
+        ends = self.zero_terminal_snr if self.zero_terminal_snr is not None else said.zero_terminal_snr
+        return training_schedule(schedule, self.path, predicts, ends)
 
     def _note(self, note: str) -> None:
         if note not in self.notes:
@@ -160,6 +246,12 @@ class Base:
             raise UserError(f"model.path={self.path} is a single file: use model={', '.join(others)} or {last}")
         local = Path(self.config).expanduser()
         return local if local.is_dir() else snapshot(self.config, ["model_index.json", "*/*.json", "*/*.txt"])
+
+
+def _here(where: str | None) -> Path | None:
+    """The folder or file of that name on this computer, if there is one."""
+    local = Path(where or "").expanduser()
+    return local if where and local.exists() else None
 
 
 def _vae_place(where: str) -> Path:

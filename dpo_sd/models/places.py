@@ -1,37 +1,34 @@
-"""Whether a path can be what a setting of the model says, and of which family it is: before anything loads."""
+"""Whether a path can be what a setting of the model says: before anything loads."""
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_sd.errors import UserError
-from dpo_sd.files.tensors import HeaderError, read_header
-from dpo_sd.models.families import FAMILIES, family_of_file, family_of_unet
+from dpo_sd.models.families import FAMILIES
 
 if TYPE_CHECKING:
     from dpo_sd.models.families import Family, FamilyName
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-# cross-attention of the first block that has any, by whose width a single file is told
-_CROSS_ATTENTION = re.compile(
-    r"model\.diffusion_model\.input_blocks\.\d+\.1\.transformer_blocks\.0\.attn2\.to_k\.weight"
-)
-_IS_A_LORA = "is a LoRA, not a model: give it as lora.init_from, or as loras= of generate"
+IS_A_LORA = "is a LoRA, not a model: give it as lora.init_from, or as loras= of generate"
 
 
-def check_place(key: str, where: str, family: Family, pickle: bool) -> None:
+def check_place(key: str, where: str, family: Family, parts: Iterable[str], pickle: bool) -> None:
     """Refuses a place that cannot be what a setting says it is.
 
     Args:
         key: the setting: path, config or vae.
         where: value of the setting: repository on the Hub, folder or file.
+        family: the model's.
+        parts: folders that a pipeline's folder must have.
         pickle: whether pickles may be read.
 
     Raises:
-        UserError: if there is nothing of that kind, or a model of another family.
+        UserError: if there is nothing of that kind.
     """
     local = Path(where).expanduser()
     if local.suffix in PICKLES and not pickle:
@@ -43,13 +40,10 @@ def check_place(key: str, where: str, family: Family, pickle: bool) -> None:
         )
     if local.is_dir():
         if key != "vae":
-            _check_folder(local, f"model.{key}={where}", family)
-        if key == "path":
-            check_family(_family_of_folder(local), family, where)
-    elif local.is_file():
-        if key == "path" and local.suffix not in PICKLES:
-            check_family(_family_of_file(local), family, where)
-    elif local.exists() or local.suffix in (".safetensors", *PICKLES) or not re.fullmatch(r"[\w.-]+/[\w.-]+", where):
+            _check_folder(local, f"model.{key}={where}", parts)
+    elif not local.is_file() and (
+        local.exists() or local.suffix in (".safetensors", *PICKLES) or not re.fullmatch(r"[\w.-]+/[\w.-]+", where)
+    ):
         example = next(family.repository for family in FAMILIES.values() if family.repository)
         raise UserError(
             f"model.{key}={where}: there is no such folder or file, and a repository on the Hub is written "
@@ -57,42 +51,19 @@ def check_place(key: str, where: str, family: Family, pickle: bool) -> None:
         )
 
 
-def check_family(found: FamilyName | None, family: Family, where: str) -> None:
+def check_family(found: FamilyName | None, family: Family, where: str, key: str = "path") -> None:
     """Raises UserError if a model was found to be of another family; None is of no known one, and passes."""
     if found not in (None, family.name):
-        raise UserError(f"{where} is of the family {found}: use model={found} model.path={where}")
+        raise UserError(f"{where} is of the family {found}: use model={found} model.{key}={where}")
 
 
-def _check_folder(folder: Path, named: str, family: Family) -> None:
+def _check_folder(folder: Path, named: str, parts: Iterable[str]) -> None:
     if not (folder / "model_index.json").is_file():
         if any((folder / name).exists() for name in ("lora", "adapter_config.json", "unet/adapter_config.json")):
-            raise UserError(f"{named} {_IS_A_LORA}")
+            raise UserError(f"{named} {IS_A_LORA}")
         raise UserError(f"{named}: no diffusers pipeline there (a folder with a model_index.json)")
-    if missing := [part for part in family.parts if not (folder / part).is_dir()]:
-        raise UserError(f"{named} lacks {', '.join(missing)}: copy the whole pipeline folder")
-
-
-def _family_of_folder(folder: Path) -> FamilyName | None:
-    try:
-        return family_of_unet(json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return None  # loading says what is wrong with it
-
-
-def _family_of_file(file: Path) -> FamilyName | None:
-    """The family of a single file in Stability's layout, by the names and shapes in its header."""
-    shapes = _shapes(file)
-    if any(".lora_" in key or key.startswith("lora_") for key in shapes):
-        raise UserError(f"{file} {_IS_A_LORA}")
-    widths = {shape[-1] for key, shape in shapes.items() if _CROSS_ATTENTION.fullmatch(key)}
-    if not widths:
-        raise UserError(f"{file} holds no Stable Diffusion 1, 2 or XL in Stability's layout: use such a checkpoint")
-    return family_of_file(shapes, widths.pop())
-
-
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a safetensors file, by name."""
-    try:
-        return read_header(file).shapes
-    except (OSError, HeaderError) as error:
-        raise UserError(f"{file} is no safetensors file, or damaged ({error}): fetch it again") from error
+    if missing := [part for part in parts if not (folder / part).is_dir()]:
+        way = ", or give one as model.vae" if missing == ["vae"] else ""
+        if "text_encoder" in missing and (folder / "text_encoder_2").is_dir():
+            way = ", or, where this is SDXL's refiner, use its base"
+        raise UserError(f"{named} lacks {', '.join(missing)}: copy the whole pipeline folder{way}")
