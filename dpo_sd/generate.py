@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from dpo_sd.models.sampling import Sampler
     from dpo_sd.models.stable_diffusion import StableDiffusion
 
+PNG_END = b"IEND\xaeB`\x82"  # of every whole file, also where all pixels come before what is missing
+
 
 @entry_point("generate")
 def main(cfg: DictConfig) -> None:
@@ -137,10 +139,12 @@ def remove_broken(folder: Path, images: Sequence[SetImage]) -> None:
 
     files = [file for image in images if (file := folder / image.file).is_file()]
     found = tqdm(decoding_problems(files), "checking pictures", len(files), unit="picture", delay=2)
-    broken = [(file, problem) for file, problem in zip(files, found, strict=True) if problem]
-    for file, problem in broken:
-        print(f"drawn anew: {problem}")
-        file.unlink()
+    for file, problem in zip(files, list(found), strict=True):
+        if not problem and not file.read_bytes().endswith(PNG_END):
+            problem = f"image {file} lacks its end"
+        if problem:
+            print(f"drawn anew: {problem}")
+            file.unlink()
 
 
 def draw(

@@ -196,7 +196,7 @@ class Captions(FileSource):
         if not found.rows:
             why = "; ".join(found.left_out or report)
             raise UserError(f"no picture of {self.dataset.path} can be used: {why}")
-        return split_images(found.samples, self.validation, self.seed, [*report, *found.left_out, *found.notes])
+        return split_images(found.samples, self.validation, self.seed, [*report, *found.left_out])
 
 
 def _each_once(captions: Sequence[Caption]) -> tuple[list[Caption], list[str]]:

@@ -90,7 +90,6 @@ class Pairs(FileSource):
             *several,
             *found.left_out,
             *left_out("with a picture that has changed since it was judged", list(changed.values()), len(decided)),
-            *found.notes,
         ]
         return split(found.samples.without(changed), self.validation, self.seed, report)
 

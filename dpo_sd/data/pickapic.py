@@ -118,7 +118,7 @@ class PickAPic(FileSource):
         found = usable(images, prompts, chosen, rejected, label, weight)
         if not found.rows:
             raise UserError(f"no pair of {self.dataset.path} can be used: {'; '.join(found.left_out)}")
-        return split(found.samples, self.validation, self.seed, [line, *found.left_out, *found.notes])
+        return split(found.samples, self.validation, self.seed, [line, *found.left_out])
 
     def _pick(self, row: dict[str, Any], where: str) -> dict[str, Any] | str:
         columns = self.columns

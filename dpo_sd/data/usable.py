@@ -26,14 +26,12 @@ class Usable(NamedTuple):
     Args:
         samples: the usable ones.
         rows: the row of each in the columns that they come from.
-        left_out: why the others cannot be used, one line per reason.
-        notes: remarks on the usable ones, one line each.
+        left_out: why the others cannot be used, one line per reason; then what is unusual about the usable ones.
     """
 
     samples: Samples
     rows: list[int]
     left_out: list[str]
-    notes: list[str]
 
 
 def usable(
@@ -83,8 +81,9 @@ def usable(
     rows = np.flatnonzero(kept)
     cut = [ascii(prompts[row])[:100] for row in rows.tolist() if prompts[row] != whole_prompts[row]]
     samples = samples if kept.all() else samples.take(rows)
-    notes = [f"{len(cut)} prompts hold half of a character, which is read as �: {some(cut)}"] if cut else []
-    return Usable(samples, rows.tolist(), lines, [*notes, *_repeated(samples)])
+    if cut:
+        lines.append(f"{len(cut)} prompts hold half of a character, which is read as �: {some(cut)}")
+    return Usable(samples, rows.tolist(), [*lines, *_repeated(samples)])
 
 
 def _repeated(samples: Samples) -> Iterator[str]:
