@@ -424,6 +424,17 @@ def test_an_image_that_has_changed_since_it_was_listed_is_not_served(tmp_path, p
             desk.image(token(pair.image_0, pair.image_0_uid))
 
 
+def test_an_image_that_may_not_be_read_is_one_line_and_not_served(tmp_path, pairs, monkeypatch):
+    def denied(file: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    pair = draw(tmp_path, pairs[0])
+    for desk in opened(tmp_path, [pair]):
+        monkeypatch.setattr("dpo_sd.annotation.desk.sha256", denied)
+        with pytest.raises(UserError, match="cannot be read: Permission denied"):
+            desk.image(token(pair.image_0, pair.image_0_uid))
+
+
 def test_an_image_without_a_checksum_is_served_but_not_to_be_kept(tmp_path, pairs):
     draw(tmp_path, pairs[0])
     for desk in opened(tmp_path, pairs[:1]):

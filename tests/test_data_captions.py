@@ -188,8 +188,12 @@ def test_a_metadata_file_may_have_other_columns_and_rows_without_text(tmp_path):
     ("name", "content", "what"),
     [
         ("metadata.jsonl", '{"image": "a.png", "text": "a"}\n{"image": ', "metadata.jsonl, line 2: not JSON"),
-        ("metadata.jsonl", "[1]\n", "line 1: not a JSON object: write one object a line, without the brackets"),
-        ("metadata.jsonl", '{"image": "a.png", "text": "a"},\n', "line 1: not JSON .* one object a line, without the"),
+        ("metadata.jsonl", "[1]\n", "line 1: not a JSON object: write one whole object a line, without the brackets"),
+        (
+            "metadata.jsonl",
+            '{"image": "a.png", "text": "a"},\n',
+            "line 1: not JSON .* one whole object a line, without the",
+        ),
         ("metadata.jsonl", '{"image": "a.png", "text": ["a"]}\n', r"line 1 of .* got 'a.png' and \['a'\]"),
         ("metadata.jsonl", '{"image_0": "a.png", "image_1": "b.png", "caption": "a"}\n', "data=pairs data.pairs="),
         ("metadata.csv", "file_name\na.png\n", "no column text or caption"),
@@ -206,6 +210,7 @@ def test_a_metadata_file_may_have_other_columns_and_rows_without_text(tmp_path):
             "line 2 of .*csv cannot be read .* close the double",
         ),
         ("metadata.csv", 'file_name,text\na.png,"a "red" fox"\n', "line 2 of .*csv cannot be read .* close the double"),
+        ("metadata.csv", "file_name,text,text\na.png,a,b\n", "line 1 of .*csv names the column text twice"),
         ("metadata.parquet", b"none", "metadata.parquet is no parquet file"),
         ("a.txt", b"\xff\xfe\x00", "a.txt is no text in UTF-8"),
         ("a.txt", b"a fox\nin a caf\xe9", "a.txt is no text in UTF-8 .line 2, offset 14: byte 0xe9.: save it as UTF-8"),

@@ -913,8 +913,9 @@ def test_the_five_keys_of_invoke_training_suffice(tmp_path: Path):
 
 def test_a_row_in_which_neither_picture_is_preferred_is_undecided_or_what_its_votes_say(tmp_path: Path):
     rows = [FIVE | {"prefer_0": False} | votes for votes in ({}, {"votes_tie": 2}, {"n_votes": 1})]
+    rows.append(FIVE | {"prefer_0": None, "prefer_1": None})
     (tmp_path / METADATA).write_text("".join(json.dumps(row) + "\r\n" for row in rows), encoding="utf-8-sig")
-    assert [each.status for each in read_preferences(tmp_path)] == ["undecided", "tie", "both_bad"]
+    assert [each.status for each in read_preferences(tmp_path)] == ["undecided", "tie", "both_bad", "undecided"]
 
 
 def test_a_pair_that_is_listed_several_times_has_the_votes_of_all_places():
@@ -966,7 +967,10 @@ def test_events_are_read_rather_than_metadata_that_may_be_older(folder: Path):
         (json.dumps({"prompt": "p"}), "line 2: the key 'image_0' is missing"),
         (json.dumps(FIVE | {"prefer_1": True}), "line 2: exactly one of prefer_0 and prefer_1"),
         (json.dumps(FIVE | {"prefer_0": False, "votes_0": 1}), "line 2: the numbers of votes contradict"),
-        (json.dumps(FIVE | {"prefer_0": None, "prefer_1": None}), "line 2: exactly one of prefer_0 and prefer_1"),
+        (
+            json.dumps(FIVE | {"prefer_0": "true"}),
+            "line 2: exactly one of prefer_0 and prefer_1 .* got 'true' and False",
+        ),
         (json.dumps(FIVE | {"prefer_0": 1}), "line 2: exactly one of prefer_0 and prefer_1"),
         (json.dumps(FIVE | {"prompt": None}), "line 2: prompt must be str"),
         (json.dumps(FIVE | {"image_1": 5}), "line 2: image_1 must be str"),

@@ -218,6 +218,8 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             where, begin = f"line {begin} of {file}", reader.line_num + 1
             if not columns:
                 columns = [name.strip() for name in values]
+                if twice := [name for name, n in Counter(columns).items() if name and n > 1]:
+                    raise UserError(f"{where} names the column {twice[0]} twice: rename one of them")
             elif values and len(values) != len(columns):
                 raise UserError(
                     f"{where} has {len(values)} values for the {len(columns)} columns {', '.join(columns)}: put texts "

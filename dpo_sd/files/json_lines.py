@@ -44,10 +44,12 @@ def parse_object(line: bytes | str) -> dict[str, Any]:
     """
     remedy = "restore or remove the line"
     try:
-        text = line if isinstance(line, str) else line.decode()
-        if text.strip()[:1] in ("[", "]") or text.strip()[-1:] == ",":
-            remedy = "write one object a line, without the brackets and commas of an array"
+        text = line if isinstance(line, str) else line.decode("utf-8-sig")
+        if text.strip()[:1] in ("[", "]") or text.strip()[-1:] in (",", "{"):
+            remedy = "write one whole object a line, without the brackets and commas of an array"
         record = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not JSON ({error}): save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error}): {remedy}") from error
     if not isinstance(record, dict):
