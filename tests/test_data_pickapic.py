@@ -25,6 +25,7 @@ from dpo_sd.data.cache import Cache
 from dpo_sd.data.frames import Framing
 from dpo_sd.data.pickapic import PickAPic
 from dpo_sd.data.splitting import Split
+from dpo_sd.data.tables import TabularDataset
 from dpo_sd.errors import UserError
 from dpo_sd.models.base import Base
 from dpo_sd.models.sampling import Sampler
@@ -182,6 +183,14 @@ def test_signs_of_patterns_in_names_are_only_names(name, tmp_path):
     parquet(tmp_path / "my b photos" / "train.parquet", [row(5)])
     assert sorted(everything(fetched(tmp_path / name))) == ["prompt 0", "prompt 1"]
     assert sorted(everything(fetched(tmp_path / name / "train [1].parquet"))) == ["prompt 0", "prompt 1"]
+
+
+def test_a_column_that_changes_its_type_on_the_hub_is_one_line():
+    with (
+        pytest.raises(UserError, match="owner/set has a column of other types .* Couldn't cast"),
+        TabularDataset("owner/set").reading(),
+    ):
+        raise TypeError("Couldn't cast array of type double to null")
 
 
 def test_a_linked_folder_of_parquet_files_is_refused_rather_than_passed_over(tmp_path):

@@ -65,7 +65,7 @@ class Listing(NamedTuple):
 
     def repeated(self) -> list[str]:
         """The folders with images whose names ask Kohya's trainer to repeat them: 10_style."""
-        folders = dict.fromkeys(path.partition("/")[0] for path in self.images if "/" in path)
+        folders = dict.fromkeys(name for path in self.images for name in path.split("/")[:-1])
         return [name for name in folders if re.match(r"\d+_", name)]
 
 
@@ -78,8 +78,7 @@ def listing(folder: Path) -> Listing:
     files = Listing([], [], [], Counter(), [])
     texts: list[str] = []
     for path in _walk(folder, files.passed_over):
-        name = os.path.basename(path)
-        ending = os.path.splitext(name)[1].lower()
+        name, ending = os.path.basename(path), _ending(path)
         if ending in ENDINGS:
             files.images.append(path)
         elif ending in TEXT_ENDINGS:
@@ -88,14 +87,12 @@ def listing(folder: Path) -> Listing:
             files.metadata.append(path)
         else:
             files.others[ending or name] += 1
-    ruled = tuple(os.path.dirname(path) for path in files.metadata)
-    plain = {_stem(path) for path in texts if path.lower().endswith(TEXT_ENDINGS[0])}
+    ruled = tuple(path[: path.rindex("/") + 1] if "/" in path else "" for path in files.metadata)
+    first = {_stem(path) for path in texts if _ending(path) == TEXT_ENDINGS[0]}
     for path in texts:
-        ending = os.path.splitext(path)[1].lower()
-        if any(path.startswith(f"{above}/") or not above for above in ruled) or (
-            ending != TEXT_ENDINGS[0] and _stem(path) in plain
-        ):
-            files.others[ending] += 1
+        second = _ending(path) != TEXT_ENDINGS[0] and _stem(path) in first
+        if second or path.startswith(ruled):
+            files.others[_ending(path)] += 1
         else:
             files.texts.append(path)
     return files
@@ -151,6 +148,10 @@ def from_texts(folder: Path, files: Listing) -> list[Caption]:
         sharing = [path for path in files.texts if _stem(path) == twice[0]]
         raise UserError(f"{' and '.join(sharing)} in {folder} are captions of one picture: delete one of them")
     return captions
+
+
+def _ending(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
 
 
 def _stem(path: str) -> str:

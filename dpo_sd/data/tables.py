@@ -177,7 +177,7 @@ class TabularDataset:
             except TypeError as error:
                 if "Couldn't cast" not in str(error):
                     raise
-                raise ValueError(error) from error  # of a column that changes its type from file to file
+                raise UserError(f"{self.path} has a column of other types in one file than another: {error}") from error
 
     def _unreadable(self, error: Exception, offline: bool) -> str:
         message = next(iter(str(error).splitlines()), type(error).__name__)
