@@ -187,7 +187,7 @@ def test_signs_of_patterns_in_names_are_only_names(name, tmp_path):
 
 def test_a_column_that_changes_its_type_on_the_hub_is_one_line():
     with (
-        pytest.raises(UserError, match="owner/set has a column of other types .* Couldn't cast"),
+        pytest.raises(UserError, match=r"owner/set has a column of other types .* Couldn't cast"),
         TabularDataset("owner/set").reading(),
     ):
         raise TypeError("Couldn't cast array of type double to null")
