@@ -18,7 +18,7 @@ from dpo_sd.data.prompts import read_prompts
 from dpo_sd.errors import UserError, in_shell
 from dpo_sd.files.claims import held
 from dpo_sd.files.hashes import sha256
-from dpo_sd.files.images import save_png
+from dpo_sd.files.images import decoding_problems, save_png
 from dpo_sd.lora.attaching import load_for_drawing
 from dpo_sd.lora.weighted import lora_name, parse_lora
 from dpo_sd.noise import image_seed
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from dpo_sd.lora.weighted import WeightedLoRA
     from dpo_sd.models.sampling import Sampler
     from dpo_sd.models.stable_diffusion import StableDiffusion
+
+PNG_END = b"IEND\xaeB`\x82"  # of every whole file, also where all pixels come before what is missing
 
 
 @entry_point("generate")
@@ -57,6 +59,7 @@ def generate(cfg: DictConfig, folder: Path) -> None:
     }
     check_same_folder(folder, made_by)
     images = planned(prompts, cfg.num_sets, cfg.set_size, cfg.seed)
+    remove_broken(folder, images)
     missing = [image for image in images if not (folder / image.file).exists()]
     print(f"{folder}: {len(prompts)} prompts, {len(images)} pictures, {len(images) - len(missing)} drawn before")
     write_record(folder, made_by)
@@ -138,6 +141,20 @@ def _identity(made_by: dict[str, Any], key: str) -> Any:
 
 def _named(made_by: dict[str, Any], key: str) -> Any:
     return [f"{lora['path']}:{lora['weight']:g}" for lora in made_by[key]] if key == "loras" else made_by[key]
+
+
+def remove_broken(folder: Path, images: Sequence[SetImage]) -> None:
+    """Deletes the pictures that cannot be read to their end, as a copy that was cut short leaves them, and says so."""
+    from tqdm import tqdm
+
+    files = [file for image in images if (file := folder / image.file).is_file()]
+    found = tqdm(decoding_problems(files), "checking pictures", len(files), unit="picture", delay=2)
+    for file, problem in zip(files, list(found), strict=True):
+        if not problem and not file.read_bytes().endswith(PNG_END):
+            problem = f"image {file} lacks its end"
+        if problem:
+            print(f"drawn anew: {problem}")
+            file.unlink()
 
 
 def draw(

@@ -7,6 +7,8 @@ import itertools
 import json
 import math
 import shlex
+import shutil
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -422,6 +424,17 @@ def test_an_image_that_has_changed_since_it_was_listed_is_not_served(tmp_path, p
             desk.image(token(pair.image_0, pair.image_0_uid))
 
 
+def test_an_image_that_may_not_be_read_is_one_line_and_not_served(tmp_path, pairs, monkeypatch):
+    def denied(file: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    pair = draw(tmp_path, pairs[0])
+    for desk in opened(tmp_path, [pair]):
+        monkeypatch.setattr("dpo_sd.annotation.desk.sha256", denied)
+        with pytest.raises(UserError, match="cannot be read: Permission denied"):
+            desk.image(token(pair.image_0, pair.image_0_uid))
+
+
 def test_an_image_without_a_checksum_is_served_but_not_to_be_kept(tmp_path, pairs):
     draw(tmp_path, pairs[0])
     for desk in opened(tmp_path, pairs[:1]):
@@ -624,6 +637,36 @@ def test_the_gallery_shows_a_bounded_number_of_decided_pairs(desk, page):
 
 
 # the server
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node, to run the page's own function")
+def test_a_key_stands_for_its_place_only_where_the_layout_does_not_write_its_letter():
+    keys = {  # what is written, the key's place, and whether shift is held: what it stands for
+        ("ч", "KeyX", False): "x",
+        ("Χ", "KeyX", True): "x",
+        ("а", "KeyF", False): "f",
+        ("&", "Digit1", False): "1",
+        ("+", "Digit1", False): "1",
+        ("1", "Digit1", True): "1",
+        ("!", "Digit1", True): "!",
+        ("۲", "Digit2", False): "2",
+        ("١", "Numpad1", False): "1",
+        ("x", "KeyB", False): "x",
+        ("X", "KeyX", True): "x",
+        ("w", "KeyZ", False): "w",
+        (";", "KeyZ", False): ";",
+        ("ö", "KeyX", False): "ö",
+        ("Process", "Digit1", False): "Process",
+        ("Dead", "Digit2", False): "Dead",
+        ("End", "Numpad1", False): "End",
+        (" ", "Space", False): " ",
+    }
+    source = (views.CLIENT / "annotator.js").read_text(encoding="utf-8")
+    events = [{"key": key, "code": code, "shiftKey": shift} for key, code, shift in keys]
+    program = f"{source}\nconsole.log(JSON.stringify({json.dumps(events)}.map(keyOf)));"
+    command = ["node", "--input-type=module", "-"]
+    ended = subprocess.run(command, input=program, capture_output=True, text=True, check=True)
+    assert json.loads(ended.stdout) == list(keys.values())
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0", "192.168.1.2", "::", "example.org"])

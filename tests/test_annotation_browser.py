@@ -247,6 +247,29 @@ def test_every_key_is_its_decision_and_backspace_takes_it_back(serve, open_page,
     assert [event.event_id for event in votes(folder)] == [event.event_id for event in events[:-2]]
 
 
+def test_a_key_stands_for_its_place_where_the_layout_writes_another_script(serve, open_page, folder):
+    page = open_page(serve(folder))
+
+    def press(key: str, code: str, **more: bool) -> None:
+        page.evaluate(
+            "(event) => document.body.dispatchEvent(new KeyboardEvent('keydown', "
+            "{ ...event, bubbles: true, composed: true, cancelable: true }))",
+            {"key": key, "code": code, **more},
+        )
+        page.wait_for_timeout(120)
+
+    for key, code in (("&", "Digit1"), ("é", "Digit2"), ("ч", "KeyX"), ("1", "Numpad1")):
+        press(key, code)
+    wait_for(lambda: len(log_of(folder)) == 4)
+    assert [each.event_type for each in log_of(folder)] == ["vote", "vote", "flag", "vote"]
+    for held in ("ctrlKey", "altKey", "metaKey", "isComposing", "modifierAltGraph"):
+        press("1", "Digit1", **{held: True})
+    for key, code in (("Process", "Digit1"), ("ö", "KeyX"), (";", "KeyX")):  # with x elsewhere on the keyboard
+        press(key, code)
+    page.wait_for_timeout(600)
+    assert len(log_of(folder)) == 4
+
+
 @pytest.mark.parametrize("gap", [0, 40, 150])
 def test_forty_presses_in_bursts_of_eight_are_forty_votes_on_what_was_on_the_screen(serve, open_page, folder, gap):
     page = open_page(serve(folder))

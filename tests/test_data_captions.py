@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from dpo_sd.data.frames import Framing
 from dpo_sd.data.source import Found
 from dpo_sd.data.splitting import Split
 from dpo_sd.errors import UserError
+from dpo_sd.files import hashes, images
 from dpo_sd.models.base import Base
 from dpo_sd.models.sampling import Sampler
 from dpo_sd.noise import generator
@@ -153,7 +156,7 @@ def test_two_pictures_of_one_name_are_refused_and_so_are_two_captions(tmp_path):
 
 @pytest.mark.parametrize("image", ["file_name", "image"])
 @pytest.mark.parametrize("text", ["text", "caption"])
-@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
 def test_a_metadata_file_has_the_captions(kind, image, text, tmp_path):
     folder = make(tmp_path / "photos", {"a.png": None, "b/c.png": None, "d.png": "of no use"})
     rows = [("a.png", "a fox, red"), ("./b/c.png", 'a "cat"'), ("gone.png", "x")]
@@ -162,6 +165,10 @@ def test_a_metadata_file_has_the_captions(kind, image, text, tmp_path):
     else:
         lines = [f"more,{image},{text}", '1,a.png,"a fox, red"', '1,./b/c.png,"a ""cat"""', "1,gone.png,x"]
     (folder / f"metadata.{kind}").write_text("\n".join(lines) + "\n")
+    if kind == "parquet":
+        pq.write_table(
+            pa.Table.from_pylist([{image: name, text: caption} for name, caption in rows]), folder / "metadata.parquet"
+        )
     both = found(folder)
     assert captions(both) == {"a.png": "a fox, red", "b/c.png": 'a "cat"'}
     assert "without a caption: d.png" in said(both) and "without a picture: gone.png" in said(both)
@@ -180,12 +187,34 @@ def test_a_metadata_file_may_have_other_columns_and_rows_without_text(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
-        ("metadata.jsonl", '{"image": "a.png", "text": "a"}\n{"image": ', "line 2 of .* is no JSON"),
-        ("metadata.jsonl", "[1]\n", "line 1 of .* is no JSON object"),
+        ("metadata.jsonl", '{"image": "a.png", "text": "a"}\n{"image": ', "metadata.jsonl, line 2: not JSON"),
+        ("metadata.jsonl", "[1]\n", "line 1: not a JSON object: write one whole object a line, without the brackets"),
+        (
+            "metadata.jsonl",
+            '{"image": "a.png", "text": "a"},\n',
+            "line 1: not JSON .* one whole object a line, without the",
+        ),
         ("metadata.jsonl", '{"image": "a.png", "text": ["a"]}\n', r"line 1 of .* got 'a.png' and \['a'\]"),
         ("metadata.jsonl", '{"image_0": "a.png", "image_1": "b.png", "caption": "a"}\n', "data=pairs data.pairs="),
         ("metadata.csv", "file_name\na.png\n", "no column text or caption"),
+        (
+            "metadata.csv",
+            "file_name,text\na.png,a fox, asleep\n",
+            "line 2 of .*csv has 3 values for the 2 columns .* quotes",
+        ),
+        ("metadata.csv", "file_name,text\na.png,a fox\nasleep\n", "line 3 of .*csv has 1 values for the 2 columns"),
+        ("metadata.csv", "file_name;text\na.png;a;b\n", "line 2 of .*csv has 3 values .* that hold ';'"),
+        (
+            "metadata.csv",
+            'file_name,text\na.png,"a fox\nb.png,a cat\n',
+            "line 2 of .*csv cannot be read .* close the double",
+        ),
+        ("metadata.csv", 'file_name,text\na.png,"a "red" fox"\n', "line 2 of .*csv cannot be read .* close the double"),
+        ("metadata.csv", "file_name,text,text\na.png,a,b\n", "line 1 of .*csv names the column text twice"),
+        ("metadata.parquet", b"none", "metadata.parquet is no parquet file"),
         ("a.txt", b"\xff\xfe\x00", "a.txt is no text in UTF-8"),
+        ("a.txt", b"a fox\nin a caf\xe9", "a.txt is no text in UTF-8 .line 2, offset 14: byte 0xe9.: save it as UTF-8"),
+        ("a.txt", "a fox".encode("utf-16-le"), "a.txt is no text in UTF-8 .line 1 has a zero byte"),
     ],
 )
 def test_a_file_of_captions_that_cannot_be_read_is_named(name, content, what, tmp_path):
@@ -196,6 +225,181 @@ def test_a_file_of_captions_that_cannot_be_read_is_named(name, content, what, tm
         found(folder)
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_table_is_read_as_programs_export_it(encoding, delimiter, tmp_path):
+    folder = make(tmp_path / "photos", {"a.png": None, "b.png": None, "c.png": None})
+    lines = ["file_name|text ", 'a.png|"ein Bär, rot; alt\tund\r\nmüde"', "b.png|a fox", "", "c.png|"]
+    (folder / "metadata.csv").write_bytes("\r\n".join(lines).replace("|", delimiter).encode(encoding))
+    assert captions(found(folder)) == {"a.png": "ein Bär, rot; alt und müde", "b.png": "a fox", "c.png": ""}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_part_of_a_text(encoding, tmp_path):
+    folder = make(tmp_path / "texts", {"a.png": None})
+    (folder / "a.txt").write_bytes("ein Bär".encode(encoding))
+    assert captions(found(folder)) == {"a.png": "ein Bär"}
+    folder = make(tmp_path / "rows", {"a.png": None})
+    line = json.dumps({"file_name": "a.png", "text": "ein Bär"}, ensure_ascii=False)
+    (folder / "metadata.jsonl").write_bytes(f"{line}\r\n".encode(encoding))
+    assert captions(found(folder)) == {"a.png": "ein Bär"}
+
+
+def test_caption_files_are_read_beside_text_files_which_come_first(tmp_path):
+    folder = make(tmp_path / "photos", {"a.png": "a fox", "b.png": None, "c/d.png": None})
+    (folder / "a.caption").write_text("of no use")
+    (folder / "b.caption").write_text("a bear")
+    (folder / "c/d.CAPTION").write_text("a cat")
+    both = found(folder)
+    assert captions(both) == {"a.png": "a fox", "b.png": "a bear", "c/d.png": "a cat"}
+    assert "3 captions in .caption and .txt files" in said(both) or "3 captions in .txt and .caption files" in said(
+        both
+    )
+    assert "not read: 1 .caption" in said(both)
+
+
+def test_a_metadata_file_rules_its_own_folder_and_text_files_the_others(tmp_path):
+    names = ("train/a.png", "train/more/b.png", "test/c.png")
+    folder = make(tmp_path / "photos", dict.fromkeys(names) | {"train/more/b.png": "of no use", "mine/d.png": "a dog"})
+    for place, rows in {"train": {"a.png": "a fox", "more/b.png": "a bear"}, "test": {"c.png": "a cat"}}.items():
+        lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows.items()]
+        (folder / place / "metadata.jsonl").write_text("\n".join(lines))
+    both = found(folder)
+    assert captions(both) == {
+        "train/a.png": "a fox",
+        "train/more/b.png": "a bear",
+        "test/c.png": "a cat",
+        "mine/d.png": "a dog",
+    }
+    assert "4 pictures, 4 captions in test/metadata.jsonl, train/metadata.jsonl, .txt files" in said(both)
+    assert "not read: 1 .txt" in said(both)
+
+
+def test_what_lies_there_unread_is_named_where_captions_are_missing(tmp_path):
+    folder = make(tmp_path / "photos", {"a.png": None})
+    (folder / "a.wd14").touch()
+    assert "not read: 1 .wd14" in refused(folder)
+
+
+def test_linked_folders_are_read_once_and_circles_end(tmp_path):
+    folder = make(tmp_path / "photos", {"a.png": "a fox", "own/b.png": "a bear"})
+    make(tmp_path / "elsewhere", {"c.png": "a cat", "d/e.png": "a dog"}, first=5)
+    (folder / "a linked one").symlink_to(tmp_path / "elsewhere")
+    (folder / "all again").symlink_to(folder)
+    (folder / "b again").symlink_to("own")
+    (tmp_path / "elsewhere/d/back").symlink_to(folder / "own")
+    both = found(folder)
+    assert captions(both) == {
+        "a.png": "a fox",
+        "own/b.png": "a bear",
+        "a linked one/c.png": "a cat",
+        "a linked one/d/e.png": "a dog",
+    }
+    (line,) = [line for line in both.report if line.startswith("passed over")]
+    assert all(name in line for name in ("all again", "b again", "a linked one/d/back"))
+
+
+def test_a_folder_that_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch):
+    folder = make(tmp_path / "photos", {"a.png": "a", "secret/b.png": "b"})
+    scandir = os.scandir
+
+    def closed(path: Any = ".") -> Any:
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    assert "photos/secret cannot be read: Permission denied" in refused(folder)
+
+
+def test_numbers_for_repeats_in_names_of_folders_are_said_not_to_count(tmp_path):
+    folder = make(tmp_path / "photos", {"10_style/a.png": "a fox", "2_other/b.png": "a bear", "c_3/c.png": "a cat"})
+    both = found(folder)
+    assert len(captions(both)) == 3
+    assert "Kohya's repeats in names of folders do not count: 10_style, 2_other" in both.report
+
+
+@pytest.mark.parametrize(("on_disk", "written"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_an_accent_is_one_character_or_two(on_disk, written, tmp_path):
+    names = {f"für/café {i}.png": f"caption {i}" for i in range(3)}
+    disk, text = (
+        {unicodedata.normalize(form, name): caption for name, caption in names.items()} for form in (on_disk, written)
+    )
+    folder = make(tmp_path / "rows", dict.fromkeys(disk))
+    lines = [json.dumps({"file_name": name, "text": caption}, ensure_ascii=False) for name, caption in text.items()]
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert captions(found(folder)) == disk
+    folder = make(tmp_path / "texts", dict.fromkeys(disk))
+    for name, caption in text.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).with_suffix(".txt").write_text(caption)
+    assert captions(found(folder)) == disk
+
+
+def test_names_from_windows_are_found_and_those_that_lead_elsewhere_are_named(tmp_path):
+    folder = make(tmp_path / "photos", {"a/b.png": None, "c.png": None})
+    picture(9).save(tmp_path / "outside.png")
+    rows = {"a\\b.png": "a fox", " c.png ": "a bear", "../outside.png": "x", str(tmp_path / "outside.png"): "y"}
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows.items()]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    both = found(folder)
+    assert captions(both) == {"a/b.png": "a fox", "c.png": "a bear"}
+    assert f"2 of 4 captions without a picture: ../outside.png; {tmp_path}/outside.png" in said(both)
+
+
+def test_a_name_that_is_not_utf_8_is_passed_over_and_printed(tmp_path):
+    folder = make(tmp_path / "photos", {"a.png": "a fox"})
+    for name in (b"caf\xe9.png", b"caf\xe9.txt", b"m\xfcll/b.png"):
+        file = os.path.join(os.fsencode(folder), name)
+        os.makedirs(os.path.dirname(file), exist_ok=True)
+        with open(file, "wb") as opened:
+            opened.write(as_bytes(1))
+    both = found(folder)
+    assert captions(both) == {"a.png": "a fox"}
+    assert (
+        said(both).encode() and r"caf\udce9.png, whose name is not UTF-8" in said(both) and r"m\udcfcll" in said(both)
+    )
+
+
+def test_a_caption_that_is_there_twice_counts_once_and_several_of_one_picture_are_said(tmp_path):
+    folder = make(tmp_path / "photos", {"a.png": None, "b.png": None})
+    rows = [("a.png", "a fox"), ("b.png", "a cat"), ("./a.png", "a fox"), ("b.png", "a tiger")]
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    both = found(folder, validation=0)
+    assert sorted(both.train.prompts) == ["a cat", "a fox", "a tiger"]
+    assert "1 captions are there a second time and count once" in both.report
+    assert "1 pictures have several captions and count once with each: b.png" in both.report
+
+
+def test_half_of_a_character_is_read_as_a_replacement_and_said(tmp_path):
+    folder = make(tmp_path / "photos", {"a.png": None, "b.png": None})
+    lines = ['{"file_name": "a.png", "text": "a fox \\ud83e"}', '{"file_name": "b.png", "text": "a \\ud83e\\udd8a"}']
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    both = found(folder)
+    assert captions(both) == {"a.png": "a fox �", "b.png": "a 🦊"}
+    assert r"1 prompts hold half of a character, which is read as �: 'a fox \ud83e'" in both.report
+
+
+def test_a_picture_that_may_not_be_read_is_left_out_and_named(tmp_path, monkeypatch):
+    folder = make(tmp_path / "photos", {"a.png": "a", "b.png": "b", "c.png": "c"})
+    read = hashes.read_sha256
+
+    def denied(file: Any) -> str:
+        if str(file).endswith("b.png"):
+            raise PermissionError(13, "Permission denied")
+        return read(file)
+
+    monkeypatch.setattr(images, "read_sha256", denied)
+    both = found(folder)
+    assert sorted(captions(both)) == ["a.png", "c.png"]
+    assert "left out 1 of 3 that cannot be read" in said(both) and "b.png cannot be read: Permission denied" in said(
+        both
+    )
+    monkeypatch.undo()
+    assert len(captions(found(folder))) == 3  # it was not remembered
+
+
 def test_settings_that_do_not_fit_the_folder_are_refused(tmp_path):
     folder = ten(tmp_path / "photos")
     assert "validation must be a share above 0 and at most 0.5, or how many, from 1 on, got 0.6" in refused(
@@ -203,7 +407,7 @@ def test_settings_that_do_not_fit_the_folder_are_refused(tmp_path):
     )
     assert "max_images must be at least 1" in refused(folder, max_images=0)
     assert "caption_dropout must be between 0 and 1" in refused(folder, caption_dropout=2)
-    assert "no metadata.jsonl or metadata.csv for image_column" in refused(folder, text_column="alt")
+    assert "no metadata.jsonl, metadata.csv or metadata.parquet for image_column" in refused(folder, text_column="alt")
     assert "has no revision=main" in refused(folder, revision="main")
     (folder / "metadata.jsonl").touch()
     (folder / "metadata.csv").touch()

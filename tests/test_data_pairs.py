@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -187,6 +189,85 @@ def test_a_folder_of_invoke_trainings_five_keys_is_read(tmp_path):
     found = everything(prepared(tmp_path)[0])
     assert found["prompt 0"][:2] == (1, 2) and found["prompt 1"][:2] == (4, 3)
     assert len(set(prepared(tmp_path)[0].train.sample_ids)) == 7
+
+
+def rows(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A metadata.jsonl in place of votes."""
+    (folder / "pairs.jsonl").unlink()
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def five(i: int, better: int | None = 0, prompt: str | None = None) -> dict[str, Any]:
+    """The row of a pair of `make_folder`."""
+    names = {f"image_{k}": f"images/{i}-{k}.png" for k in range(2)}
+    prefer = {"prefer_0": better == 0, "prefer_1": better == 1}
+    return {"prompt": prompt or f"prompt {i}"} | names | prefer
+
+
+def test_rows_that_nobody_has_judged_yet_are_counted_and_left_out(tmp_path):
+    make_folder(tmp_path, PROMPTS)
+    rows(tmp_path, [five(i, i % 2 if i < 4 else None) for i in range(8)])
+    data, report = prepared(tmp_path)
+    assert len(everything(data)) == 4
+    assert report[0] == f"{tmp_path}: 8 pairs: 4 decided, 4 undecided"
+
+
+def test_a_pair_that_is_listed_twice_counts_once_and_opposite_verdicts_are_a_dispute(tmp_path):
+    make_folder(tmp_path, PROMPTS)
+    turned = five(1) | {"image_0": "images/1-1.png", "image_1": "images/1-0.png"}
+    rows(tmp_path, [*[five(i) for i in range(8)], five(0), turned])
+    data, report = prepared(tmp_path)
+    found = everything(data)
+    assert len(found) == 7 and "prompt 1" not in found and found["prompt 0"][:2] == (1, 2)
+    assert report[0] == f"{tmp_path}: 8 pairs: 7 decided, 1 disputed"
+    assert "2 pairs are listed more than once, 1 of them in both orders" in report[1]
+    assert "1 of them have opposite verdicts: images/1-0.png and images/1-1.png" in report[1]
+
+
+def test_the_same_pictures_under_other_names_are_said(tmp_path):
+    make_folder(tmp_path, PROMPTS)
+    for k in range(2):
+        (tmp_path / f"images/9-{k}.png").write_bytes((tmp_path / f"images/0-{k}.png").read_bytes())
+    rows(tmp_path, [*[five(i) for i in range(8)], five(9, 1, "prompt 0")])
+    data, report = prepared(tmp_path)
+    assert len(data.train) + len(data.validation) == 9
+    (line,) = [line for line in report if "several times" in line]
+    assert line.startswith("2 samples are 1 pairs several times, and each of them counts")
+    assert "2 do not agree which picture is better: 'prompt 0'" in line
+
+
+def test_names_as_other_systems_write_them_are_found(tmp_path):
+    make_folder(tmp_path, PROMPTS)
+    (tmp_path / "images").rename(tmp_path / unicodedata.normalize("NFD", "Bögen"))
+    lines = [json.dumps(five(i)).replace("images/", "Bögen" + ("/" if i else "\\\\")) for i in range(8)]
+    (tmp_path / "pairs.jsonl").unlink()
+    (tmp_path / "metadata.jsonl").write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    data, report = prepared(tmp_path)
+    assert len(everything(data)) == 8 and len(report) == 2
+
+
+def test_a_picture_that_changed_is_noticed_under_any_spelling_of_its_name(tmp_path):
+    make_folder(tmp_path, PROMPTS)
+    rows(tmp_path, [five(i) | {"image_0": f"images\\{i}-0.png", "image_0_uid": "0" * 64} for i in range(2)])
+    with pytest.raises(UserError, match="the data has 0 pairs"):
+        prepared(tmp_path)
+
+
+def test_a_name_that_is_not_utf_8_is_left_out_and_printed(tmp_path):
+    make_folder(tmp_path, PROMPTS)
+    os.rename(tmp_path / "images/3-0.png", os.fsencode(tmp_path) + b"/images/\xe9.png")
+    rows(tmp_path, [five(i) | ({"image_0": "images/\udce9.png"} if i == 3 else {}) for i in range(8)])
+    data, report = prepared(tmp_path)
+    assert len(everything(data)) == 7
+    assert any(r"images/\udce9.png" in line and "not UTF-8" in line for line in report) and "\n".join(report).encode()
+
+
+def test_half_of_a_character_in_a_prompt_is_trained_on_and_said(tmp_path):
+    make_folder(tmp_path, [*PROMPTS, "a fox \ud83e"])
+    annotate(tmp_path, {"anna": ["image_0"] * 9})
+    data, report = prepared(tmp_path)
+    assert "a fox �" in everything(data)
+    assert r"1 prompts hold half of a character, which is read as �: 'a fox \ud83e'" in report
 
 
 def test_the_verdict_is_on_the_folders_own_prompts_that_training_has_not_seen(tmp_path):

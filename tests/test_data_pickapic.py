@@ -25,6 +25,7 @@ from dpo_sd.data.cache import Cache
 from dpo_sd.data.frames import Framing
 from dpo_sd.data.pickapic import PickAPic
 from dpo_sd.data.splitting import Split
+from dpo_sd.data.tables import TabularDataset
 from dpo_sd.errors import UserError
 from dpo_sd.models.base import Base
 from dpo_sd.models.sampling import Sampler
@@ -138,6 +139,72 @@ def test_pictures_that_are_the_same_or_cannot_be_read_are_left_out_and_said(tmp_
 )
 def test_labels_that_are_none_are_refused_with_their_row(changes, what, tmp_path):
     assert what in refused(parquet(tmp_path / "a.parquet", [row(0), row(1), row(2, **changes), row(3)]))
+
+
+def untyped(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """A file whose types are those of the values that it has."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(list(rows)), file)
+    return file
+
+
+@pytest.mark.parametrize("first", [[row(0, None)], [row(0, None, caption=None)], [], [row(0, None, jpg_0=None)]])
+@pytest.mark.parametrize("order", ["a", "z"])
+def test_a_file_without_labels_or_rows_is_read_beside_the_others(first, order, tmp_path):
+    untyped(tmp_path / "set" / f"{order}.parquet", first)
+    untyped(tmp_path / "set" / "m.parquet", [row(i) for i in range(1, 5)])
+    split = fetched(tmp_path / "set")
+    assert sorted(everything(split)) == [f"prompt {i}" for i in range(1, 5)]
+    assert f"{4 + len(first)} rows read" in split.report[0]
+    assert not first or "left out: 1 without a label" in split.report[0]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ([row(0) | {"label_0": "1", "label_1": "0"}], r"b\.parquet has a column of another type .*label_0"),
+        (
+            [{key: value for key, value in row(0).items() if key != "has_label"}],
+            r"do not both have the column has_label",
+        ),
+        ([{key: value for key, value in row(0).items() if key != "label_0"}], r"b\.parquet has no column label_0"),
+    ],
+)
+def test_files_that_do_not_go_together_are_named(other, message, tmp_path):
+    untyped(tmp_path / "set" / "a.parquet", [row(1), row(2)])
+    untyped(tmp_path / "set" / "b.parquet", other)
+    with pytest.raises(UserError, match=message):
+        fetched(tmp_path / "set")
+
+
+@pytest.mark.parametrize("name", ["my [best] photos*", "a?", "{a,b}", "[x]"])
+def test_signs_of_patterns_in_names_are_only_names(name, tmp_path):
+    parquet(tmp_path / name / "train [1].parquet", [row(0), row(1)])
+    parquet(tmp_path / "my b photos" / "train.parquet", [row(5)])
+    assert sorted(everything(fetched(tmp_path / name))) == ["prompt 0", "prompt 1"]
+    assert sorted(everything(fetched(tmp_path / name / "train [1].parquet"))) == ["prompt 0", "prompt 1"]
+
+
+def test_a_column_that_changes_its_type_on_the_hub_is_one_line():
+    with (
+        pytest.raises(UserError, match=r"owner/set has a column of other types .* Couldn't cast"),
+        TabularDataset("owner/set").reading(),
+    ):
+        raise TypeError("Couldn't cast array of type double to null")
+
+
+def test_a_linked_folder_of_parquet_files_is_refused_rather_than_passed_over(tmp_path):
+    parquet(tmp_path / "set" / "a.parquet", [row(0), row(1)])
+    parquet(tmp_path / "elsewhere" / "b.parquet", [row(2)])
+    (tmp_path / "set" / "more").symlink_to(tmp_path / "elsewhere")
+    assert "set/more is a link to a folder" in refused(tmp_path / "set")
+
+
+def test_pairs_that_are_there_several_times_are_said(tmp_path):
+    file = parquet(tmp_path / "a.parquet", [row(0), row(1), row(2), row(0), row(1, 0.0)])
+    (line,) = [line for line in fetched(file).report if "several times" in line]
+    assert line.startswith("4 samples are 2 pairs several times, and each of them counts; of these 2 do not agree")
+    assert line.endswith("'prompt 1'")
 
 
 def test_a_dataset_of_nothing_but_ties_or_of_one_prompt_is_refused(tmp_path):

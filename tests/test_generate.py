@@ -94,6 +94,23 @@ def test_prompts_that_are_no_file_are_refused_with_what_to_write(tmp_path):
         read_prompts(["a", " "])
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_only_the_end_of_a_line_ends_a_prompt(encoding, tmp_path):
+    file = tmp_path / "prompts.txt"
+    text = "a red\u2028fox\r\na blue\x85bird\n\x0b# a\x0bgreen\x0cfrog\ra\x1ccat"
+    file.write_bytes(text.encode(encoding))
+    assert read_prompts(str(file)) == ["a red\u2028fox", "a blue\x85bird", "a\x1ccat"]
+
+
+def test_bytes_that_are_no_text_are_no_prompt(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("a fox\nein Bär".encode("latin-1"))
+    with pytest.raises(UserError, match=r"prompts.txt is no text in UTF-8 .line 2, offset 11: byte 0xe4."):
+        read_prompts(str(file))
+    with pytest.raises(UserError, match=r"'a fox .udce4' holds half of a character, or bytes that are not UTF-8"):
+        read_prompts(["a fox \udce4"])
+
+
 @pytest.mark.parametrize("prompts", [["a", None], [["a", "b"], "c"], [{"a": "b"}], [True]])
 def test_what_is_no_text_is_no_prompt(prompts):
     with pytest.raises(UserError, match="is no prompt: give texts, in quotes"):
@@ -191,6 +208,18 @@ def test_a_killed_drawing_goes_on_to_the_same_folder(draw, drawn, tmp_path):
     assert "6 pictures, 3 drawn before" in ended.out
     assert pictures(tmp_path) == pictures(drawn)
     assert (tmp_path / "pairs.jsonl").read_bytes() == (drawn / "pairs.jsonl").read_bytes()
+
+
+def test_a_picture_that_was_cut_short_is_drawn_anew(draw, drawn, tmp_path):
+    folder = shutil.copytree(drawn, tmp_path / "copied")
+    empty, cut = sorted(folder.rglob("*.png"))[:2]
+    empty.write_bytes(b"")
+    cut.write_bytes(cut.read_bytes()[:-20])
+    ended = draw(folder, "set_size=3")
+    assert "6 pictures, 4 drawn before" in ended.out
+    assert all(f"drawn anew: image {file}" in ended.out for file in (empty, cut))
+    assert pictures(folder) == pictures(drawn)
+    assert (folder / "pairs.jsonl").read_bytes() == (drawn / "pairs.jsonl").read_bytes()
 
 
 def test_a_drawing_that_ended_before_its_first_pair_goes_on_also_with_other_settings(draw, tmp_path):

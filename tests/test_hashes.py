@@ -166,3 +166,25 @@ def test_large_files_in_the_cache_of_the_hub_are_named_by_their_digest(tmp_path)
     link = tmp_path / "model.safetensors"
     link.symlink_to(blob)
     assert sha256(link) == digest
+
+
+def test_a_name_that_is_not_utf_8_is_remembered_like_others(tmp_path):
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt"))
+    file.write_text("a")
+    reader = Reader()
+    assert reader.of(file) == reader.of(file) == ["a"] and len(reader.read) == 1
+
+
+def test_a_file_that_cannot_be_read_has_a_result_that_is_not_remembered(tmp_path):
+    (file,) = make(tmp_path, "a")
+    missing = tmp_path / "missing"
+
+    def read(name: str) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    def said(name: str, error: OSError) -> str:
+        return f"{Path(name).name}: {error.strerror}"
+
+    found = list(remembered([missing, file], "text 1", read, said))
+    assert found == ["missing: No such file or directory", f"{file.name}: Permission denied"]
+    assert list(remembered([file], "text 1", lambda name: "a", said)) == ["a"]

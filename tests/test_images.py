@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from dpo_sd.errors import UserError
+from dpo_sd.files import images
 from dpo_sd.files.images import ENDINGS, MAX_PIXELS, facts, load_image, save_png
 
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)
@@ -234,6 +236,30 @@ def test_a_large_picture_is_refused_in_our_words_alone(tmp_path):
     program = f"from pathlib import Path; from dpo_sd.files.images import load_image; load_image(Path({str(file)!r}))"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "UserError: image" in ended.stderr and "DecompressionBomb" not in ended.stderr
+
+
+@pytest.mark.parametrize("size", [1_500_000, 30_000_000])
+def test_large_texts_spoil_no_picture(size, tmp_path):
+    texts = PngInfo()
+    for keyword in ("prompt", "workflow", "parameters"):
+        texts.add_itxt(keyword, "x" * size, zip=True)
+    Image.new("RGB", (8, 4), "red").save(tmp_path / "a.png", pnginfo=texts)
+    (known,) = facts([tmp_path / "a.png"])
+    assert (known.width, known.height, known.problem) == (8, 4, "")
+    assert load_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_file_that_may_not_be_read_is_a_problem_only_as_long(tmp_path, monkeypatch):
+    def denied(file: str) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    file = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(file)
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "read_sha256", denied)
+        assert problem(file) == f"image {file} cannot be read: Permission denied"
+    (known,) = facts([file])
+    assert known.problem == ""
 
 
 def test_a_text_that_unpacks_to_gigabytes_is_refused(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import unicodedata
 import zlib
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,18 @@ def test_of_images_without_a_checksum_nothing_is_said(folder: Path, uid: str):
 def test_a_missing_image_is_not_called_changed(folder: Path):
     uids = "0" * 64, read_sha256(folder / "images/a.png")
     assert changed_images(folder, [Pair("x", "p", "images/none.png", "images/a.png", *uids)]) == {}
+
+
+def test_an_image_is_found_as_another_system_spells_it_and_never_outside(folder: Path):
+    folder_name, name = (unicodedata.normalize("NFD", text) for text in ("für", "é.png"))
+    (folder / folder_name).mkdir()
+    Image.new("RGB", (8, 8)).save(folder / folder_name / name)
+    for spelling in ("für/é.png", "für\\é.png", f" {folder_name}/é.png"):
+        assert image_file(folder, spelling).name == name
+    Image.new("RGB", (8, 8)).save(folder.parent / "outside.png")
+    for spelling in ("..\\outside.png", "für\\..\\..\\outside.png", f"{folder.parent}\\outside.png".replace("/", "\\")):
+        with pytest.raises(UserError):
+            image_file(folder, spelling)
 
 
 def test_of_pairs_with_the_same_files_the_last_one_is_current():

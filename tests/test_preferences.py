@@ -27,7 +27,7 @@ from dpo_sd.files.json_lines import json_line
 from dpo_sd.preferences.events import Choice, Event, flag, now, retract, vote
 from dpo_sd.preferences.log import ANNOTATIONS, TORN, EventLog, merge
 from dpo_sd.preferences.metadata import METADATA, metadata_rows
-from dpo_sd.preferences.outcome import Preference, counting, fold, standing
+from dpo_sd.preferences.outcome import Preference, counting, fold, merged, standing
 from dpo_sd.preferences.pair_folder import Pair, pair_id, write_pairs
 from dpo_sd.preferences.reading import read_preferences
 
@@ -911,6 +911,39 @@ def test_the_five_keys_of_invoke_training_suffice(tmp_path: Path):
     assert first.pair.pair_id != second.pair.pair_id
 
 
+def test_a_row_in_which_neither_picture_is_preferred_is_undecided_or_what_its_votes_say(tmp_path: Path):
+    rows = [FIVE | {"prefer_0": False} | votes for votes in ({}, {"votes_tie": 2}, {"n_votes": 1})]
+    rows.append(FIVE | {"prefer_0": None, "prefer_1": None})
+    (tmp_path / METADATA).write_text("".join(json.dumps(row) + "\r\n" for row in rows), encoding="utf-8-sig")
+    assert [each.status for each in read_preferences(tmp_path)] == ["undecided", "tie", "both_bad", "undecided"]
+
+
+def test_a_pair_that_is_listed_several_times_has_the_votes_of_all_places():
+    def listed(image_0: str, image_1: str, *votes: int, prompt: str = "p") -> Preference:
+        pair = Pair(pair_id(prompt, image_0, image_1), prompt, image_0, image_1, "", "")
+        return Preference(pair, *votes, votes_tie=0, votes_bad=0, skips=0, flagged=False, decided_at=None)
+
+    once = [listed("a", "b", 1, 0), listed("a", "b", 0, 1, prompt="q"), listed("a", "c", 1, 0)]
+    assert merged(once) == (once, [])
+    preferences, (line,) = merged(
+        [
+            *[listed("a", "b", 1, 0), listed("b", "a", 0, 1), listed("a", "b", 1, 0)],
+            *[listed("c", "d", 1, 0), listed("d", "c", 2, 0)],
+            *[listed("e", "f", 1, 0), listed("f", "e", 1, 0)],
+            *[listed("g", "h", 0, 0), listed("g", "h", 0, 1)],
+        ]
+    )
+    assert [(each.pair.image_0, each.votes_0, each.votes_1) for each in preferences] == [
+        ("a", 3, 0),
+        ("c", 1, 2),
+        ("e", 1, 1),
+        ("g", 0, 1),
+    ]
+    assert preferences[2].status == "disputed"
+    assert "4 pairs are listed more than once, 3 of them in both orders" in line
+    assert "2 of them have opposite verdicts: c and d; e and f" in line
+
+
 def test_metadata_of_our_own_comes_back_with_its_votes(folder: Path):
     choices: list[Choice] = ["image_0", "image_0", "image_0", "image_1", "tie", "both_bad"]
     with closing(EventLog(folder)) as log:
@@ -933,7 +966,11 @@ def test_events_are_read_rather_than_metadata_that_may_be_older(folder: Path):
         ("nonsense", "line 2: not JSON"),
         (json.dumps({"prompt": "p"}), "line 2: the key 'image_0' is missing"),
         (json.dumps(FIVE | {"prefer_1": True}), "line 2: exactly one of prefer_0 and prefer_1"),
-        (json.dumps(FIVE | {"prefer_0": False}), "line 2: exactly one of prefer_0 and prefer_1"),
+        (json.dumps(FIVE | {"prefer_0": False, "votes_0": 1}), "line 2: the numbers of votes contradict"),
+        (
+            json.dumps(FIVE | {"prefer_0": "true"}),
+            "line 2: exactly one of prefer_0 and prefer_1 .* got 'true' and False",
+        ),
         (json.dumps(FIVE | {"prefer_0": 1}), "line 2: exactly one of prefer_0 and prefer_1"),
         (json.dumps(FIVE | {"prompt": None}), "line 2: prompt must be str"),
         (json.dumps(FIVE | {"image_1": 5}), "line 2: image_1 must be str"),

@@ -28,3 +28,10 @@ def test_the_unet_makes_room_for_a_large_picture(monkeypatch):
     assert moved == []
     model.decode_latents(torch.zeros(1, 4, 72, 64))
     assert moved == ["cpu", "cpu"]
+
+
+def test_half_of_a_character_is_read_as_the_sign_of_replacement():
+    model = Base().load()
+    cut, replaced = (model.encode_prompts([prompt]).hidden for prompt in ("a fox \ud83e", "a fox �"))
+    assert torch.equal(cut, replaced)
+    assert model.truncated(["\ud83e" * 100]) == ["\ud83e" * 100]

@@ -89,7 +89,11 @@ class Desk:
             return None
         relative, uid = self._images[image_token]
         file = image_file(self.log.folder, relative)
-        if is_uid(uid) and sha256(file) != uid:
+        try:
+            changed = is_uid(uid) and sha256(file) != uid
+        except OSError as error:
+            raise UserError(f"image {file} cannot be read: {error.strerror}") from error
+        if changed:
             raise UserError(
                 f"image {file} has changed since {PAIRS} listed it, and votes on it would be about another picture: "
                 "put the former one back, or list the pair anew, which python -m dpo_sd.generate does for its own"

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from dpo_sd.data.tables import check_columns
+from dpo_sd.data.tables import check_columns, read_rows
 from dpo_sd.errors import UserError
 from dpo_sd.files.images import ENDINGS
+from dpo_sd.files.json_lines import read_records
+from dpo_sd.files.names import composed, is_text, printable, spelt
+from dpo_sd.files.texts import read_text
 
 IMAGE_COLUMNS, TEXT_COLUMNS = ("image", "file_name"), ("text", "caption")
-METADATA = ("metadata.jsonl", "metadata.csv")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+TEXT_ENDINGS = (".txt", ".caption")  # of two files for one image, the first
 
 
 class Caption(NamedTuple):
@@ -37,49 +42,93 @@ class Listing(NamedTuple):
 
     Args:
         images: by their endings.
-        texts: .txt files.
+        texts: text files with captions, outside the folders that have a metadata file, and one for each image.
         metadata: files of the names in `METADATA`.
         others: number of files of each ending that is not read.
+        passed_over: files and folders that cannot be read, each with the reason.
     """
 
     images: list[str]
     texts: list[str]
     metadata: list[str]
     others: Counter[str]
+    passed_over: list[str]
 
     @property
     def is_dataset(self) -> bool:
         """Whether it is a folder of parquet files."""
-        return not self.images and self.others[".parquet"] > 0
+        return not self.images and (self.others[".parquet"] > 0 or any(map(_is_parquet, self.metadata)))
 
     def counted(self) -> str:
         """The endings that are not read: `3 .heic, 1 .zip`."""
-        return ", ".join(f"{n} {ending}" for ending, n in self.others.most_common(5))
+        return ", ".join(f"{n} {printable(ending)}" for ending, n in self.others.most_common(5))
+
+    def repeated(self) -> list[str]:
+        """The folders with images whose names ask Kohya's trainer to repeat them: 10_style."""
+        folders = dict.fromkeys(name for path in self.images for name in path.split("/")[:-1])
+        return [name for name in folders if re.match(r"\d+_", name)]
 
 
 def listing(folder: Path) -> Listing:
-    """The files of a folder, sorted by name within each folder."""
-    files = Listing([], [], [], Counter())
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(name for name in names if not name.startswith(".")):
-            path = (Path(place) / name).relative_to(folder).as_posix()
-            ending = Path(name).suffix.lower()
-            if ending in ENDINGS:
-                files.images.append(path)
-            elif ending == ".txt":
-                files.texts.append(path)
-            elif path in METADATA:
-                files.metadata.append(path)
-            else:
-                files.others[ending or name] += 1
-    if files.metadata and files.texts:
-        files.others[".txt"] += len(files.texts)
+    """The files of a folder, sorted by name within each folder; linked folders come last, each once.
+
+    Raises:
+        UserError: if the folder or one in it cannot be read.
+    """
+    files = Listing([], [], [], Counter(), [])
+    texts: list[str] = []
+    for path in _walk(folder, files.passed_over):
+        name, ending = os.path.basename(path), _ending(path)
+        if ending in ENDINGS:
+            files.images.append(path)
+        elif ending in TEXT_ENDINGS:
+            texts.append(path)
+        elif name.lower() in METADATA:
+            files.metadata.append(path)
+        else:
+            files.others[ending or name] += 1
+    ruled = tuple(path[: path.rindex("/") + 1] if "/" in path else "" for path in files.metadata)
+    first = {_stem(path) for path in texts if _ending(path) == TEXT_ENDINGS[0]}
+    for path in texts:
+        second = _ending(path) != TEXT_ENDINGS[0] and _stem(path) in first
+        if second or path.startswith(ruled):
+            files.others[_ending(path)] += 1
+        else:
+            files.texts.append(path)
     return files
 
 
+def _walk(folder: Path, passed_over: list[str]) -> Iterator[str]:
+    """Paths of the files, folder by folder; linked folders after the others, and none a second time."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"folder {error.filename} cannot be read: {error.strerror}") from error
+
+    seen: set[tuple[int, int]] = set()
+    waiting = [""]  # the folder itself, then links to folders
+    while waiting:
+        start = waiting.pop(0)
+        for place, folders, names in os.walk(os.path.join(folder, start), onerror=refuse):
+            status = os.stat(place)
+            below = os.path.relpath(place, folder)
+            prefix = "" if below == os.curdir else f"{below}/"
+            if (status.st_dev, status.st_ino) in seen:
+                passed_over.append(f"{below}, a folder that is read under another name")
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            for name in [*folders, *names]:
+                if not is_text(name):
+                    passed_over.append(f"{prefix}{name}, whose name is not UTF-8: rename it")
+            folders[:] = sorted(name for name in folders if not name.startswith(".") and is_text(name))
+            linked = [name for name in folders if os.path.islink(os.path.join(place, name))]
+            waiting += [prefix + name for name in linked]
+            folders[:] = [name for name in folders if name not in linked]
+            yield from (prefix + name for name in sorted(names) if not name.startswith(".") and is_text(name))
+
+
 def from_texts(folder: Path, files: Listing) -> list[Caption]:
-    """The captions in .txt files, each with the image of the same name or one that is not there.
+    """The captions in text files, each with the image of the same name or one that is not there.
 
     Raises:
         UserError: if two images share a file, two files an image, or a file is no text.
@@ -94,69 +143,97 @@ def from_texts(folder: Path, files: Listing) -> list[Caption]:
             raise UserError(
                 f"{' and '.join(sharing)} in {folder} share the caption {path}: delete or rename one of them"
             )
-        captions.append(Caption(sharing[0], _read(folder / path), path))
+        captions.append(Caption(sharing[0], " ".join(read_text(folder / path).split()), path))
     if twice := [stem for stem, n in Counter(map(_stem, files.texts)).items() if n > 1]:
         sharing = [path for path in files.texts if _stem(path) == twice[0]]
         raise UserError(f"{' and '.join(sharing)} in {folder} are captions of one picture: delete one of them")
     return captions
 
 
+def _ending(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
 def _stem(path: str) -> str:
-    return str(PurePosixPath(path).with_suffix(""))
-
-
-def _read(file: Path) -> str:
-    try:
-        return " ".join(file.read_text(encoding="utf-8-sig").split())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is no text in UTF-8 ({error}): save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
+    return composed(os.path.splitext(path)[0])
 
 
 def from_metadata(folder: Path, names: Sequence[str], needed: Mapping[str, Sequence[str]]) -> list[Caption]:
-    """The captions in a metadata file; rows without one are not among them.
+    """The captions in metadata files, each of the images in its own folder; rows without one are not among them.
 
     Args:
         names: metadata files of the folder.
         needed: columns of the image and of the text, in this order.
 
     Raises:
-        UserError: if there are two files, or one that cannot be read, lacks a column or holds something else.
+        UserError: if two files lie in one folder, or one cannot be read, lacks a column or holds something else.
     """
-    if len(names) > 1:
-        raise UserError(f"{folder} has {' and '.join(names)}: delete or rename one of them")
-    file = folder / names[0]
     captions = []
+    for above in dict.fromkeys(map(os.path.dirname, names)):
+        here = [name for name in names if os.path.dirname(name) == above]
+        if len(here) > 1:
+            raise UserError(f"{folder} has {' and '.join(here)}: delete or rename one of them")
+        captions += _captions(folder, above, folder / here[0], needed)
+    return captions
+
+
+def _captions(folder: Path, above: str, file: Path, needed: Mapping[str, Sequence[str]]) -> Iterator[Caption]:
+    """The captions in a metadata file.
+
+    Args:
+        above: path of the file's own folder, which its image names begin at.
+    """
     for where, row in _rows(file):
         if "image_0" in row and not set(row) & set(IMAGE_COLUMNS):
-            raise UserError(f"{file} holds pairs: use data=pairs data.pairs={folder}")
+            raise UserError(f"{file} holds pairs: use data=pairs data.pairs={file.parent}")
         check_columns(needed, list(row), where)
         image, text = (next(row[column] for column in columns if column in row) for columns in needed.values())
         if not isinstance(image, str) or not isinstance(text, str | None):
-            raise UserError(f"{where}: picture and caption must be text, got {image!r} and {text!r}")
+            raise UserError(f"{where}: picture and caption must be text, got {image!r:.100} and {text!r:.100}")
         if text is not None:
-            captions.append(Caption(PurePosixPath(image).as_posix(), " ".join(text.split()), image))
-    return captions
+            path = PurePosixPath(above, spelt(file.parent, image)).as_posix()
+            yield Caption(path, " ".join(text.split()), path)
 
 
 def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The place, in words, and the values of each row of a metadata file."""
+    if _is_parquet(file.name):
+        for number, row in enumerate(read_rows(file)):
+            yield f"row {number} of {file}", row
+    elif file.suffix.lower() == ".csv":
+        yield from _csv_rows(file)
+    else:
+        for number, row in read_records(file):
+            yield f"line {number} of {file}", row
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    text = read_text(file)
+    head = text.strip().partition("\n")[0]
+    delimiter = max(",;\t", key=head.count)  # the comma where there is none, for a single column
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    columns: list[str] = []
+    begin = 1
     try:
-        with open(file, encoding="utf-8-sig", newline="") as opened:
-            if file.suffix == ".csv":
-                reader = csv.DictReader(opened)
-                for row in reader:
-                    yield f"line {reader.line_num} of {file}", row
-                return
-            for number, line in enumerate(opened, start=1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(f"line {number} of {file} is no JSON object")
-                yield f"line {number} of {file}", row
-    except json.JSONDecodeError as error:
-        raise UserError(f"line {number} of {file} is no JSON: {error}") from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
+        for values in reader:
+            where, begin = f"line {begin} of {file}", reader.line_num + 1
+            if not columns:
+                columns = [name.strip() for name in values]
+                if twice := [name for name, n in Counter(columns).items() if name and n > 1]:
+                    raise UserError(f"{where} names the column {twice[0]} twice: rename one of them")
+            elif values and len(values) != len(columns):
+                raise UserError(
+                    f"{where} has {len(values)} values for the {len(columns)} columns {', '.join(columns)}: put texts "
+                    f"that hold {'a tab' if delimiter == chr(9) else repr(delimiter)} or a line end in double quotes"
+                )
+            elif values:
+                yield where, dict(zip(columns, values, strict=True))
+    except csv.Error as error:
+        raise UserError(
+            f"line {begin} of {file} cannot be read ({error}): close the double quotes around its texts, and write "
+            "those in them twice"
+        ) from error
+
+
+def _is_parquet(name: str) -> bool:
+    return name.lower().endswith(".parquet")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from dpo_sd.data.caption_folder import (
     IMAGE_COLUMNS,
     METADATA,
     TEXT_COLUMNS,
+    TEXT_ENDINGS,
     Caption,
     Listing,
     from_metadata,
@@ -26,7 +29,7 @@ from dpo_sd.data.rows import Tally, image_bytes
 from dpo_sd.data.source import Found, PreparedData, checked_dropout
 from dpo_sd.data.splitting import Split, at_most, check_validation, split_images
 from dpo_sd.data.tables import TabularDataset
-from dpo_sd.data.usable import left_out, usable
+from dpo_sd.data.usable import left_out, some, usable
 from dpo_sd.errors import UserError
 from dpo_sd.files.images import ENDINGS
 from dpo_sd.noise import order
@@ -42,9 +45,10 @@ UNCAPTIONED, IMAGELESS = "without a caption", "without a picture"
 class Captions(FileSource):
     """Images with captions: a folder, or a dataset on the Hub or in parquet files.
 
-    A folder, read with the folders in it, has a .txt file of the same name beside each image, or a `metadata.jsonl`
-    or `metadata.csv` with `file_name` (or `image`) and `text` (or `caption`). Images without a caption are left out
-    and named; where there is no caption at all, a trigger is one. Files and folders that begin with a dot are not seen.
+    A folder, read with the folders in it, linked ones too, has a .txt or .caption file of the same name beside each
+    image; or, in it or in the folders in it, a `metadata.jsonl`, `.csv` or `.parquet` with `file_name` (or `image`),
+    below the folder of that file, and `text` (or `caption`). Images without a caption are left out and named; where
+    there is no caption at all, a trigger is one. Files and folders that begin with a dot are not seen.
 
     Args:
         path: folder, parquet file, folder of parquet files, or repository on the Hub, which is streamed.
@@ -153,31 +157,40 @@ class Captions(FileSource):
             used, bare = [Caption(image, "", image) for image in files.images], []
         if 2 * len(bare) > len(files.images):
             raise UserError(_mostly_bare(folder, files, bare, imageless))
+        used, said = _each_once(used)
         report = [
             f"{folder}: {len(files.images)} pictures, {len(captions)} captions in {origin}",
             *left_out(UNCAPTIONED, bare, len(files.images)),
             *left_out(f"captions {IMAGELESS}", imageless, len(captions)),
+            *said,
             *([f"not read: {files.counted()}"] if files.others else []),
+            *([f"passed over: {some(files.passed_over)}"] if files.passed_over else []),
+            *(
+                [f"Kohya's repeats in names of folders do not count: {some(names)}"]
+                if (names := files.repeated())
+                else []
+            ),
         ]
         if self.max_images is not None:
             used = [used[row] for row in order(self.seed, 0, len(used))[: self.max_images]]
         return self._split_of(folder, used, report)
 
     def _captions(self, folder: Path, files: Listing) -> tuple[list[Caption], str]:
-        """The captions, and the name of the files that they are in."""
-        if files.metadata:
-            return from_metadata(folder, files.metadata, self._needed), files.metadata[0]
-        if self.image_column or self.text_column:
+        """The captions, and the names of the files that they are in."""
+        if (self.image_column or self.text_column) and not files.metadata:
             raise UserError(
-                f"{folder} has no {' or '.join(METADATA)} for image_column and text_column to name a column of"
+                f"{folder} has no {', '.join(METADATA[:-1])} or {METADATA[-1]} for image_column and text_column to "
+                "name a column of"
             )
-        return from_texts(folder, files), ".txt files"
+        captions = [*from_metadata(folder, files.metadata, self._needed), *from_texts(folder, files)]
+        endings = dict.fromkeys(os.path.splitext(path)[1].lower() for path in files.texts)
+        texts = f"{' and '.join(endings or TEXT_ENDINGS[:1])} files"
+        return captions, ", ".join([*files.metadata[:5], *([texts] if files.texts or not files.metadata else [])])
 
     def _split_of(self, folder: Path, captions: Sequence[Caption], report: list[str]) -> Split:
         if empty := [caption.image for caption in captions if not caption.text.strip()]:
             what = "the trigger alone" if self.trigger else "the empty prompt"
-            named = ", ".join(empty[:5]) + (" …" if len(empty) > 5 else "")
-            report = [*report, f"{len(empty)} pictures have an empty caption and are trained on {what}: {named}"]
+            report = [*report, f"{len(empty)} pictures have an empty caption and are trained on {what}: {some(empty)}"]
         prompts = [", ".join(part for part in (self.trigger, caption.text.strip()) if part) for caption in captions]
         found = usable(folder, prompts, [caption.image for caption in captions])
         if not found.rows:
@@ -186,13 +199,29 @@ class Captions(FileSource):
         return split_images(found.samples, self.validation, self.seed, [*report, *found.left_out])
 
 
+def _each_once(captions: Sequence[Caption]) -> tuple[list[Caption], list[str]]:
+    """The captions without those that are there a second time, and lines for the report on images with several."""
+    once = list({(caption.image, caption.text): caption for caption in captions}.values())
+    several = [image for image, n in Counter(caption.image for caption in once).items() if n > 1]
+    repeated = len(captions) - len(once)
+    return once, [
+        *([f"{repeated} captions are there a second time and count once"] if repeated else []),
+        *(
+            [f"{len(several)} pictures have several captions and count once with each: {some(several)}"]
+            if several
+            else []
+        ),
+    ]
+
+
 def _mostly_bare(folder: Path, files: Listing, bare: Sequence[str], imageless: Sequence[str]) -> str:
     """The message where most images have no caption."""
-    named = ", ".join(bare[:5]) + (" …" if len(bare) > 5 else "")
-    what = f"{len(bare)} of {len(files.images)} pictures in {folder} have no caption ({named})"
+    what = f"{len(bare)} of {len(files.images)} pictures in {folder} have no caption ({some(bare)})"
     if imageless:
-        what += f", and {len(imageless)} captions have no picture ({', '.join(imageless[:5])})"
-    elif not files.texts and not files.metadata:
+        what += f", and {len(imageless)} captions have no picture ({some(imageless)})"
+    if files.others:
+        what += f"; not read: {files.counted()}"
+    if not imageless and not files.texts and not files.metadata:
         return f"{what}: write .txt files of the same names, or let one phrase stand for all with data.trigger=<phrase>"
     return f"{what}: name the files of both alike, or move pictures without a caption away"
 

@@ -172,7 +172,7 @@ class Extract:
                 yield entry | taken
                 continue
             if nothing and read == FRUITLESS:
-                raise UserError(f"{self.dataset.path}: the first {read} rows are all {taken}")
+                raise UserError(f"{self.dataset.path}: the first {read} rows, up to {where}, are all {taken}")
             yield entry | {"left_out": taken, "where": where}
 
     def _unread(

@@ -15,8 +15,9 @@ from dpo_sd.data.source import checked_dropout
 from dpo_sd.data.splitting import Split, check_validation, split
 from dpo_sd.data.usable import left_out, usable
 from dpo_sd.errors import UserError
+from dpo_sd.files.names import is_text, spelt
 from dpo_sd.preferences.drawn_with import drawn_with
-from dpo_sd.preferences.outcome import Preference
+from dpo_sd.preferences.outcome import SIDES, Preference, merged
 from dpo_sd.preferences.pair_folder import image_file, is_uid
 from dpo_sd.preferences.reading import read_preferences
 
@@ -60,8 +61,8 @@ class Pairs(FileSource):
         Raises:
             UserError: if the folder cannot be read, nothing in it is decided, or there is only one prompt.
         """
-        preferences = read_preferences(self.folder)
-        wanted = ("image_0", "image_1", "tie") if self.ties else ("image_0", "image_1")
+        preferences, several = merged(read_preferences(self.folder))
+        wanted = (*SIDES, "tie") if self.ties else SIDES
         decided = [preference for preference in preferences if preference.status in wanted]
         if not decided:
             raise UserError(
@@ -69,7 +70,7 @@ class Pairs(FileSource):
                 f"choose the better pictures with python -m dpo_sd.annotate pairs={self.folder}"
             )
         flipped = [preference.status == "image_1" for preference in decided]
-        names = [(p.pair.image_0, p.pair.image_1) for p in decided]
+        names = [(spelt(self.folder, p.pair.image_0), spelt(self.folder, p.pair.image_1)) for p in decided]
         prompts = [p.pair.prompt for p in decided]
         found = usable(
             self.folder,
@@ -82,9 +83,11 @@ class Pairs(FileSource):
         )
         if not found.rows:
             raise UserError(f"no decided pair of {self.folder} can be read: {'; '.join(found.left_out)}")
-        changed = _changed(found.samples, [decided[row] for row in found.rows])
+        uids = [(p.pair.image_0_uid, p.pair.image_1_uid) for p in decided]
+        changed = _changed(found.samples, [uids[row][:: -1 if flipped[row] else 1] for row in found.rows])
         report = [
             f"{self.folder}: {counted(preferences)}",
+            *several,
             *found.left_out,
             *left_out("with a picture that has changed since it was judged", list(changed.values()), len(decided)),
         ]
@@ -105,7 +108,7 @@ class _Inside:
 
     def __call__(self, path: str) -> Path:
         parent, file = os.path.dirname(path), os.path.join(self.folder, path)
-        if parent in self._known and not os.path.islink(file):
+        if parent in self._known and is_text(path) and not os.path.islink(file):
             return Path(file)
         checked = image_file(self.folder, path)
         if (self.folder / parent).resolve().is_relative_to(self.folder.resolve()):
@@ -113,14 +116,15 @@ class _Inside:
         return checked
 
 
-def _changed(samples: Samples, preferences: Sequence[Preference]) -> dict[int, str]:
-    """The image of each sample whose bytes are not those that were judged, by row."""
+def _changed(samples: Samples, judged: Sequence[tuple[str, ...]]) -> dict[int, str]:
+    """The image of each sample whose bytes are not those that were judged, by row.
+
+    Args:
+        judged: uids of the chosen and the rejected image of each sample.
+    """
     changed = {}
-    for row, preference in enumerate(preferences):
-        pair = preference.pair
-        judged = {pair.image_0: pair.image_0_uid, pair.image_1: pair.image_1_uid}
-        for side in samples.sides:
-            uid = judged[side.paths[row]]
+    for row, uids in enumerate(judged):
+        for side, uid in zip(samples.sides, uids, strict=True):
             if is_uid(uid) and uid != side.sha256[row].decode():
                 changed[row] = side.paths[row]
     return changed
@@ -134,6 +138,6 @@ def _label(preference: Preference, soft: bool) -> float:
 
 def counted(preferences: Sequence[Preference]) -> str:
     """How many pairs have which outcome: `412 pairs: 380 decided, 20 tie, 12 skipped`."""
-    counts = Counter("decided" if p.status in ("image_0", "image_1") else p.status for p in preferences)
+    counts = Counter("decided" if p.status in SIDES else p.status for p in preferences)
     named = ", ".join(f"{n} {status.replace('_', ' ')}" for status, n in counts.most_common())
     return f"{len(preferences)} pairs" + (f": {named}" if named else "")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dpo_sd.data.frames import pixels, time_ids
-from dpo_sd.errors import UserError
-from dpo_sd.files.hashes import remembered
-from dpo_sd.files.images import load_image
+from dpo_sd.files.images import decoding_problems, load_image
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,17 +51,8 @@ def undecodable(samples: Samples, part: str) -> dict[int, str]:
 
     problems: dict[int, str] = {}
     for side in samples.sides:
-        files = (side.folder / path for path in side.paths)
-        found = remembered(files, "decoded 1", _decoding_problem)
+        found = decoding_problems(side.folder / path for path in side.paths)
         for row, problem in enumerate(tqdm(found, f"checking {part} pictures", len(samples), unit="picture", delay=2)):
             if problem:
                 problems.setdefault(row, problem)
     return problems
-
-
-def _decoding_problem(file: str) -> str:
-    try:
-        load_image(Path(file))
-        return ""
-    except UserError as error:
-        return str(error)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_sd.errors import UserError
+from dpo_sd.files.texts import read_text, whole
 from dpo_sd.shapes.captions import split_prompts
 
 
@@ -32,10 +34,8 @@ def read_prompts(prompts: str | Sequence[str], seed: int = 0) -> list[str]:
                 f"prompts={prompts}: no such file: name a text file with a prompt a line, a list such as "
                 "prompts='[a red fox,a blue bird]', or shapes"
             )
-        try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
-        except (UnicodeDecodeError, OSError) as error:
-            raise UserError(f"prompts={prompts} is no text in UTF-8 ({error}): save it as such") from error
+        # not str.splitlines: texts from documents hold the other separators at which it cuts
+        lines = io.StringIO(read_text(file), newline=None)
         found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     elif not isinstance(prompts, Sequence):
         raise UserError(f"prompts must be a text file or a list of prompts, got {prompts!r}")
@@ -43,6 +43,10 @@ def read_prompts(prompts: str | Sequence[str], seed: int = 0) -> list[str]:
         if others := [prompt for prompt in prompts if type(prompt) not in (str, int, float)]:
             raise UserError(f"prompts: {others[0]!r:.100} is no prompt: give texts, in quotes where they hold a comma")
         found = [str(prompt).strip() for prompt in prompts]
+        if cut := [prompt for prompt in found if whole(prompt) != prompt]:
+            raise UserError(
+                f"prompts: {cut[0]!r:.100} holds half of a character, or bytes that are not UTF-8: write it anew"
+            )
     if not found or not all(found):
         raise UserError(f"prompts={prompts}: {'an empty prompt is among them' if found else 'there are none'}")
     return list(dict.fromkeys(found))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import glob
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,13 +57,25 @@ class TabularDataset:
             return None
         if self._local.is_file():
             return [self._local]
+        if linked := next(self._linked(), None):
+            raise UserError(
+                f"{linked} is a link to a folder, and parquet files are not read through it: link the files"
+            )
         if not any(self._local.rglob("*.parquet")):
             raise UserError(f"{self._local} holds no parquet file")
         from datasets import load_dataset_builder
 
-        files = load_dataset_builder("parquet", data_dir=str(self._local)).config.data_files or {}
+        try:
+            files = load_dataset_builder("parquet", data_dir=glob.escape(str(self._local))).config.data_files or {}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self._local} cannot be read: {str(error).splitlines()[0]}") from error
         self._check_split(files)
         return [Path(file) for file in files[self.split]]
+
+    def _linked(self) -> Iterator[Path]:
+        """The links in the folder that lead to folders with parquet files."""
+        links = (Path(place, name) for place, folders, _ in os.walk(self._local) for name in folders)
+        yield from (link for link in links if link.is_symlink() and any(link.rglob("*.parquet")))
 
     def _check_split(self, splits: Iterable[Any]) -> None:
         splits = [str(split) for split in splits]
@@ -84,7 +98,8 @@ class TabularDataset:
         rows = 0
         for file in self.files:
             columns, n = _metadata(file)
-            check_columns(needed, columns, str(file))
+            if n:
+                check_columns(needed, columns, str(file))
             rows += n
         return rows
 
@@ -123,7 +138,12 @@ class TabularDataset:
             if self.files is None:
                 builder = load_dataset_builder(self.path, revision=commit)
             else:
-                builder = load_dataset_builder("parquet", data_files={self.split: [str(file) for file in self.files]})
+                files = [file for file in self.files if _metadata(file)[1]]  # the reader fails where there is no row
+                if not files:
+                    raise UserError(f"{self.path} has no rows")
+                patterns = [glob.escape(str(file)) for file in files]
+                types = _types(files, {*optional}.union(*needed.values()))
+                builder = load_dataset_builder("parquet", data_files={self.split: patterns}, **types)
             data_files = builder.config.data_files or {}
             if data_files:
                 self._check_split(data_files)
@@ -154,6 +174,10 @@ class TabularDataset:
                 raise (no_consent(self.path) if gated else not_there(self.path, "dataset ")) from error
             except ArrowException as error:
                 raise ValueError(error) from error
+            except TypeError as error:
+                if "Couldn't cast" not in str(error):
+                    raise
+                raise UserError(f"{self.path} has a column of other types in one file than another: {error}") from error
 
     def _unreadable(self, error: Exception, offline: bool) -> str:
         message = next(iter(str(error).splitlines()), type(error).__name__)
@@ -184,13 +208,61 @@ def check_columns(needed: Needed, there: Sequence[str], where: str) -> None:
             )
 
 
-def _metadata(file: Path) -> tuple[list[str], int]:
-    """Names of the columns, and number of rows, of a parquet file."""
+def _types(files: Sequence[Path], wanted: set[str]) -> dict[str, Any]:
+    """Settings of the reader with the types that the wanted columns have in all files together.
+
+    The reader would take those of the first file, in which a column may have no value, and so no type.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
+    from datasets import Features
+
+    schemas = []
+    for file in files:
+        with _opening(file):
+            schema = pq.read_schema(file)
+        schemas.append(pa.schema([field for field in schema if field.name in wanted], schema.metadata))
+    if all(schema.equals(schemas[0]) for schema in schemas):
+        return {}
+    together = schemas[0]
+    for file, schema in zip(files, schemas, strict=True):
+        if apart := set(schema.names) ^ set(together.names):
+            raise UserError(f"{file} and {files[0].name} do not both have the column {min(apart)}: give it to both")
+        try:
+            together = pa.unify_schemas([together, schema], promote_options="permissive")
+        except pa.ArrowException as error:
+            raise UserError(f"{file} has a column of another type than the files before it: {error}") from error
+    return {"columns": together.names, "features": Features.from_arrow_schema(together)}
+
+
+def read_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file.
+
+    Raises:
+        UserError: if it is no parquet file, or damaged.
+    """
+    import pyarrow.parquet as pq
+
+    with _opening(file):
+        for batch in pq.ParquetFile(file).iter_batches():
+            yield from batch.to_pylist()
+
+
+@contextmanager
+def _opening(file: Path) -> Iterator[None]:
+    """Turns errors of a parquet file into one line that names it."""
+    import pyarrow as pa
 
     try:
+        yield
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise UserError(f"{file} is no parquet file, or it is damaged: {str(error).splitlines()[0]}") from error
+
+
+def _metadata(file: Path) -> tuple[list[str], int]:
+    """Names of the columns, and number of rows, of a parquet file."""
+    import pyarrow.parquet as pq
+
+    with _opening(file):
         metadata = pq.read_metadata(file)
         return metadata.schema.to_arrow_schema().names, metadata.num_rows
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file} is no parquet file, or it is damaged: {str(error).splitlines()[0]}") from error

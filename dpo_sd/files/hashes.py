@@ -19,7 +19,12 @@ log = logging.getLogger(__name__)
 RACY = 2.0  # seconds; a file that has changed this recently could change again without a new time stamp
 
 
-def remembered(files: Iterable[str | Path], what: str, compute: Callable[[str], Any]) -> Iterator[Any]:
+def remembered(
+    files: Iterable[str | Path],
+    what: str,
+    compute: Callable[[str], Any],
+    unreadable: Callable[[str, OSError], Any] | None = None,
+) -> Iterator[Any]:
     """`compute(file)` of each file; it is called only if path, size, times of change or inode are new.
 
     The change time of a file cannot be set back, so an edited file is always noticed. The results are kept in
@@ -29,10 +34,20 @@ def remembered(files: Iterable[str | Path], what: str, compute: Callable[[str], 
         files: any number of files, which are taken one by one.
         what: name of the computation, with its version.
         compute: makes a result that JSON can hold from the path of a file.
+        unreadable: makes the result for a file that cannot be read, which is not kept; None raises.
 
     Raises:
-        OSError: if a file cannot be read.
+        OSError: if a file cannot be read and there is no `unreadable`.
     """
+
+    def tried(file: str, result: Callable[[str], Any]) -> Any:
+        try:
+            return result(file)
+        except OSError as error:
+            if unreadable is None:
+                raise
+            return unreadable(file, error)
+
     memory = Path(os.environ.get("DPO_SD_CACHE", "~/.cache/dpo_sd")) / "files.sqlite"
     try:
         memory = memory.expanduser()
@@ -45,11 +60,11 @@ def remembered(files: Iterable[str | Path], what: str, compute: Callable[[str], 
         )
     except (OSError, RuntimeError, sqlite3.Error) as error:  # a user without a home has no ~
         log.warning("%s cannot be used (%s): files are read anew at every start", memory, error)
-        yield from (compute(os.path.abspath(file)) for file in files)
+        yield from (tried(os.path.abspath(file), compute) for file in files)
         return
     with closing(connection):
         for file in files:
-            yield _remembered(connection, os.path.abspath(file), what, compute)
+            yield tried(os.path.abspath(file), lambda file: _remembered(connection, file, what, compute))
 
 
 def _remembered(connection: sqlite3.Connection, file: str, what: str, compute: Callable[[str], Any]) -> Any:
@@ -58,8 +73,9 @@ def _remembered(connection: sqlite3.Connection, file: str, what: str, compute: C
         file = os.path.realpath(file)
         status = os.stat(file)
     state = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino} {status.st_dev}"
+    path = file.encode("utf-8", "backslashreplace").decode()  # SQLite takes no name that is not UTF-8
     try:
-        row = connection.execute("SELECT state, value FROM files WHERE what = ? AND path = ?", (what, file)).fetchone()
+        row = connection.execute("SELECT state, value FROM files WHERE what = ? AND path = ?", (what, path)).fetchone()
     except sqlite3.Error:  # damaged: the insertion below says so
         row = None
     if row is not None and row[0] == state:
@@ -68,7 +84,7 @@ def _remembered(connection: sqlite3.Connection, file: str, what: str, compute: C
     if now - max(status.st_mtime, status.st_ctime) > RACY:
         try:
             connection.execute(
-                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", (what, file, state, json.dumps(value))
+                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", (what, path, state, json.dumps(value))
             )
         except sqlite3.Error as error:  # a full disk, or a lock that does not end
             log.warning("%s is not remembered: %s", file, error)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image
-from PIL.PngImagePlugin import PngInfo
+from PIL import ExifTags, Image, PngImagePlugin
 
 from dpo_sd.errors import UserError
 from dpo_sd.files.atomic import replacing
@@ -29,6 +28,8 @@ _TURNS = {  # that bring an image upright, by the number of its EXIF orientation
 }
 _ON_THEIR_SIDE = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}
 
+# texts in a PNG say nothing of its pixels: ComfyUI and InvokeAI write workflows of more than Pillow's one MiB
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**28
 # `open_image` refuses images below Pillow's limit already, in its own words
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -49,12 +50,14 @@ class ImageFacts(NamedTuple):
 
 
 def facts(files: Iterable[Path]) -> Iterator[ImageFacts]:
-    """Facts about each file; only files that are new or have changed are read.
+    """Facts about each file; only files that are new or have changed are read."""
+    found = remembered(files, "image 2", _facts, lambda file, error: ("", 0, 0, _unreadable(file, error)))
+    return (ImageFacts(*value) for value in found)
 
-    Raises:
-        OSError: if a file cannot be read.
-    """
-    return (ImageFacts(*value) for value in remembered(files, "image 1", _facts))
+
+def decoding_problems(files: Iterable[Path]) -> Iterator[str]:
+    """Why each file cannot be decoded to its end, "" if it can; only files that are new or have changed are read."""
+    return remembered(files, "decoded 2", _decoding_problem, _unreadable)
 
 
 def open_image(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
@@ -109,7 +112,7 @@ def save_png(image: Image.Image, file: Path, text: Mapping[str, str] | None = No
         file: path of the file.
         text: contents of the file's text chunks, by keyword.
     """
-    chunks = PngInfo()
+    chunks = PngImagePlugin.PngInfo()
     for keyword, value in (text or {}).items():
         chunks.add_itxt(keyword, value)  # UTF-8, unlike tEXt
     with replacing(file) as temporary:
@@ -125,6 +128,18 @@ def _facts(file: str) -> ImageFacts:
             return ImageFacts(sha256, *((height, width) if turned else (width, height)), "")
     except UserError as error:
         return ImageFacts(sha256, 0, 0, str(error))
+
+
+def _decoding_problem(file: str) -> str:
+    try:
+        load_image(Path(file))
+        return ""
+    except UserError as error:
+        return str(error)
+
+
+def _unreadable(file: str, error: OSError) -> str:
+    return f"image {file} cannot be read: {error.strerror or error}"
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_sd.errors import UserError
+from dpo_sd.files.texts import utf_8
 
 
 def json_line(record: Mapping[str, Any]) -> str:
@@ -24,10 +25,10 @@ def read_records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers from 1 and the JSON objects on those lines; blank lines are passed over.
 
     Raises:
-        UserError: if a line is not a JSON object; the message names it.
+        UserError: if the file cannot be read, or a line is not a JSON object; the message names it.
     """
     # at newlines only: prompts may hold the other separators at which str.splitlines cuts
-    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(utf_8(file).split(b"\n"), start=1):
         if line.strip():
             try:
                 yield number, parse_object(line)
@@ -41,10 +42,16 @@ def parse_object(line: bytes | str) -> dict[str, Any]:
     Raises:
         ValueError: if there is none.
     """
+    remedy = "restore or remove the line"
     try:
-        record = json.loads(line if isinstance(line, str) else line.decode())
+        text = line if isinstance(line, str) else line.decode("utf-8-sig")
+        if text.strip()[:1] in ("[", "]") or text.strip()[-1:] in (",", "{"):
+            remedy = "write one whole object a line, without the brackets and commas of an array"
+        record = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not JSON ({error}): save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error}): restore or remove the line") from error
+        raise ValueError(f"not JSON ({error}): {remedy}") from error
     if not isinstance(record, dict):
-        raise ValueError("not a JSON object: restore or remove the line")
+        raise ValueError(f"not a JSON object: {remedy}")
     return record

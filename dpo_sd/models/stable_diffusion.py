@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dpo_sd.files.texts import whole
 from dpo_sd.models.families import FAMILIES, tokenizer_of
 
 if TYPE_CHECKING:
@@ -220,14 +221,19 @@ class StableDiffusion:
         self.text_dtype = dtype
 
     def embed(self, prompts: Sequence[str]) -> TextEmbeds:
-        """Embeddings of prompts, where the text encoders are and with the gradients they have; long ones are cut."""
+        """Embeddings of prompts, where the text encoders are and with the gradients they have; long ones are cut.
+
+        Half of a surrogate pair is read as �: no tokenizer takes it.
+        """
         import torch
 
         hidden, pooled = [], None
         for how, tokenizer, encoder in zip(
             self.family.encoders.values(), self.tokenizers, self.text_encoders, strict=True
         ):
-            tokens = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
+            tokens = tokenizer(
+                [whole(prompt) for prompt in prompts], padding="max_length", truncation=True, return_tensors="pt"
+            )
             output: Any = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=how.layer is not None)
             hidden.append(output.last_hidden_state if how.layer is None else output.hidden_states[how.layer])
             pooled = output.text_embeds if how.pooled else pooled
@@ -255,7 +261,7 @@ class StableDiffusion:
         long: list[str] = []
         for start in range(0, len(suspects), 1024):
             part = suspects[start : start + 1024]
-            ids = self.tokenizers[0](part).input_ids
+            ids = self.tokenizers[0]([whole(prompt) for prompt in part]).input_ids
             long += [prompt for prompt, tokens in zip(part, ids, strict=True) if len(tokens) > self.max_tokens]
         return long
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo_sd.files.json_lines import json_line
 from dpo_sd.preferences.events import is_time
-from dpo_sd.preferences.outcome import Preference
+from dpo_sd.preferences.outcome import SIDES, Preference
 from dpo_sd.preferences.pair_folder import Pair, pair_id
 
 METADATA = "metadata.jsonl"
@@ -19,7 +19,7 @@ def metadata_rows(preferences: Iterable[Preference]) -> list[dict[str, Any]]:
 
     An unknown seed is left out, an unknown text is "".
     """
-    decided = [each for each in preferences if each.status in ("image_0", "image_1")]
+    decided = [each for each in preferences if each.status in SIDES]
     per_prompt = Counter(each.pair.prompt for each in decided)
     rows = []
     for preference in decided:
@@ -63,14 +63,22 @@ def metadata_text(preferences: Iterable[Preference]) -> str:
 def preference_of(row: dict[str, Any]) -> Preference:
     """The preference in a row of metadata.jsonl, of which five keys suffice.
 
+    Where neither image is preferred, it is undecided, or what the numbers of votes say.
+
     Raises:
         ValueError: if a key is missing or a value contradicts another.
     """
     for key in ("prompt", "image_0", "image_1", "prefer_0", "prefer_1"):
         if key not in row:
             raise ValueError(f"the key {key!r} is missing")
-    if not (type(row["prefer_0"]) is type(row["prefer_1"]) is bool and row["prefer_0"] != row["prefer_1"]):
-        raise ValueError("exactly one of prefer_0 and prefer_1 must be true: leave ties out")
+    prefer_0, prefer_1 = row["prefer_0"], row["prefer_1"]
+    if prefer_0 is prefer_1 is None:  # nobody has looked at it
+        prefer_0 = prefer_1 = False
+    if not type(prefer_0) is type(prefer_1) is bool or (prefer_0 and prefer_1):
+        raise ValueError(
+            "exactly one of prefer_0 and prefer_1 must be true, or both false where nobody has decided, got "
+            f"{prefer_0!r:.20} and {prefer_1!r:.20}"
+        )
     pair = Pair(
         pair_id=row.get("pair_id") or pair_id(str(row["prompt"]), str(row["image_0"]), str(row["image_1"])),
         prompt=row["prompt"],
@@ -84,13 +92,13 @@ def preference_of(row: dict[str, Any]) -> Preference:
         seed_0=row.get("seed_0"),
         seed_1=row.get("seed_1"),
     )
-    votes_0, votes_1 = _count(row, "votes_0", int(row["prefer_0"])), _count(row, "votes_1", int(row["prefer_1"]))
+    votes_0, votes_1 = _count(row, "votes_0", int(prefer_0)), _count(row, "votes_1", int(prefer_1))
     votes_tie = _count(row, "votes_tie", 0)
     votes_bad = _count(row, "n_votes", votes_0 + votes_1 + votes_tie) - votes_0 - votes_1 - votes_tie
     created = row.get("created_at")
     decided_at = created if isinstance(created, str) and is_time(created) else None
     preference = Preference(pair, votes_0, votes_1, votes_tie, votes_bad, 0, False, decided_at)
-    if votes_bad < 0 or preference.status != ("image_0" if row["prefer_0"] else "image_1"):
+    if votes_bad < 0 or [preference.status == side for side in SIDES] != [prefer_0, prefer_1]:
         raise ValueError("the numbers of votes contradict prefer_0 and prefer_1")
     return preference
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dpo_sd.preferences.events import Event
 
 Status = Literal["image_0", "image_1", "tie", "both_bad", "disputed", "skipped", "flagged", "undecided"]
+SIDES: tuple[Status, Status] = ("image_0", "image_1")  # the outcomes that decide a pair
 
 
 @dataclass(frozen=True)
@@ -119,3 +120,51 @@ def fold(pairs: Iterable[Pair], events: Collection[Event]) -> list[Preference]:
             )
         )
     return preferences
+
+
+def merged(preferences: Sequence[Preference]) -> tuple[list[Preference], list[str]]:
+    """One preference per pair of files, and lines for the report where a list has a pair more than once.
+
+    The votes of all places are added up, also where the images stand in the other order; so opposite verdicts make a
+    pair disputed, unless one has more votes.
+    """
+    by_files: dict[tuple[str, frozenset[tuple[str, str]]], list[Preference]] = defaultdict(list)
+    for each in preferences:
+        pair = each.pair
+        files = frozenset([(pair.image_0, pair.image_0_uid), (pair.image_1, pair.image_1_uid)])
+        by_files[pair.prompt, files].append(each)
+    several = [group for group in by_files.values() if len(group) > 1]
+    if not several:
+        return list(preferences), []
+    turned = [group for group in several if len({each.pair.image_0 for each in group}) > 1]
+    line = f"{len(several)} pairs are listed more than once"
+    line += f", {len(turned)} of them in both orders" if turned else ""
+    line += ": each counts once, with the votes of all its places"
+    opposite = [group[0].pair for group in several if len(set(map(_winner, group)) - {None}) > 1]
+    if opposite:
+        named = "; ".join(f"{pair.image_0} and {pair.image_1}" for pair in opposite[:5])
+        line += f"; {len(opposite)} of them have opposite verdicts: {named}{' …' if len(opposite) > 5 else ''}"
+    return [_added_up(group) for group in by_files.values()], [line]
+
+
+def _winner(preference: Preference) -> str | None:
+    pair = preference.pair
+    return {"image_0": pair.image_0, "image_1": pair.image_1}.get(preference.status)
+
+
+def _added_up(group: Sequence[Preference]) -> Preference:
+    first = group[0]
+    if len(group) == 1:
+        return first
+    alike = [each.pair.image_0 == first.pair.image_0 for each in group]
+    sides = [(each.votes_0, each.votes_1) for each in group]
+    return Preference(
+        pair=first.pair,
+        votes_0=sum(votes[not same] for votes, same in zip(sides, alike, strict=True)),
+        votes_1=sum(votes[same] for votes, same in zip(sides, alike, strict=True)),
+        votes_tie=sum(each.votes_tie for each in group),
+        votes_bad=sum(each.votes_bad for each in group),
+        skips=sum(each.skips for each in group),
+        flagged=any(each.flagged for each in group),
+        decided_at=max(filter(None, (each.decided_at for each in group)), default=None),
+    )

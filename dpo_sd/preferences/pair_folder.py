@@ -18,6 +18,7 @@ from dpo_sd.files import images
 from dpo_sd.files.atomic import write_text
 from dpo_sd.files.hashes import read_sha256
 from dpo_sd.files.json_lines import json_line, read_records
+from dpo_sd.files.names import is_text, spelt
 
 PAIRS = "pairs.jsonl"
 SHOWN = ("PNG", "JPEG", "WEBP")  # formats that every browser shows and that hold no script
@@ -159,11 +160,11 @@ def image_file(folder: str | Path, relative: str) -> Path:
 
     Raises:
         UserError: if the path is an address, absolute or leads out of the folder, by ".." or by a link, or there is no
-            plain file.
+            plain file, or its name is not UTF-8.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", relative):
         raise UserError(f"image {relative[:200]!r} is an address: give the path of a file in {folder}")
-    path = PurePosixPath(relative)
+    path = PurePosixPath(spelt(folder, relative))
     if path.is_absolute():
         raise UserError(f"image {relative[:200]!r} is an absolute path: give one relative to {folder}")
     if ".." in path.parts:
@@ -174,6 +175,8 @@ def image_file(folder: str | Path, relative: str) -> Path:
         raise UserError(f"image {relative[:200]!r} is not in {folder}: {error}") from error
     if not file.is_relative_to(root):
         raise UserError(f"image {relative[:200]!r} is a link out of {folder}: put the file itself there")
+    if not is_text(relative):
+        raise UserError(f"image {relative[:200]!r} has a name that is not UTF-8: rename the file in {folder}")
     if not file.is_file():
         raise UserError(f"image {relative[:200]!r} in {folder} is not a plain file")
     return file

@@ -37,7 +37,7 @@ class Client {
     const on = (target, event, handler, options) =>
       target.addEventListener(event, handler, { signal: this.closing.signal, ...options });
     on(window, "keydown", (event) => this.keydown(event));
-    on(window, "keyup", (event) => event.key.toLowerCase() === "f" && this.flicker(false));
+    on(window, "keyup", (event) => keyOf(event) === "f" && this.flicker(false));
     on(window, "blur", () => this.flicker(false));
     on(this.find(".panes"), "wheel", (event) => this.wheel(event), { passive: false });
     this.timer = setInterval(() => this.tick(), PATIENCE_MS / 2);
@@ -381,11 +381,12 @@ class Client {
   keydown(event) {
     const [target] = event.composedPath();
     const within = (selector) => target instanceof Element && target.closest(selector);
-    if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
+    if (event.ctrlKey || event.metaKey || event.altKey || event.getModifierState("AltGraph")) return;
+    if (event.isComposing || event.defaultPrevented) return;
     if (within("input, textarea, select, [contenteditable=true], [role=listbox], [role=menu], [role=dialog]")) return;
     if ([" ", "Enter"].includes(event.key) && within("button, summary, [role=button]")) return;
     if (["ArrowUp", "ArrowDown"].includes(event.key) && within(".prompt")) return;
-    const act = this.actions()[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+    const act = this.actions()[keyOf(event)];
     if (!act) return;
     event.preventDefault();
     if (!event.repeat || ZOOM_KEYS.includes(event.key)) act("key");
@@ -479,6 +480,15 @@ class Client {
 
 const SAID = { tie: "Tie", both_bad: "Both bad", skip: "Skipped", flag: "Reported as unfit: it is not trained on" };
 const ZOOM_KEYS = ["+", "=", "-"];
+
+// What a key stands for: the letter or sign that it writes; by its place on the keyboard where the layout has no Latin
+// letters, and in the row of the digits, which some layouts give only with shift.
+function keyOf({ key, code, shiftKey }) {
+  if (key.length > 1) return key; // named: Enter, or Process where an input method takes it
+  const [, place, label] = /^(Key|Digit|Numpad)([A-Z0-9])$/.exec(code) ?? [];
+  const foreign = !/[\0-\x7f]|\p{Script=Latin}/u.test(key);
+  return (foreign || (place === "Digit" && !shiftKey) ? (label ?? key) : key).toLowerCase();
+}
 
 function idOf(item) {
   return `${item.key}${item.repeat ? " again" : ""}`;

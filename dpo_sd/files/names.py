@@ -1,0 +1,67 @@
+"""Names of files: as other systems spell them, and as a message can hold them."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+
+def spelt(folder: str | Path, relative: str) -> str:
+    """The path of a file in a folder as the disk spells it, where a text may spell it in the way of another system.
+
+    A file of just this name comes first. Otherwise an accent may be one character or two (macOS), backslashes may
+    stand between folders (Windows), and blanks around the path do not count.
+
+    Args:
+        folder: where the path begins.
+        relative: the path as the text has it.
+
+    Returns:
+        The path below the folder; an address, an absolute path, one with "..", and one of no file as they are.
+    """
+    if os.path.lexists(os.path.join(folder, relative)):
+        return relative
+    path = PurePosixPath(relative.strip().replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or "\0" in relative:
+        return relative
+    found = ""
+    for part in path.parts:
+        place = os.path.join(folder, found)
+        if not os.path.lexists(os.path.join(place, part)):
+            try:
+                part = _names(place, os.stat(place).st_mtime_ns).get(composed(part), "")
+            except OSError:
+                part = ""
+            if not part:
+                return relative
+        found = os.path.join(found, part)
+    return found or relative
+
+
+def composed(name: str) -> str:
+    """A name with each accented letter as one character, as most systems write it; macOS writes two."""
+    return unicodedata.normalize("NFC", name)
+
+
+@lru_cache(maxsize=64)
+def _names(folder: str, changed: int) -> dict[str, str]:
+    """The names in a folder by their composed form.
+
+    Args:
+        changed: time of its last change, so that a later look is a new one.
+    """
+    return {composed(name): name for name in os.listdir(folder)}
+
+
+def is_text(name: str) -> bool:
+    """Whether a name is text; Linux takes any bytes, and those that are not UTF-8 reach Python as lone surrogates."""
+    return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def printable(text: str) -> str:
+    """The text on one line, with escapes for what cannot be printed: line ends, controls, bytes that are not UTF-8."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
