@@ -30,6 +30,14 @@ def override(key: str, value: str) -> str:
     return f"{key}='" + re.sub(r"(\\*)('|\Z)", r"\1\1\2", value).replace("'", r"\'") + "'"
 
 
+def check_range(name: str, value: int, least: int, most: int) -> None:
+    """Raises UserError, naming the setting, unless its value is in [least, most]."""
+    if value < least:
+        raise UserError(f"{name} must be at least {least}, got {value}")
+    if value > most:
+        raise UserError(f"{name} must be at most {most}, got {value}")
+
+
 def in_shell(key: str, value: object) -> str:
     """A setting as one types it in a shell, which has quotes of its own."""
     text = override(key, str(value))

@@ -7,7 +7,7 @@ import logging
 from PIL import Image
 
 from dpo_sd.callbacks.watcher import Run, Watcher
-from dpo_sd.errors import UserError
+from dpo_sd.errors import UserError, check_range
 from dpo_sd.evaluation.drawing import draw_as
 from dpo_sd.files.images import save_png
 from dpo_sd.files.sheets import comparison
@@ -30,8 +30,7 @@ class Samples(Watcher):
     def __init__(self, every: int = 100, n_prompts: int = 8, prompts: list[str] | None = None, seed: int = 0):
         if every < 1:
             raise UserError(f"every must be at least 1, got {every}")
-        if n_prompts < 1:
-            raise UserError(f"n_prompts must be at least 1, got {n_prompts}")
+        check_range("n_prompts", n_prompts, 1, 64)  # columns of a sheet
         if prompts is not None and not prompts:
             raise UserError("prompts is empty: name some, or leave it out (null) for held-out prompts")
         check_uint64("seed", seed)

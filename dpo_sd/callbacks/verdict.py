@@ -7,7 +7,7 @@ from typing import Any
 
 from dpo_sd.callbacks.watcher import Run, Watcher
 from dpo_sd.data.prompts import read_prompts
-from dpo_sd.errors import UserError
+from dpo_sd.errors import UserError, check_range
 from dpo_sd.evaluation.comparison import Comparison, compare, power
 from dpo_sd.evaluation.drawing import draw_as, questions
 from dpo_sd.judges.judge import Judge
@@ -37,10 +37,8 @@ class Verdict(Watcher):
         seed: int = 0,
         prompts: str | list[str] | None = None,
     ):
-        if n_prompts < 2:
-            raise UserError(f"n_prompts must be at least 2, got {n_prompts}")
-        if seeds_per_prompt < 1:
-            raise UserError(f"seeds_per_prompt must be at least 1, got {seeds_per_prompt}")
+        check_range("n_prompts", n_prompts, 2, 100_000)
+        check_range("seeds_per_prompt", seeds_per_prompt, 1, 1000)
         check_uint64("seed", seed)
         self.n_prompts, self.seeds_per_prompt, self.seed = n_prompts, seeds_per_prompt, seed
         self.prompts = None if prompts is None else read_prompts(prompts, seed)

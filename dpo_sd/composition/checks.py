@@ -20,9 +20,13 @@ from dpo_sd.composition.messages import (
 )
 from dpo_sd.composition.options import chosen, options, targets
 from dpo_sd.composition.schema import CONF_DIR, class_attribute
-from dpo_sd.errors import UserError
+from dpo_sd.errors import UserError, check_range
+from dpo_sd.files.names import is_text
 from dpo_sd.training.cluster import launched
 from dpo_sd.training.hardware import accumulation
+
+_LARGEST = 3.4e38  # of single precision
+_LONGEST_NAME = 128  # bytes; file systems take 255 with what is added
 
 
 def check_composition(cfg: DictConfig) -> None:
@@ -45,6 +49,7 @@ def check_composition(cfg: DictConfig) -> None:
         raise UserError(
             "optimizer.text_encoder_lr is given, but no text encoder is trained: add lora.text_encoder=true"
         )
+    check_range("pairs_per_update", cfg.pairs_per_update, 1, 10**6)
     processes = cfg.trainer.devices * cfg.trainer.num_nodes
     _check_processes(cfg.trainer.num_nodes, processes)
     accumulation(cfg.pairs_per_update, cfg.hardware.micro_batch, processes)
@@ -53,14 +58,17 @@ def check_composition(cfg: DictConfig) -> None:
 def _check_names(cfg: DictConfig) -> None:
     if not cfg.cache_dir:
         raise UserError("cache_dir is empty: name a folder, or leave it out")
-    if cfg.name in ("", ".", "..") or "/" in cfg.name or "\\" in cfg.name:
+    if cfg.name.strip() in ("", ".", "..") or "/" in cfg.name or "\\" in cfg.name:
         raise UserError(f"name must be the name of a folder, got {written(cfg.name)}")
+    if len(cfg.name.encode()) > _LONGEST_NAME:
+        raise UserError(
+            f"name must have at most {_LONGEST_NAME} bytes, got {len(cfg.name.encode())}: it names files too"
+        )
 
 
 def _check_trainer(trainer: DictConfig) -> None:
     for key in ("max_steps", "validate_every", "log_every", "devices", "num_nodes"):
-        if trainer[key] < 1:
-            raise UserError(f"trainer.{key} must be at least 1, got {trainer[key]}")
+        check_range(f"trainer.{key}", trainer[key], 1, 2**31)
     if trainer.gradient_clip is not None and not trainer.gradient_clip > 0:
         raise UserError(f"trainer.gradient_clip must be positive, or null for none, got {trainer.gradient_clip}")
 
@@ -128,9 +136,8 @@ def check_generation(cfg: DictConfig) -> None:
     """
     check_settings(cfg)
     _check_seed(cfg.seed)
-    for key, least in (("set_size", 2), ("num_sets", 1)):
-        if cfg[key] < least:
-            raise UserError(f"{key} must be at least {least}, got {cfg[key]}")
+    check_range("set_size", cfg.set_size, 2, 64)
+    check_range("num_sets", cfg.num_sets, 1, 10_000)
     if not (isinstance(cfg.prompts, str) or (isinstance(cfg.prompts, ListConfig) and len(cfg.prompts))):
         raise UserError(f"prompts must be a text file, a list of prompts, or shapes, got {written(cfg.prompts)}")
     if not isinstance(cfg.loras, str | ListConfig) or not all(isinstance(lora, str) for lora in cfg.loras):
@@ -152,9 +159,10 @@ def check_settings(cfg: DictConfig) -> None:
     for key in sorted(OmegaConf.missing_keys(cfg)):
         raise UserError(no_value(key))
     try:
-        OmegaConf.to_container(cfg, resolve=True)
+        values = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(explain_value(error)) from error
+    _check_representable(values, "")
     _check_typed(cfg)
     for group in ("callbacks", "logger"):
         for name, node in cfg.get(group, {}).items():
@@ -173,6 +181,19 @@ def _having(group: str, attribute: str, value: bool) -> list[str]:
         for name, target in targets().items()
         if name.startswith(f"{group}/") and class_attribute(target, attribute) is value
     ]
+
+
+def _check_representable(value: Any, key: str) -> None:
+    """Refuses numbers that no 32 bits hold, and text that no file can be written with or be named by."""
+    if isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_representable(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, float) and not abs(value) <= _LARGEST:
+        raise UserError(f"{key} must be a finite number of single precision, got {value}")
+    elif isinstance(value, int) and not abs(value) < 2**32:
+        raise UserError(f"{key} must be below 2^32, got {value}")
+    elif isinstance(value, str) and (not is_text(value) or "\0" in value):
+        raise UserError(f"{key} holds characters that UTF-8 has not, or a null byte: {written(value)}")
 
 
 def _check_typed(cfg: DictConfig) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dpo_sd.errors import UserError
+from dpo_sd.errors import UserError, check_range
 from dpo_sd.files.tensors import KEY
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ class Framing:
     def __init__(
         self, resolution: int | None = None, buckets: bool = True, flip: bool = False, random_crop: bool = False
     ):
-        if resolution is not None and resolution < 64:
-            raise UserError(f"resolution must be at least 64 pixels, got {resolution}")
+        if resolution is not None:
+            check_range("resolution", resolution, 64, 8192)
         self.resolution, self.buckets, self.flip, self.random_crop = resolution, buckets, flip, random_crop
 
     def sizes(self, resolution: int, step: int) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ from dpo_sd.data.cache import Cache
 from dpo_sd.data.drawn import encode_drawn
 from dpo_sd.data.source import Found, PreparedData, Source, checked_dropout
 from dpo_sd.data.texts import too_long
-from dpo_sd.errors import UserError
+from dpo_sd.errors import UserError, check_range
 from dpo_sd.lora.adapters import adapter_key, reference
 from dpo_sd.noise import generator, image_seed, sample_id
 from dpo_sd.shapes.captions import split_prompts
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from dpo_sd.models.stable_diffusion import StableDiffusion
 
 CHUNK = 64  # images kept together: what a killed run has to draw again at most
+
+
+MOST = 10_000_000  # samples: more than are drawn in years
 
 
 class _World(Source):
@@ -106,8 +109,7 @@ class Shapes(_World):
     ):
         from dpo_sd.judges.oracle import Oracle
 
-        if n_pairs < 1:
-            raise UserError(f"n_pairs must be at least 1, got {n_pairs}")
+        check_range("n_pairs", n_pairs, 1, MOST)
         super().__init__(n_pairs, n_validation, caption_dropout, seed)
         self.oracle = Oracle(preference, style)
         self.labeller = self.oracle.name
@@ -182,8 +184,7 @@ class Renders(_World):
     ):
         from dpo_sd.shapes.oracle import check_known
 
-        if n_pictures < 1:
-            raise UserError(f"n_pictures must be at least 1, got {n_pictures}")
+        check_range("n_pictures", n_pictures, 1, MOST)
         super().__init__(n_pictures, n_validation, caption_dropout, seed)
         check_known(style, STYLES, "style")
         self.style = style

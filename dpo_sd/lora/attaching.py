@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_sd.errors import UserError
+from dpo_sd.errors import UserError, check_range
 from dpo_sd.lora.adapters import adapter_tensors, copy_into, lora_layers, summary
 from dpo_sd.lora.finding import find_lora
 from dpo_sd.lora.names import adaptable, canonical
@@ -58,8 +58,7 @@ class LoRA:
         text_encoder: bool = False,
         init_from: str | None = None,
     ) -> None:
-        if rank < 1:
-            raise UserError(f"rank must be at least 1, got {rank}")
+        check_range("rank", rank, 1, 1280)  # the width of the widest blocks
         if alpha is not None and not 0 < alpha < math.inf:
             raise UserError(f"alpha must be positive, got {alpha}; leave it out (null) for alpha = rank")
         if not 0 <= dropout < 1:

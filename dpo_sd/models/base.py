@@ -74,6 +74,9 @@ class Base:
         self.zero_terminal_snr = zero_terminal_snr
         self.weight_files = WeightFiles(variant or None, pickle)
         self.notes: list[str] = []
+        for key, where in (("path", path), ("config", config), ("vae", vae), ("revision", revision)):
+            if where is not None and not where.strip():
+                raise UserError(f"model.{key} is empty: give it a value, or leave it out")
         for key, where in (("path", self.path), ("config", config), ("vae", vae)):
             if where is not None:
                 check_place(key, where, self.family, self._own_parts, pickle)

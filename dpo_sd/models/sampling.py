@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from dpo_sd.errors import UserError
+from dpo_sd.errors import UserError, check_range
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,10 +39,8 @@ class Sampler:
         height: int | None = None,
         width: int | None = None,
     ):
-        if steps < 1:
-            raise UserError(f"steps must be at least 1, got {steps}")
-        if batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        check_range("steps", steps, 1, 1000)
+        check_range("batch_size", batch_size, 1, 4096)
         if not 1 <= guidance < math.inf:
             raise UserError(f"guidance must be at least 1 (1 is without guidance) and finite, got {guidance}")
         if negative_prompt and guidance == 1:
@@ -50,6 +48,7 @@ class Sampler:
         for name, pixels in (("height", height), ("width", width)):
             if pixels is not None and (pixels < 8 or pixels % 8):
                 raise UserError(f"{name} must be a multiple of 8 pixels, got {pixels}")
+            check_range(name, pixels or 8, 8, 8192)
         self.scheduler, self.steps, self.guidance, self.batch_size = scheduler, steps, guidance, batch_size
         self.negative_prompt, self.height, self.width = negative_prompt, height, width
 

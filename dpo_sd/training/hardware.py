@@ -9,7 +9,7 @@ import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dpo_sd.errors import UserError
+from dpo_sd.errors import UserError, check_range
 from dpo_sd.training.cluster import local_rank
 
 if TYPE_CHECKING:
@@ -53,10 +53,8 @@ class Hardware:
         memory_gib: float | None = None,
         compile: bool = False,
     ) -> None:
-        if micro_batch < 1:
-            raise UserError(f"micro_batch must be at least 1, got {micro_batch}")
-        if num_workers < 0:
-            raise UserError(f"num_workers must be at least 0, got {num_workers}")
+        check_range("micro_batch", micro_batch, 1, 4096)
+        check_range("num_workers", num_workers, 0, 4 * (os.cpu_count() or 1))
         if memory_gib is not None and not memory_gib > 0:
             raise UserError(f"memory_gib must be positive, got {memory_gib}")
         if precision == "16-mixed" and accelerator == "cpu":
@@ -117,6 +115,7 @@ class Hardware:
         if self.compile:
             _check_compiler(self.accelerator)
         if self.accelerator == "cpu":
+            check_range("trainer.devices", devices, 1, 2 * (os.cpu_count() or 1))
             return
         import torch
 
