@@ -118,6 +118,26 @@ def test_a_preempted_job_goes_back_into_the_queue_and_its_next_start_ends_as_if_
     assert json.loads((job / "summary.json").read_text())["steps"] == 6
 
 
+def test_a_closed_terminal_saves_and_stops_but_not_a_run_that_nohup_started(train, tmp_path):
+    def closed(ignored: bool) -> None:
+        from dpo_sd.callbacks.checkpoint import Checkpoint
+
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        ends = Checkpoint.on_update
+
+        def at_the_third(self, run):
+            if run.step == 3:
+                os.kill(os.getpid(), signal.SIGHUP)
+            ends(self, run)
+
+        Checkpoint.on_update = at_the_third  # type: ignore[method-assign]
+
+    stopped = train(tmp_path / "run", patch=lambda: closed(ignored=False))
+    assert stopped.code == 130 and "stopped; continue with" in stopped.out
+    assert (tmp_path / "run/checkpoints/step=000003.ckpt").exists()
+    assert train(tmp_path / "kept", patch=lambda: closed(ignored=True)).code == 0
+
+
 def test_a_second_start_that_is_no_restart_does_not_touch_the_run(train, tmp_path):
     run = tmp_path / "run"
     assert train(run, "trainer.max_steps=2").code == 0

@@ -69,7 +69,7 @@ def entry_point(
             if cfg is not None:
                 return main(cfg)
             keep_talking()
-            wants_all = "HYDRA_FULL_ERROR" in os.environ
+            wants_all = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
             os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come out of Hydra as they are
             try:
                 sys.argv[1:] = flags_first(sys.argv[1:])

@@ -168,7 +168,7 @@ def check_settings(cfg: DictConfig) -> None:
         for name, node in cfg.get(group, {}).items():
             if node is None:
                 raise UserError(f"{group}.{name} is null: leave it out with ~{group}.{name}")
-            if "_target_" not in node:
+            if not isinstance(node, DictConfig) or "_target_" not in node:
                 raise UserError(unknown_setting(f"{group}.{name}", options(group), cfg))
     if "logger" in cfg:
         _check_kinds(cfg.logger, OmegaConf.merge(*map(OmegaConf.load, (CONF_DIR / "logger").glob("*.yaml"))))

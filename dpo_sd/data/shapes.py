@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from dpo_sd.models.stable_diffusion import StableDiffusion
 
 CHUNK = 64  # images kept together: what a killed run has to draw again at most
-
-
 MOST = 10_000_000  # samples: more than are drawn in years
 
 
