@@ -55,7 +55,10 @@ def run_forked(work: Callable[[], object], folder: Path, timeout: float = 500) -
         try:
             for number, path in enumerate(paths, start=1):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1, errors="backslashreplace")
+            sys.stdout, sys.stderr = (
+                os.fdopen(1, "w", buffering=1),
+                os.fdopen(2, "w", buffering=1, errors="backslashreplace"),
+            )
             torch.set_num_threads(1)  # the threads of OpenMP are not copied: work shared out to them would never end
             work()
             code = 0

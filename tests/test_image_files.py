@@ -346,7 +346,7 @@ def test_a_full_disk_keeps_what_is_complete_and_says_so(model, tmp_path, encoded
 
     prompts, save, written = make(tmp_path, SIX_SIZES), safetensors.torch.save_file, []
 
-    def fills(tensors: Any, file: Path) -> None:
+    def fills(tensors: Any, file: Path, *rest: Any) -> None:
         if len(written) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         written.append(file)

@@ -27,6 +27,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from dpo_sd.files.checksums import seal
+
 # runs that are compared with each other: every kind of randomness is in use, and both schedules are in motion
 RANDOM = (
     "hardware.micro_batch=2",
@@ -570,7 +572,7 @@ def spoil(file: Path, how: str) -> None:
 def test_a_file_that_is_no_checkpoint_is_named(command, copy, how):
     spoil(copy / "checkpoints" / "last.ckpt", how)
     before = files(copy)
-    refused(command(f"resume={copy}"), str(copy / "checkpoints" / "last.ckpt"), "not a whole checkpoint")
+    refused(command(f"resume={copy}"), str(copy / "checkpoints" / "last.ckpt"), "is damaged, or no checkpoint")
     assert files(copy) == before
 
 
@@ -586,6 +588,7 @@ def test_a_checkpoint_of_other_weights_or_pairs_is_refused(command, copy, what, 
     content = checkpoint(copy)
     content["identity"][what] = "0" * 16
     torch.save(content, copy / "checkpoints" / "last.ckpt")
+    seal(copy / "checkpoints" / "last.ckpt")
     before = files(copy)
     refused(command(f"resume={copy}"), f"trained with other {named}", "0" * 16)
     assert files(copy) == before
