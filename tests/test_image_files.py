@@ -350,7 +350,7 @@ def test_a_full_disk_keeps_what_is_complete_and_says_so(model, tmp_path, encoded
         if len(written) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         written.append(file)
-        save(tensors, file)
+        save(tensors, file, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr("safetensors.torch.save_file", fills)

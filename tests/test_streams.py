@@ -25,12 +25,12 @@ open(sys.argv[1], "w").write("went on")
 def talk(tmp_path):
     """Starts a program that prints much and then writes a file, and returns its output where that is read."""
 
-    def talk(arguments: str = "", **how: object) -> str:
+    def talk(arguments: str = "", **how: str) -> str:
         end = tmp_path / "end"
         end.unlink(missing_ok=True)
         command = f'"{sys.executable}" -c "$TALKER" "{end}" {arguments}'
         done = subprocess.run(
-            ["bash", "-c", command], env=os.environ | {"TALKER": TALKER} | dict(how), capture_output=True, check=True
+            ["bash", "-c", command], env=os.environ | {"TALKER": TALKER} | how, capture_output=True, check=True
         )  # fmt: skip
         assert end.read_text() == "went on" and b"Traceback" not in done.stderr
         return done.stdout.decode("latin-1")

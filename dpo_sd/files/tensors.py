@@ -132,13 +132,13 @@ def write_tensors(
             length = opened.read(8)
             text = opened.read(*struct.unpack("<Q", length))
             entries = json.loads(text)
-            metadata = entries.pop("__metadata__")
+            texts = entries.pop("__metadata__")
             spans = [entry["data_offsets"] for entry in entries.values()]
             whole = [(0, max((end for _, end in spans), default=0))]
             of_data = _checksums(opened, 8 + len(text), spans if one_by_one else whole)
-            metadata[_CHECKSUMS] = blank[:_DIGITS] + "".join(f"{each:0{_DIGITS}x}" for each in of_data)
+            texts[_CHECKSUMS] = blank[:_DIGITS] + "".join(f"{each:0{_DIGITS}x}" for each in of_data)
             # safetensors writes the metadata in another order at every start
-            ordered = {"__metadata__": dict(sorted(metadata.items())), **entries}
+            ordered = {"__metadata__": dict(sorted(texts.items())), **entries}
             header = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
             raw = length + header.ljust(len(text))
             opened.seek(0)
@@ -315,8 +315,15 @@ class TensorStore:
         places = self._places(_columns(keys))
         if (places < 0).any():
             raise KeyError(str(keys[int(np.argmax(places < 0))]))
-        columns = (each[places] for each in (self._shards, self._offsets, self._shape_numbers, self._checksums))
-        return StoredTensors(self.files, self.shapes, self.dtype, *columns)
+        return StoredTensors(
+            self.files,
+            self.shapes,
+            self.dtype,
+            self._shards[places],
+            self._offsets[places],
+            self._shape_numbers[places],
+            self._checksums[places],
+        )
 
 
 class StoredTensors:
