@@ -30,11 +30,11 @@ def override(key: str, value: str) -> str:
     return f"{key}='" + re.sub(r"(\\*)('|\Z)", r"\1\1\2", value).replace("'", r"\'") + "'"
 
 
-def check_range(name: str, value: int, least: int, most: int) -> None:
+def check_range(name: str, value: int, least: int, most: int | None = None) -> None:
     """Raises UserError, naming the setting, unless its value is in [least, most]."""
     if value < least:
         raise UserError(f"{name} must be at least {least}, got {value}")
-    if value > most:
+    if most is not None and value > most:
         raise UserError(f"{name} must be at most {most}, got {value}")
 
 

@@ -21,6 +21,7 @@ from dpo_sd.lora.programs import diffusers_scales, loader_report, unmatched
 from dpo_sd.lora.reading import read_lora
 from dpo_sd.lora.weights import LoRAFile
 from dpo_sd.lora.writing import save_diffusers, save_kohya, save_peft
+from dpo_sd.models.contents import Told, told_by_texts
 from dpo_sd.models.families import PROGRAMS
 from dpo_sd.models.ready import ready
 from dpo_sd.models.skeletons import blank, on_meta
@@ -102,10 +103,9 @@ def write(lora: LoRAFile, form: str, out: Path, shape: StableDiffusion, base: Ba
         kept = {key: value for key, value in lora.metadata.items() if key.startswith(("ss_", "modelspec."))}
         for stale in ("modelspec.date", "modelspec.hash_sha256"):  # of another file
             kept.pop(stale, None)
-        said = {} if at_hand else kept
-        velocity = {"v": "v_prediction", "epsilon": "epsilon"}.get(said.get("modelspec.prediction_type", ""))
-        prediction_type: Any = base.prediction_type or velocity or shape.prediction_type
-        zero = shape.noise_scheduler.config["rescale_betas_zero_snr"] or said.get("ss_zero_terminal_snr") == "True"
+        said = Told() if at_hand else told_by_texts(kept)
+        prediction_type: Any = base.prediction_type or said.prediction_type or shape.prediction_type
+        zero = shape.noise_scheduler.config["rescale_betas_zero_snr"] or bool(said.zero_terminal_snr)
         if base.zero_terminal_snr is not None:
             zero = base.zero_terminal_snr
         save_kohya(lora, out, base.name, prediction_type=prediction_type, zero_terminal_snr=zero, extra=kept)

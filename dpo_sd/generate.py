@@ -18,7 +18,7 @@ from dpo_sd.data.prompts import read_prompts
 from dpo_sd.errors import UserError, in_shell
 from dpo_sd.files.claims import held
 from dpo_sd.files.hashes import sha256
-from dpo_sd.files.images import decoding_problems, save_png
+from dpo_sd.files.images import decoding_problems, has_png_end, save_png
 from dpo_sd.lora.attaching import load_for_drawing
 from dpo_sd.lora.weighted import lora_name, parse_lora
 from dpo_sd.noise import image_seed
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from dpo_sd.lora.weighted import WeightedLoRA
     from dpo_sd.models.sampling import Sampler
     from dpo_sd.models.stable_diffusion import StableDiffusion
-
-PNG_END = b"IEND\xaeB`\x82"  # of every whole file, also where all pixels come before what is missing
 
 
 @entry_point("generate")
@@ -148,9 +146,9 @@ def remove_broken(folder: Path, images: Sequence[SetImage]) -> None:
     from tqdm import tqdm
 
     files = [file for image in images if (file := folder / image.file).is_file()]
-    found = tqdm(decoding_problems(files), "checking pictures", len(files), unit="picture", delay=2)
+    found = tqdm(decoding_problems(files, unreadable=False), "checking pictures", len(files), unit="picture", delay=2)
     for file, problem in zip(files, list(found), strict=True):
-        if not problem and not file.read_bytes().endswith(PNG_END):
+        if not problem and not has_png_end(file):
             problem = f"image {file} lacks its end"
         if problem:
             print(f"drawn anew: {problem}")

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import lightning as L
 
 from dpo_sd.callbacks.watcher import Run, Watcher
-from dpo_sd.errors import UserError
+from dpo_sd.errors import check_range
 from dpo_sd.files.atomic import replacing
 from dpo_sd.training import cluster
 
@@ -30,10 +30,8 @@ class Checkpoint(Watcher):
     acts_last: ClassVar[bool] = True
 
     def __init__(self, every: int = 50, keep: int = 2):
-        if every < 1:
-            raise UserError(f"every must be at least 1, got {every}")
-        if keep < 1:
-            raise UserError(f"keep must be at least 1, got {keep}")
+        check_range("every", every, 1)
+        check_range("keep", keep, 1)
         self.every, self.keep = every, keep
         self.interrupted = self.preempted = self._silent = False
         self._handlers: dict[signal.Signals, Any] = {}

@@ -10,7 +10,7 @@ import lightning as L
 from tqdm import tqdm
 
 from dpo_sd.callbacks.watcher import Run, Watcher
-from dpo_sd.errors import UserError
+from dpo_sd.errors import check_range
 
 SHOWN = (  # label, metric, format
     ("loss", "train/loss", ".4f"),
@@ -28,8 +28,7 @@ class Progress(Watcher):
     """
 
     def __init__(self, window: int = 20):
-        if window < 1:
-            raise UserError(f"window must be at least 1, got {window}")
+        check_range("window", window, 1)
         self._last: deque[dict[str, float]] = deque(maxlen=window)
         self._bar: tqdm[Any] | None = None
 

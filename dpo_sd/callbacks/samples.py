@@ -28,8 +28,7 @@ class Samples(Watcher):
     """
 
     def __init__(self, every: int = 100, n_prompts: int = 8, prompts: list[str] | None = None, seed: int = 0):
-        if every < 1:
-            raise UserError(f"every must be at least 1, got {every}")
+        check_range("every", every, 1)
         check_range("n_prompts", n_prompts, 1, 64)  # columns of a sheet
         if prompts is not None and not prompts:
             raise UserError("prompts is empty: name some, or leave it out (null) for held-out prompts")

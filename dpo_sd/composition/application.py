@@ -40,6 +40,7 @@ def entry_point(
         resumable: understands `resume=<run>`, see `dpo_sd.training.resume`.
     """
 
+    reported: list[Exception] = []  # of the jobs of a sweep
     given: list[str] = []  # the command line of a start that replays another's settings
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[..., Any]:
@@ -54,12 +55,14 @@ def entry_point(
                 message = explain(error)
                 logging.getLogger("dpo_sd.failure").error(message or "failed", exc_info=message is None)
                 _report(error)
+                reported.append(error)
                 if not sweeping():
                     if message:
                         _remove_empty_folder()
                     sys.exit(1)
                 if message:
-                    raise UserError(message) from error
+                    reported.append(told := UserError(message))
+                    raise told from error
                 raise  # Hydra notes it and starts the next job
 
         application = hydra.main(config_path=str(CONF_DIR), config_name=config_name, version_base="1.3")(job)
@@ -84,12 +87,13 @@ def entry_point(
             except ValueError as error:  # a plain one is Hydra's own, about its flags and groups
                 _report(error if explain(error) else UserError(error))
                 sys.exit(1)
-            except Exception as error:  # job has reported its own
+            except Exception as error:
                 unread = UserError(
                     f"these settings cannot be composed ({type(error).__name__}: {str(error).partition(chr(10))[0]}); "
                     "HYDRA_FULL_ERROR=1 in the environment shows where"
                 )
-                _report(error if explain(error) or wants_all else unread)
+                if error not in reported:
+                    _report(error if explain(error) or wants_all else unread)
                 sys.exit(1)
 
         return run

@@ -184,14 +184,14 @@ def _having(group: str, attribute: str, value: bool) -> list[str]:
 
 
 def _check_representable(value: Any, key: str) -> None:
-    """Refuses numbers that no 32 bits hold, and text that no file can be written with or be named by."""
+    """Refuses numbers that no tensor holds, and text that no file can be written with or be named by."""
     if isinstance(value, dict | list):
         for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
             _check_representable(inner, f"{key}.{name}" if key else str(name))
     elif isinstance(value, float) and not abs(value) <= _LARGEST:
         raise UserError(f"{key} must be a finite number of single precision, got {value}")
-    elif isinstance(value, int) and not abs(value) < 2**32:
-        raise UserError(f"{key} must be below 2^32, got {value}")
+    elif isinstance(value, int) and not abs(value) < 2**63:
+        raise UserError(f"{key} must be below 2^63, got {value}")
     elif isinstance(value, str) and (not is_text(value) or "\0" in value):
         raise UserError(f"{key} holds characters that UTF-8 has not, or a null byte: {written(value)}")
 

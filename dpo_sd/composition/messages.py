@@ -166,8 +166,8 @@ def _of_file(error: OSError) -> str | None:
             return None
     elif error.errno in _DENIED and isinstance(error.filename, str) and not _is_reachable(error.filename):
         return f"cannot read {error.filename}: {error.strerror}; make it readable for this user"
-    elif error.errno not in (*_DENIED, *_UNWRITABLE, *_NO_SUCH_PLACE):
-        return None
+    elif error.errno not in (*_DENIED, *_UNWRITABLE, *_NO_SUCH_PLACE):  # a disk that fails, a mount that has gone
+        return f"{error.filename}: {error.strerror}" if error.filename and error.errno else None
     place = f"cannot write {error.filename}" if error.filename else "cannot write"
     return f"{place}: {error.strerror}; {_OTHER_PLACES}"
 

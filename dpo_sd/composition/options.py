@@ -6,6 +6,8 @@ import functools
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from dpo_sd.composition.schema import CONF_DIR, is_readable, typed
 from dpo_sd.errors import UserError
@@ -25,7 +29,6 @@ CONTRACTS: dict[str, str] = {  # base classes of what the groups compose; a clas
     "judge": "dpo_sd.judges.judge.Judge",
     "callbacks": "dpo_sd.callbacks.watcher.Watcher",
 }
-_TARGET = re.compile(r"^\s*_target_:\s*(\S+)", re.MULTILINE)
 _FLAGS = ("--config-dir", "--config-name")
 _WITH_VALUE = (*_FLAGS, "-cd", "-cn", "--config-path", "-cp", "--package", "-p", "--cfg", "-c")
 
@@ -130,13 +133,25 @@ def targets() -> dict[str, str]:
 
 def written_targets() -> set[str]:
     """All classes and functions that conf/ and the user's own options name."""
-    files = (path for folder in folders() for path in folder.rglob("*.yaml"))
-    return {target for file in files for target in _TARGET.findall(file.read_text(encoding="utf-8"))}
+    found: set[str] = set()
+    for file in (path for folder in folders() for path in folder.rglob("*.yaml")):
+        with suppress(YAMLError, OmegaConfBaseException):  # none of the options, or Hydra says so
+            found.update(targets_in(OmegaConf.to_container(OmegaConf.load(file))))
+    return found
+
+
+def targets_in(node: Any) -> Iterator[str]:
+    """All that a node of plain dicts and lists names as `_target_`."""
+    if isinstance(node, dict):
+        yield from [str(node["_target_"])] if "_target_" in node else []
+        node = list(node.values())
+    for inner in node if isinstance(node, list) else []:
+        yield from targets_in(inner)
 
 
 @functools.cache
 def _target_in(path: Path) -> str | None:
-    match = _TARGET.search(path.read_text(encoding="utf-8"))
+    match = re.search(r"^\s*_target_:\s*(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
     return match[1] if match else None
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_sd.composition.messages import explain_value
-from dpo_sd.composition.options import own_flags, written_targets
+from dpo_sd.composition.options import own_flags, targets_in, written_targets
 from dpo_sd.errors import UserError, override
 
 
@@ -85,18 +83,10 @@ def check_replayed(cfg: DictConfig, given: list[str]) -> None:
         raise UserError(explain_value(error)) from error
     own = [argument for argument in given if _key(argument) != "resume"]  # a path may have any text in it
     named = {target for argument in own for target in re.findall(r"_target_\s*[=:]\s*([\w.]+)", argument)}
-    if unknown := sorted(set(_targets(OmegaConf.to_container(cfg))) - written_targets() - named):
+    if unknown := sorted(set(targets_in(OmegaConf.to_container(cfg))) - written_targets() - named):
         raise UserError(f"the settings of that run choose {unknown[0]}: name it on the command line if you trust it")
     if OmegaConf.select(cfg, "model.pickle") and "model.pickle" not in map(_key, own):
         raise UserError("that run reads a pickle, which can run code: add model.pickle=true if you trust it")
-
-
-def _targets(node: Any) -> Iterator[str]:
-    if isinstance(node, dict):
-        yield from [str(node["_target_"])] if "_target_" in node else []
-        node = list(node.values())
-    for inner in node if isinstance(node, list) else []:
-        yield from _targets(inner)
 
 
 def _key(argument: str) -> str:

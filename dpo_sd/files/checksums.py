@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -32,9 +33,14 @@ def is_whole(file: Path) -> bool:
 
 def _checksum(file: Path, length: int) -> bytes:
     """Checksum of the first bytes of a file."""
-    hashed = xxhash.xxh3_128()
     with open(file, "rb") as opened:
-        while length and (block := opened.read(min(length, 2**20))):
-            hashed.update(block)
-            length -= len(block)
-    return hashed.hexdigest().encode()
+        return feed(xxhash.xxh3_128(), opened, 0, length).hexdigest().encode()
+
+
+def feed(hashed: Any, opened: BinaryIO, begins: int, ends: int) -> Any:
+    """The hash, given the bytes of an open file between two places."""
+    opened.seek(begins)
+    while begins < ends and (block := opened.read(min(ends - begins, 2**20))):
+        hashed.update(block)
+        begins += len(block)
+    return hashed

@@ -32,16 +32,11 @@ def made_anew(folder: Path) -> Path:
     Raises:
         OSError: if it cannot be made.
     """
-    for candidate in numbered(folder):
+    for candidate in (folder if n == 1 else folder.with_name(f"{folder.name}-{n}") for n in itertools.count(1)):
         with suppress(FileExistsError):
             candidate.mkdir(parents=True)
             return candidate
     raise AssertionError
-
-
-def numbered(folder: Path) -> Iterator[Path]:
-    """The names that `made_anew` tries, without end."""
-    return (folder if n == 1 else folder.with_name(f"{folder.name}-{n}") for n in itertools.count(1))
 
 
 @contextmanager
@@ -81,10 +76,14 @@ def _locked(folder: Path) -> int:
             if error.errno not in _NO_LOCKS:
                 raise
             owner = _owner(file)
-            if owner and owner["host"] == socket.gethostname() and is_alive(owner["pid"]):
+            here = owner.get("host") == socket.gethostname()
+            if here and owner["pid"] != os.getpid() and is_alive(owner["pid"]):
                 raise _taken(folder, owner) from None
-            if owner:
-                log.warning("%s; this disk has no locks to ask for, so that it may still be there", _had(folder, owner))
+            if owner and not here:
+                log.warning(
+                    "%s was in use by process %s on %s, and this disk has no locks to ask whether it still is",
+                    *(folder, owner["pid"], owner["host"]),
+                )
             return descriptor
         os.close(descriptor)
 
@@ -98,14 +97,9 @@ def _owner(file: Path) -> dict[str, Any]:
         return {}
 
 
-def _had(folder: Path, owner: dict[str, Any]) -> str:
-    if not owner:
-        return f"{folder} is in use by another process"
-    return f"{folder} is in use by process {owner['pid']} on {owner['host']}, since {owner['since']}"
-
-
 def _taken(folder: Path, owner: dict[str, Any]) -> UserError:
-    return UserError(f"{_had(folder, owner)}: wait for its end, or choose another folder")
+    who = f"process {owner['pid']} on {owner['host']}, since {owner['since']}" if owner else "another process"
+    return UserError(f"{folder} is in use by {who}: wait for its end, or choose another folder")
 
 
 def take_turn(descriptor: int, operation: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +19,7 @@ from dpo_sd.files.hashes import read_sha256, remembered
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 8192 * 8192
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 _TURNS = {  # that bring an image upright, by the number of its EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -55,9 +58,23 @@ def facts(files: Iterable[Path]) -> Iterator[ImageFacts]:
     return (ImageFacts(*value) for value in found)
 
 
-def decoding_problems(files: Iterable[Path]) -> Iterator[str]:
-    """Why each file cannot be decoded to its end, "" if it can; only files that are new or have changed are read."""
-    return remembered(files, "decoded 2", _decoding_problem, _unreadable)
+def decoding_problems(files: Iterable[Path], unreadable: bool = True) -> Iterator[str]:
+    """Why each file cannot be decoded to its end, "" if it can; only files that are new or have changed are read.
+
+    Args:
+        unreadable: a file that the disk does not give out is a problem too.
+
+    Raises:
+        OSError: if the disk does not give out a file, which is no problem of the picture, unless `unreadable`.
+    """
+    return remembered(files, "decoded 2", _decoding_problem, _unreadable if unreadable else None)
+
+
+def has_png_end(file: Path) -> bool:
+    """Whether a PNG file has its last chunk, without which its pixels may be whole but its bytes are not."""
+    with open(file, "rb") as opened:
+        opened.seek(max(0, file.stat().st_size - len(_PNG_END)))
+        return opened.read() == _PNG_END
 
 
 def open_image(file: Path, formats: tuple[str, ...] = FORMATS) -> Image.Image:
@@ -127,7 +144,7 @@ def _facts(file: str) -> ImageFacts:
             turned = _turn(image) in _ON_THEIR_SIDE
             return ImageFacts(sha256, *((height, width) if turned else (width, height)), "")
     except UserError as error:
-        return ImageFacts(sha256, 0, 0, str(error))
+        return ImageFacts(sha256, 0, 0, _of_the_picture(error))
 
 
 def _decoding_problem(file: str) -> str:
@@ -135,7 +152,17 @@ def _decoding_problem(file: str) -> str:
         load_image(Path(file))
         return ""
     except UserError as error:
-        return str(error)
+        return _of_the_picture(error)
+
+
+def _of_the_picture(error: UserError) -> str:
+    """The message of a damaged picture; what the disk or the memory could not do is raised, and not remembered."""
+    cause = error.__cause__
+    if isinstance(cause, MemoryError):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)) from error
+    if isinstance(cause, OSError) and cause.errno is not None:  # Pillow's own have none
+        raise cause
+    return str(error)
 
 
 def _unreadable(file: str, error: OSError) -> str:

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import struct
-import textwrap
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ import xxhash
 
 from dpo_sd.errors import UserError
 from dpo_sd.files.atomic import replacing
+from dpo_sd.files.checksums import feed
 from dpo_sd.files.room import writing
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ def _checked(raw: bytes, metadata: Mapping[str, str]) -> Sequence[int]:
     """
     if not any(key in metadata for key in (_CHECKSUMS, _MARK)):
         return ()
-    own, *of_data = textwrap.wrap(metadata.get(_CHECKSUMS, ""), _DIGITS) or [""]
+    digits = metadata.get(_CHECKSUMS, "")
+    own, *of_data = [digits[place : place + _DIGITS] for place in range(0, len(digits), _DIGITS)] or [""]
     if own != _of_header(raw):
         raise HeaderError(CHANGED)
     return [int(digits, 16) for digits in of_data]
@@ -163,15 +164,7 @@ def check_tensors(file: str | Path) -> Header:
 
 def _checksums(opened: BinaryIO, start: int, spans: Iterable[Sequence[int]]) -> list[int]:
     """Checksums of parts of a file, given by their beginnings and ends behind `start`."""
-    found = []
-    for begins, ends in spans:
-        opened.seek(start + begins)
-        hashed, left = xxhash.xxh3_64(), ends - begins
-        while left and (block := opened.read(min(left, 2**20))):
-            hashed.update(block)
-            left -= len(block)
-        found.append(hashed.intdigest())
-    return found
+    return [feed(xxhash.xxh3_64(), opened, start + begins, start + ends).intdigest() for begins, ends in spans]
 
 
 def _header(entries: dict[str, Any], start: int, size: int) -> Header:

@@ -118,7 +118,7 @@ def kohya_name(module: str, family: Family) -> str:
 
 
 def plain_names(keys: Iterable[str]) -> dict[str, str]:
-    """What diffusers or Kohya's trainer would call the tensors of a LoRA file, for whichever names it has.
+    """The names that diffusers or Kohya's trainer would give the tensors of a LoRA file, by the names in the file.
 
     A name that is unknown stays as it is. Dotted names of a file are those of diffusers, unless one of them ends as
     Kohya's do or names a block as Stability's code does: then all of them become Kohya's.
@@ -167,7 +167,7 @@ def from_sgm(module: str) -> str:
 
 
 def part_of(name: str) -> Literal["A", "B", "alpha"]:
-    """What a tensor of a plain name is of its module."""
+    """The part of its module that a tensor of a plain name is."""
     if name.endswith(".alpha"):
         return "alpha"
     return "A" if name.endswith(("lora_A.weight", "down.weight")) else "B"

@@ -126,12 +126,12 @@ def save_peft(lora: LoRAWeights, folder: str | Path, model: StableDiffusion) -> 
         config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
         with _writing(file := folder / network / PEFT_WEIGHTS):
             write_tensors(file, state, {"format": "pt"})
-        write_json(folder / network / PEFT_CONFIG, config)
+            write_json(folder / network / PEFT_CONFIG, config)
     return folder
 
 
 def _in_other_versions(module: str) -> str:
-    """What other versions of transformers call a module of a text encoder."""
+    """The name that other versions of transformers give a module of a text encoder."""
     if module.startswith("encoder."):
         return f"text_model.{module}"
     return module.removeprefix("text_model.")

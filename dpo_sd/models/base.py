@@ -202,7 +202,7 @@ class Base:
         """The training schedule as the settings say, or else the single file, or else the files of the schedule."""
         from dpo_sd.models.loading import read_schedule, training_schedule
 
-        schedule = read_schedule(folder)
+        schedule, taken = read_schedule(folder), {}
         for key, kept, setting, found in (
             ("prediction_type", "prediction_type", self.prediction_type, said.prediction_type),
             ("zero_terminal_snr", "rescale_betas_zero_snr", self.zero_terminal_snr, said.zero_terminal_snr),
@@ -213,9 +213,8 @@ class Base:
                 self._note(
                     f"{self.path} says by {said.by} that model.{key} is {found}: {setting} is taken, as it is set"
                 )
-        predicts = self.prediction_type or said.prediction_type
-        ends = self.zero_terminal_snr if self.zero_terminal_snr is not None else said.zero_terminal_snr
-        return training_schedule(schedule, self.path, predicts, ends)
+            taken[key] = found if setting is None else setting
+        return training_schedule(schedule, self.path, **taken)
 
     def _note(self, note: str) -> None:
         if note not in self.notes:

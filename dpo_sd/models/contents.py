@@ -63,7 +63,7 @@ _VELOCITY = {"true": "v_prediction", "false": "epsilon"}
 
 
 class Told(NamedTuple):
-    """What a single file says of the training of its UNet; None where it says nothing.
+    """A file's statement on the training of its UNet; None where it says nothing.
 
     Args:
         prediction_type: what the UNet predicts, as diffusers names it.
@@ -77,20 +77,30 @@ class Told(NamedTuple):
 
 
 def told(header: Header, family: Family) -> Told:
-    """What a single file says by empty tensors, as A1111, Forge, ComfyUI and InvokeAI read them, or by its metadata."""
-    texts = {key: text.strip().lower().replace("-", "_") for key, text in header.metadata.items()}
+    """The statement of a single file: by empty tensors, as A1111, Forge, ComfyUI and InvokeAI know them, or by texts."""
+    by_texts = told_by_texts(header.metadata)
+    kind, key = by_texts.prediction_type, by_texts.by
+    if "v_pred" in header.shapes:
+        kind, key = "v_prediction", "v_pred"
+    elif kind is None and family.kohya_velocity is not None:  # otherwise one name is for both
+        kinds = {family.kohya.architecture: "epsilon", family.kohya_velocity.architecture: "v_prediction"}
+        kind = kinds.get(header.metadata.get("modelspec.architecture", ""))
+        key = " and ".join(filter(None, ("modelspec.architecture" if kind else "", key)))
+    if "ztsnr" in header.shapes:
+        return Told(kind, True, f"{key} and ztsnr" if kind else "ztsnr")
+    return Told(kind, by_texts.zero_terminal_snr, key)
+
+
+def told_by_texts(metadata: Mapping[str, str]) -> Told:
+    """The statement of the metadata of a single file or of a LoRA."""
+    texts = {key: text.strip().lower().replace("-", "_") for key, text in metadata.items()}
     said = {  # the first that says something is believed
-        "v_pred": "v_prediction" if "v_pred" in header.shapes else None,
         "modelspec.prediction_type": _PREDICTIONS.get(texts.get("modelspec.prediction_type", "")),
         "ss_v_parameterization": _VELOCITY.get(texts.get("ss_v_parameterization", "")),
     }
-    if family.kohya_velocity is not None:  # otherwise one name is for both
-        kinds = {family.kohya.architecture: "epsilon", family.kohya_velocity.architecture: "v_prediction"}
-        said["modelspec.architecture"] = kinds.get(header.metadata.get("modelspec.architecture", ""))
     key = next((key for key, kind in said.items() if kind is not None), "")
-    ends = ["ztsnr"] if "ztsnr" in header.shapes else []
-    ends += ["ss_zero_terminal_snr"] if texts.get("ss_zero_terminal_snr") == "true" else []
-    return Told(said.get(key), bool(ends) or None, " and ".join(filter(None, (key, *ends))))
+    ends = texts.get("ss_zero_terminal_snr") == "true"
+    return Told(said.get(key), ends or None, " and ".join(filter(None, (key, "ss_zero_terminal_snr" if ends else ""))))
 
 
 def check_header(header: Header, file: Path) -> None:

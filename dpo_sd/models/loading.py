@@ -166,13 +166,11 @@ class Reader:
 
 def _kept_in(file: Path) -> torch.dtype | None:
     """The precision of a file's weights, in which none of them needs to be read."""
-    from safetensors import safe_open
+    import torch
 
-    if file.suffix in PICKLES:
-        return None
-    with safe_open(file, "pt") as opened:
-        kinds = (opened.get_tensor(name).dtype for name in opened.keys())  # noqa: SIM118 - it is no mapping
-        return next((kind for kind in kinds if kind.is_floating_point), None)
+    kinds = [] if file.suffix in PICKLES else read_header(file).dtypes.values()
+    named = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return next((named[kind] for kind in kinds if kind in named), None)
 
 
 def _misfit(name: str, found: Iterable[int], needed: Iterable[int]) -> ValueError:

@@ -36,7 +36,9 @@ def restarted() -> bool:
 
 def first_process() -> bool:
     """Whether this process speaks for all that train together."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return all(
+        os.environ.get(name, "0") == "0" for name in ("RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK", "SLURM_PROCID")
+    )
 
 
 def local_rank() -> int:

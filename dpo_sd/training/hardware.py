@@ -176,8 +176,7 @@ def accumulation(pairs_per_update: int, micro_batch: int, world_size: int = 1) -
         ("hardware.micro_batch", micro_batch),
         ("world_size", world_size),
     ):
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}")
+        check_range(name, value, 1)
     together = micro_batch * world_size
     if pairs_per_update % together:
         below = pairs_per_update // together * together

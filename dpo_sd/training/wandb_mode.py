@@ -44,7 +44,7 @@ def begin(logger: WandbLogger) -> None:
         wandb.finish()
     if not logger._offline and "WANDB_MODE" not in os.environ and not _answers():
         log.warning("wandb writes offline into the run folder; `wandb sync` sends it later")
-        os.environ["WANDB_MODE"] = "offline"
+        logger._wandb_init["mode"] = "offline"
     try:
         _ = logger.experiment
     except Error as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import sys
 from contextlib import ExitStack, suppress
@@ -13,7 +14,7 @@ from omegaconf import DictConfig, open_dict, read_write
 
 from dpo_sd.callbacks.sweep_table import JOB_NAME
 from dpo_sd.errors import UserError, override
-from dpo_sd.files.claims import held, made_anew, numbered
+from dpo_sd.files.claims import held, made_anew
 from dpo_sd.training import cluster
 
 
@@ -29,13 +30,13 @@ class OwnFolder(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.run.dir)
+        _check_name(folder)
         own = _before_the_restart(folder, config) if cluster.restarted() else None
         if own is None and cluster.first_process() and not _is_named(config, "hydra.run.dir"):
             with suppress(OSError):  # which Hydra meets in its turn
                 own = made_anew(folder)
         if own is not None:
             _rename(config, "run", own)
-        _check_name(own or folder)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
@@ -78,9 +79,7 @@ def _rename(config: DictConfig, mode: str, folder: Path) -> None:
 
 def _before_the_restart(folder: Path, config: DictConfig) -> Path | None:
     """The folder in which this job ran with the same settings before its scheduler started it again."""
-    for candidate in numbered(folder):
-        if not candidate.exists():
-            return None
+    for candidate in (folder, *sorted(folder.parent.glob(f"{glob.escape(folder.name)}-*"))):
         with suppress(OSError, ValueError, LookupError):
             record = json.loads((candidate / "run.json").read_text(encoding="utf-8"))
             if _settings(record["overrides"]) == _settings(config.hydra.overrides.task):
