@@ -77,7 +77,7 @@ class Told(NamedTuple):
 
 
 def told(header: Header, family: Family) -> Told:
-    """The statement of a single file: by empty tensors, as A1111, Forge, ComfyUI and InvokeAI know them, or by texts."""
+    """The statement of a single file: by empty tensors, which A1111, Forge, ComfyUI and InvokeAI know, or by texts."""
     by_texts = told_by_texts(header.metadata)
     kind, key = by_texts.prediction_type, by_texts.by
     if "v_pred" in header.shapes:
