@@ -130,7 +130,7 @@ def at(run: Run, step: int) -> Run:
         (lambda: Checkpoint(keep=0), "keep must be at least 1, got 0"),
         (lambda: Samples(every=0), "every must be at least 1, got 0"),
         (lambda: Samples(n_prompts=0), "n_prompts must be at least 1, got 0"),
-        (lambda: Samples(prompts=[]), "prompts is empty"),
+        (lambda: Samples(prompts=[]), r"prompts=\[\]: there are none"),
         (lambda: Verdict(n_prompts=1), "n_prompts must be at least 2, got 1"),
         (lambda: Verdict(seeds_per_prompt=0), "seeds_per_prompt must be at least 1, got 0"),
         (lambda: Progress(window=0), "window must be at least 1, got 0"),

@@ -7,7 +7,8 @@ import logging
 from PIL import Image
 
 from dpo_sd.callbacks.watcher import Run, Watcher
-from dpo_sd.errors import UserError, check_range
+from dpo_sd.data.prompts import read_prompts
+from dpo_sd.errors import check_range
 from dpo_sd.evaluation.drawing import draw_as
 from dpo_sd.files.images import save_png
 from dpo_sd.files.sheets import comparison
@@ -23,17 +24,16 @@ class Samples(Watcher):
     Args:
         every: updates between sheets, at least 1; the first and the last state are always drawn.
         n_prompts: number of held-out prompts to draw, at least 1; ignored where `prompts` are given.
-        prompts: prompts to draw instead of held-out ones.
+        prompts: a list of prompts, or a file of them, to draw instead of held-out ones.
         seed: seed of the images.
     """
 
-    def __init__(self, every: int = 100, n_prompts: int = 8, prompts: list[str] | None = None, seed: int = 0):
+    def __init__(self, every: int = 100, n_prompts: int = 8, prompts: str | list[str] | None = None, seed: int = 0):
         check_range("every", every, 1)
         check_range("n_prompts", n_prompts, 1, 64)  # columns of a sheet
-        if prompts is not None and not prompts:
-            raise UserError("prompts is empty: name some, or leave it out (null) for held-out prompts")
         check_uint64("seed", seed)
-        self.every, self.n_prompts, self.prompts, self.seed = every, n_prompts, prompts, seed
+        self.every, self.n_prompts, self.seed = every, n_prompts, seed
+        self.prompts = None if prompts is None else read_prompts(prompts, seed)
         self._fixed: dict[str, list[Image.Image]] = {}  # rows that training does not change
 
     def on_start(self, run: Run) -> None:

@@ -216,6 +216,10 @@ def _check_typed(cfg: DictConfig) -> None:
                     f"{full_key} must be one of {', '.join(map(str, choices))}, got {written(item)}"
                     + nearest(item, choices)
                 )
+        if isinstance(value, ListConfig) and value._metadata.element_type is str:
+            for item in value:
+                if not isinstance(item, str):
+                    raise UserError(f"{full_key} must be a list of texts, got {written(item)} in it")
         if isinstance(value, DictConfig):
             _check_typed(value)
         elif declared and declared[key].type == "Any" and choices is None:  # a file wrote `loss: dpo`

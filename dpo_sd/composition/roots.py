@@ -67,10 +67,17 @@ class Annotate:
 
 
 @dataclass
+class Exported:
+    """Types of `lora` in export.yaml, for which `lora=<path>` stands."""
+
+    path: str | None = None
+
+
+@dataclass
 class Export:
     """Types of the top level of export.yaml."""
 
-    lora: Any = MISSING
+    lora: Exported = field(default_factory=Exported)
     format: str = field(default=MISSING, metadata={"choices": ("kohya", "diffusers", "peft", "merged")})
     out: str = MISSING
     model: Any = MISSING
