@@ -221,6 +221,9 @@ def _check_typed(cfg: DictConfig) -> None:
                 if not isinstance(item, str):
                     raise UserError(f"{full_key} must be a list of texts, got {written(item)} in it")
         if isinstance(value, DictConfig):
+            several = key in ("callbacks", "logger")  # nodes by names of their own
+            if value and declared and declared[key].type == "Any" and not several and "_target_" not in value:
+                raise UserError(no_value(full_key))  # an experiment sets something of a group that was left out
             _check_typed(value)
         elif declared and declared[key].type == "Any" and choices is None:  # a file wrote `loss: dpo`
             raise UserError(f"{key} must hold settings, got {written(value)}: write it as override /{key}: <option>")

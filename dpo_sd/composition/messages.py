@@ -145,7 +145,7 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, CompactHydraException) and not isinstance(error, InstantiationException):
         value = next((cause for cause in causes if isinstance(cause, OmegaConfBaseException)), None)
         place = re.match(r"In '(.+?)': ", str(error))
-        return _of_composition(place[1] if place else None, value) if value else str(error)
+        return _of_composition(place[1] if place else None, value) if value else str(error).partition("\n")[0]
     if isinstance(error, InterpolationResolutionError):
         return explain_value(error)
     if isinstance(error, InstantiationException) and (unknown := _UNLOCATED.match(str(error))):
