@@ -222,7 +222,8 @@ def _check_typed(cfg: DictConfig) -> None:
                     raise UserError(f"{full_key} must be a list of texts, got {written(item)} in it")
         if isinstance(value, DictConfig):
             several = key in ("callbacks", "logger")  # nodes by names of their own
-            if value and declared and declared[key].type == "Any" and not several and "_target_" not in value:
+            untyped = declared and declared[key].type == "Any" and not settings_of(OmegaConf.get_type(value))
+            if value and untyped and not several and "_target_" not in value:
                 raise UserError(no_value(full_key))  # an experiment sets something of a group that was left out
             _check_typed(value)
         elif declared and declared[key].type == "Any" and choices is None:  # a file wrote `loss: dpo`
