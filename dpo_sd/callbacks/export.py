@@ -14,7 +14,8 @@ from dpo_sd.lora.writing import save_diffusers, save_kohya
 class Export(Watcher):
     """Writes `lora/pytorch_lora_weights.safetensors` (diffusers) and `lora/<name>.safetensors` (Kohya).
 
-    Both are written at every checkpoint and at the end.
+    Both are written at every checkpoint and at the end; each checkpoint that is kept has its `lora/<name>-000200.safetensors`
+    (Kohya).
 
     Args:
         name: name of the Kohya file, which the file calls itself too.
@@ -42,11 +43,11 @@ class Export(Watcher):
         save_diffusers(lora, folder / WEIGHTS_NAME)
         save_kohya(
             lora,
-            folder / f"{self.name}.safetensors",
+            file := folder / f"{self.name}.safetensors",
             model.name,
             prediction_type=model.prediction_type,
             zero_terminal_snr=model.noise_scheduler.config["rescale_betas_zero_snr"],
-            resolution=model.resolution,
+            resolution=run.module.identity["settings"]["framing"]["resolution"] or model.resolution,
             extra={
                 "ss_sd_model_name": model.name,
                 "ss_steps": str(run.step),

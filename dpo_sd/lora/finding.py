@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_sd.errors import UserError
 from dpo_sd.files import tensors
+from dpo_sd.files.checksums import is_whole
 from dpo_sd.lora.names import KEYS, part_of, plain_names
 from dpo_sd.lora.weights import ALPHAS_KEY, PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, SETTINGS_KEY, WEIGHTS_NAME
 from dpo_sd.models.families import NETWORKS
@@ -54,12 +55,15 @@ def find_lora(path: str | Path) -> Path:
     """The LoRA file that a path means, or the folder of a LoRA in PEFT's form, after a look at headers.
 
     Args:
-        path: a .safetensors file, the folder of a run, or a folder that PEFT or `save_peft` wrote.
+        path: a .safetensors file, the folder of a run, one of its checkpoints, or a folder that PEFT or `save_peft`
+            wrote.
 
     Raises:
         UserError: if it is no LoRA that can be read; see `reading.read_lora`.
     """
     path = _locate(path)
+    if is_checkpoint(path):
+        return path
     for part in peft_parts(path).values():
         peft_config(part)
         _check(part / PEFT_WEIGHTS, read_header(part / PEFT_WEIGHTS).shapes, "peft")
@@ -74,6 +78,11 @@ def lora_digest(path: str | Path) -> str:
     path = find_lora(path)
     files = [part / name for part in peft_parts(path).values() for name in (PEFT_WEIGHTS, PEFT_CONFIG)] or [path]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file is a checkpoint of a training of ours, and whole; then it holds tensors and plain values only."""
+    return path.suffix == ".ckpt" and is_whole(path)
 
 
 def _locate(path: str | Path) -> Path:
@@ -177,7 +186,8 @@ def _refuse_pickle(path: Path) -> None:
     raise UserError(
         f"{path} is a pickle, which can run any code when it is opened, so it is not read here. Convert it once: "
         'python -c "import torch, safetensors.torch as s; '
-        f"s.save_file(torch.load('{path}', weights_only=True), '{path.with_suffix('.safetensors')}')\""
+        f"s.save_file(torch.load('{path}', weights_only=True), '{path.with_suffix('.safetensors')}')\". "
+        "If it is a checkpoint of dpo_sd, it is damaged: name another"
     )
 
 

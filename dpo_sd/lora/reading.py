@@ -10,7 +10,7 @@ from typing import Any
 
 from dpo_sd.errors import UserError
 from dpo_sd.files.tensors import HeaderError, check_tensors
-from dpo_sd.lora.finding import find_lora, form_of, peft_config, peft_parts, read_header
+from dpo_sd.lora.finding import find_lora, form_of, is_checkpoint, peft_config, peft_parts, read_header
 from dpo_sd.lora.names import canonical, from_sgm, plain_names
 from dpo_sd.lora.weights import PEFT_PREFIX, PEFT_WEIGHTS, LoRAFile
 from dpo_sd.models.families import NETWORKS
@@ -33,7 +33,7 @@ def read_lora(path: str | Path) -> LoRAFile:
             LoKr) or base (Flux), or has tensors or alphas that can be no LoRA's.
     """
     path = find_lora(path)
-    file = _read_peft(path) if path.is_dir() else _read_file(path)
+    file = _read_peft(path) if path.is_dir() else _read_checkpoint(path) if is_checkpoint(path) else _read_file(path)
     for key, tensor in file.state.items():
         if tensor.ndim < 2 or not tensor.is_floating_point() or not tensor.numel() or not tensor.isfinite().all():
             raise UserError(f"{path}: {key} is no matrix of finite numbers ({tensor.dtype}, {tuple(tensor.shape)})")
@@ -145,6 +145,14 @@ def _alphas_of_settings(settings: Mapping[str, Any], ranks: Mapping[str, int]) -
             # rank-stabilised LoRA divides by the root of the rank
             alphas[module] = alpha * math.sqrt(rank) if own.get("use_rslora") else alpha
     return alphas
+
+
+def _read_checkpoint(path: Path) -> LoRAFile:
+    """The policy of a training of ours at that checkpoint."""
+    import torch
+
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    return LoRAFile(content["adapters"]["policy"], content["alphas"], path, "diffusers", {})
 
 
 def _read_peft(folder: Path) -> LoRAFile:

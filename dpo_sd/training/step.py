@@ -19,6 +19,7 @@ from dpo_sd.lora.adapters import (
     policy_parameters,
     reference,
     trains_text,
+    weights_of,
 )
 from dpo_sd.losses import (
     Loss,
@@ -231,6 +232,7 @@ class DiffusionModule(L.LightningModule):
         if self.reference_cache is not None:
             self.reference_cache.save()
         checkpoint["adapters"] = {name: adapter_state(self.model, name) for name in adapter_names(self.model)}
+        checkpoint["alphas"] = weights_of(self.model).alphas  # of the policy, for `lora.reading`
 
     def on_train_end(self) -> None:
         if self.reference_cache is not None:
