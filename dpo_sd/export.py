@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,8 @@ from omegaconf import DictConfig
 
 from dpo_sd.composition.application import entry_point
 from dpo_sd.errors import UserError
+from dpo_sd.files.atomic import replacing_folder
+from dpo_sd.files.claims import held
 from dpo_sd.lora.attaching import check_base, load_for_drawing
 from dpo_sd.lora.names import kohya_convolutions, modules_of
 from dpo_sd.lora.programs import diffusers_scales, loader_report, unmatched
@@ -46,7 +47,13 @@ def main() -> None:
 def export(cfg: DictConfig) -> None:
     """Writes `out`, reads it back and says who can load it; nothing is written over."""
     out = Path(cfg.out).expanduser()
-    check_place(out, cfg.format)
+    with held(out, beside=True):
+        check_place(out, cfg.format)
+        export_to(cfg, out)
+
+
+def export_to(cfg: DictConfig, out: Path) -> None:
+    """Writes what no other process writes."""
     base = instantiate(cfg.model)
     base.check()
     if cfg.lora.path is not None:
@@ -125,16 +132,11 @@ def write_merged(model: StableDiffusion, lora: LoRAFile | None, out: Path) -> No
         module.weight += change.to(module.weight)
     pipeline: Any = model.pipeline()
     pipeline.scheduler = DDIMScheduler.from_config(model.noise_scheduler.config)  # DDPM would draw for minutes
-    unfinished = out.with_name(f".{out.name}.partial")
     try:
-        pipeline.save_pretrained(unfinished, safe_serialization=True)
-        if out.is_dir():
-            out.rmdir()  # an empty one
-        unfinished.rename(out)
+        with replacing_folder(out) as unfinished:
+            pipeline.save_pretrained(unfinished, safe_serialization=True)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def check(lora: LoRAFile, form: str, out: Path, shape: StableDiffusion) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -345,7 +346,8 @@ def conclude(run: Run, watchers: Sequence[Watcher], record: RunRecord) -> float 
     for sheet in sorted((run.folder / "samples").glob("step=*.png"))[-1:]:
         say(f"before/after  {sheet}")
     for file in sorted((run.folder / "lora").glob("*.safetensors")):
-        say(f"lora          {file}")
+        if not re.search(r"-\d{6,}$", file.stem):  # of a checkpoint
+            say(f"lora          {file}")
     for watcher in watchers:
         if watcher.failure is not None:
             raise watcher.failure

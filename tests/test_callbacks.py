@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import signal
 from collections.abc import Sequence
@@ -60,7 +61,9 @@ def build(init_from: str | None = None) -> DiffusionModule:
 
 @pytest.fixture(scope="module")
 def module() -> DiffusionModule:
-    return build()
+    module = build()
+    module.identity = {"settings": {"framing": {"resolution": None}}}
+    return module
 
 
 class Painter(Sampler):
@@ -583,7 +586,7 @@ def test_a_checkpoint_brings_both_lora_files(tmp_path, module):
     folder = tmp_path / "quickstart" / "2026-01-01_00-00-00"
     Export("quickstart").on_checkpoint(make_run(folder, 6, module))
     files = {file.name: file for file in (folder / "lora").iterdir()}
-    assert set(files) == {"pytorch_lora_weights.safetensors", "quickstart.safetensors"}
+    assert set(files) == {"pytorch_lora_weights.safetensors", "quickstart.safetensors", "quickstart-000006.safetensors"}
     with safe_open(files["quickstart.safetensors"], "pt") as file:
         metadata = file.metadata()
     assert {name: metadata[name] for name in ("ss_steps", "ss_learning_rate", "ss_resolution")} == {
@@ -591,6 +594,26 @@ def test_a_checkpoint_brings_both_lora_files(tmp_path, module):
         "ss_learning_rate": "0.002",
         "ss_resolution": "(64, 64)",
     }
+
+
+def test_a_lora_says_the_resolution_that_it_was_trained_at(tmp_path, module):
+    module.identity["settings"]["framing"]["resolution"] = 48
+    Export("mine").on_end(make_run(tmp_path, module=module))
+    with safe_open(tmp_path / "lora" / "mine.safetensors", "pt") as file:
+        assert file.metadata()["ss_resolution"] == "(48, 48)"
+
+
+def test_a_loss_or_a_weight_that_is_no_number_is_not_kept(tmp_path, module):
+    health, run = Health(), make_run(tmp_path, 6, module)
+    run.metrics["val/loss"] = math.nan
+    with pytest.raises(
+        UserError, match="loss on the validation pairs is not finite after update 6; the last checkpoint"
+    ):
+        health.on_update(run)
+    health.on_checkpoint(run)
+    next(iter(weights_of(module.model).state.values())).fill_(math.inf)
+    with pytest.raises(UserError, match="weights are not finite after update 6"):
+        health.on_checkpoint(run)
 
 
 def test_the_end_brings_the_lora_files_without_checkpoints_too(tmp_path, module):

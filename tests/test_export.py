@@ -254,3 +254,21 @@ def test_a_pickled_checkpoint_becomes_a_safe_folder(export: Export, tmp_path: Pa
     safe, whole = (Base("sd15", path=str(path)).load() for path in (tmp_path / "safe", single.folder))
     for name, value in outputs(whole).items():
         torch.testing.assert_close(outputs(safe)[name], value)
+
+
+def test_each_checkpoint_that_is_kept_has_its_lora_and_is_read_as_one(train, tmp_path):
+    run = tmp_path / "run"
+    ended = train(run, "callbacks.checkpoint.every=2", "callbacks.checkpoint.keep=2", "lora.alpha=3", "name=taste")
+    assert ended.code == 0, ended.err
+    kept = sorted(file.stem.removeprefix("step=") for file in (run / "checkpoints").glob("step=*.ckpt"))
+    assert kept == ["000004", "000006"]
+    snapshots = sorted(file.stem for file in (run / "lora").glob("taste-*"))
+    assert snapshots == [f"taste-{step}" for step in kept]
+    for step in kept:
+        of_file, of_checkpoint = (
+            read_lora(run / place)
+            for place in (f"lora/taste-{step}.safetensors", f"checkpoints/step={step}.ckpt")
+        )  # fmt: skip
+        assert of_file.alphas == of_checkpoint.alphas and set(of_file.alphas.values()) == {3.0}
+        assert all(torch.equal(of_file.state[key], value) for key, value in of_checkpoint.state.items())
+    assert "taste-000004" not in ended.out

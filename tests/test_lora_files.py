@@ -601,7 +601,10 @@ def test_an_unreadable_file_is_named_with_the_reason(start: Path, tmp_path: Path
 @pytest.mark.parametrize("name", ["x.pt", "x.ckpt", "x.bin", "disguised.safetensors"])
 def test_a_pickle_is_refused_with_the_way_to_convert_it(tmp_path: Path, name: str) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / name)
-    refused(tmp_path / name, r"is a pickle, which can run any code .* Convert it once: python -c .*weights_only=True")
+    refused(
+        tmp_path / name,
+        r"is a pickle, or a damaged checkpoint: .* Convert a pickle once: python -c .*weights_only=True",
+    )
 
 
 def test_the_way_to_convert_a_pickle_works(tmp_path: Path) -> None:
@@ -687,7 +690,7 @@ def test_modules_that_no_stable_diffusion_has_are_refused(tmp_path: Path) -> Non
         ("{", "adapter_config.json is damaged"),
         ('{"peft_type": "LORA", "lora_alpha": "y"}', "adapter_config.json is damaged"),
         ('{"peft_type": "LOHA"}', "holds LOHA, not a plain LoRA"),
-        ('{"peft_type": "LORA", "use_dora": true}', "holds DoRA, not a plain LoRA"),
+        ('{"peft_type": "LORA", "use_dora": true}', "sets use_dora=True, so it holds no plain LoRA"),
     ],
 )
 def test_a_folder_of_pefts_form_that_is_no_plain_lora_is_refused(tmp_path: Path, config: str, message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 
 from dpo_sd.callbacks.watcher import Run, Watcher
@@ -14,8 +15,8 @@ from dpo_sd.lora.writing import save_diffusers, save_kohya
 class Export(Watcher):
     """Writes `lora/pytorch_lora_weights.safetensors` (diffusers) and `lora/<name>.safetensors` (Kohya).
 
-    Both are written at every checkpoint and at the end; each checkpoint that is kept has its `lora/<name>-000200.safetensors`
-    (Kohya).
+    Both are written at every checkpoint and at the end. Beside them, each checkpoint that is kept has a Kohya file of
+    its own, `lora/<name>-000200.safetensors`.
 
     Args:
         name: name of the Kohya file, which the file calls itself too.
@@ -30,24 +31,30 @@ class Export(Watcher):
 
     def on_checkpoint(self, run: Run) -> None:
         self.write(run)
+        if run.is_global_zero:
+            self._save_kohya(run, f"{self.name}-{run.step:06d}")
+            self._prune(run)
 
     def on_end(self, run: Run) -> None:
         self.write(run)
+        if run.is_global_zero:
+            self._prune(run)
 
     def write(self, run: Run) -> None:
         """Writes both files as the policy is now."""
-        if not run.is_global_zero:
-            return
-        folder, model = run.folder / "lora", run.module.model
-        lora = weights_of(model)
-        save_diffusers(lora, folder / WEIGHTS_NAME)
+        if run.is_global_zero:
+            save_diffusers(weights_of(run.module.model), run.folder / "lora" / WEIGHTS_NAME)
+            self._save_kohya(run, self.name)
+
+    def _save_kohya(self, run: Run, name: str) -> None:
+        model, settings = run.module.model, run.module.identity["settings"]
         save_kohya(
-            lora,
-            file := folder / f"{self.name}.safetensors",
+            weights_of(model),
+            run.folder / "lora" / f"{name}.safetensors",
             model.name,
             prediction_type=model.prediction_type,
             zero_terminal_snr=model.noise_scheduler.config["rescale_betas_zero_snr"],
-            resolution=run.module.identity["settings"]["framing"]["resolution"] or model.resolution,
+            resolution=settings["framing"]["resolution"] or model.resolution,
             extra={
                 "ss_sd_model_name": model.name,
                 "ss_steps": str(run.step),
@@ -55,3 +62,11 @@ class Export(Watcher):
                 "ss_training_comment": type(run.module.loss).__name__,
             },
         )
+
+    def _prune(self, run: Run) -> None:
+        """Removes the snapshots whose checkpoints are gone; the one of now is being written."""
+        for file in (run.folder / "lora").glob(f"{glob.escape(self.name)}-*.safetensors"):
+            step = file.stem.removeprefix(f"{self.name}-")
+            kept = (run.folder / "checkpoints" / f"step={step}.ckpt").exists() or step == f"{run.step:06d}"
+            if step.isdecimal() and not kept:
+                file.unlink()

@@ -136,6 +136,8 @@ def check_generation(cfg: DictConfig) -> None:
     """
     check_settings(cfg)
     _check_seed(cfg.seed)
+    if not cfg.out.strip():
+        raise UserError("out is empty: name the folder to draw into")
     check_range("set_size", cfg.set_size, 2, 64)
     check_range("num_sets", cfg.num_sets, 1, 10_000)
     if not (isinstance(cfg.prompts, str) or (isinstance(cfg.prompts, ListConfig) and len(cfg.prompts))):

@@ -162,7 +162,8 @@ def _of_file(error: OSError) -> str | None:
     if isinstance(error, FileNotFoundError):
         if not _has_working_folder():
             return "the working folder has been deleted: change into another one"
-        if "mkdir" not in calls:  # /proc and its like say that what cannot be made is not there
+        # /proc and its like say that what cannot be made is not there; `_open` makes a log
+        if calls.isdisjoint(("mkdir", "_open")):
             return None
     elif error.errno in _DENIED and isinstance(error.filename, str) and not _is_reachable(error.filename):
         return f"cannot read {error.filename}: {error.strerror}; make it readable for this user"

@@ -30,6 +30,8 @@ class OwnFolder(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.run.dir)
+        if not folder.name:  # the working folder, of commands that keep nothing
+            return
         _check_name(folder)
         own = _before_the_restart(folder, config) if cluster.restarted() else None
         if own is None and cluster.first_process() and not _is_named(config, "hydra.run.dir"):

@@ -44,9 +44,10 @@ def resume_arguments(arguments: list[str]) -> list[str]:
     try:
         record = json.loads((run / "run.json").read_text("utf-8"))
         overrides, command = record["overrides"], record.get("command", [])
-        if not all(isinstance(setting, str) and not setting.startswith("-") for setting in [*overrides]):
+        texts = [*overrides, *command]
+        if not all(isinstance(text, str) for text in texts) or any(text.startswith("-") for text in overrides):
             raise TypeError
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"resume={value}: {run / 'run.json'} is damaged, it does not list the overrides") from error
 
     own = own_flags(command)

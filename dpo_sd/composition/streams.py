@@ -34,12 +34,16 @@ def _unbreakable(stream: Any) -> TextIO:
     )
 
 
+# EIO is a terminal that is gone; a file on a full disk takes nothing either
+_GONE = (errno.EPIPE, errno.EIO, errno.ENOTCONN, errno.ENOSPC, errno.EDQUOT)
+
+
 class _UnbreakableFile(io.FileIO):
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO, errno.ENOTCONN):  # EIO is a terminal that is gone
+            if error.errno not in _GONE:
                 raise
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import socket
 import time
 import zlib
@@ -51,6 +52,25 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Context with a new folder to fill: leaving it renames the folder to `path`, an exception removes it.
+
+    Raises:
+        OSError: if `path` is there and not an empty folder, or cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path.parent.absolute())
+    temporary = path.with_name(f".{_HOST}-{os.getpid()}-{next(_NUMBERS)}.partial")
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Writes a text file in UTF-8 by `replacing`."""
     with replacing(path) as temporary:
@@ -69,7 +89,7 @@ def _remove_abandoned(folder: Path) -> None:
             with suppress(OSError):
                 old = time.time() - file.stat().st_mtime > _A_DAY
                 if old if match[1] != _HOST else not is_alive(int(match[2])):
-                    file.unlink()
+                    shutil.rmtree(file) if file.is_dir() else file.unlink()
 
 
 def _mode_of_new_files(probe: Path) -> int:

@@ -40,15 +40,19 @@ def made_anew(folder: Path) -> Path:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(place: Path, beside: bool = False) -> Iterator[None]:
     """Inside, this process has the folder, which is made if need be; it is let go however the process ends.
+
+    Args:
+        beside: keeps the lock beside the place, which may be a file, or a folder that is not to be there yet.
 
     Raises:
         UserError: if another process has it, with that process and the time since when.
         OSError: if the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = _locked(folder)
+    file = place.with_name(f".{place.name}{LOCK}") if beside else place / LOCK
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = _locked(place, file)
     try:
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": datetime.now(UTC).isoformat("T", "seconds")}
         os.ftruncate(descriptor, 0)
@@ -56,12 +60,11 @@ def held(folder: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            (folder / LOCK).unlink()
+            file.unlink()
         os.close(descriptor)
 
 
-def _locked(folder: Path) -> int:
-    file = folder / LOCK
+def _locked(place: Path, file: Path) -> int:
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -72,17 +75,17 @@ def _locked(folder: Path) -> int:
                     return descriptor
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise _taken(folder, _owner(file)) from None
+                raise _taken(place, _owner(file)) from None
             if error.errno not in _NO_LOCKS:
                 raise
             owner = _owner(file)
             here = owner.get("host") == socket.gethostname()
             if here and owner["pid"] != os.getpid() and is_alive(owner["pid"]):
-                raise _taken(folder, owner) from None
+                raise _taken(place, owner) from None
             if owner and not here:
                 log.warning(
                     "%s was in use by process %s on %s, and this disk has no locks to ask whether it still is",
-                    *(folder, owner["pid"], owner["host"]),
+                    *(place, owner["pid"], owner["host"]),
                 )
             return descriptor
         os.close(descriptor)
@@ -97,9 +100,9 @@ def _owner(file: Path) -> dict[str, Any]:
         return {}
 
 
-def _taken(folder: Path, owner: dict[str, Any]) -> UserError:
+def _taken(place: Path, owner: dict[str, Any]) -> UserError:
     who = f"process {owner['pid']} on {owner['host']}, since {owner['since']}" if owner else "another process"
-    return UserError(f"{folder} is in use by {who}: wait for its end, or choose another folder")
+    return UserError(f"{place} is in use by {who}: wait for its end, or choose another place")
 
 
 def take_turn(descriptor: int, operation: int) -> None:

@@ -32,8 +32,8 @@ _BYTES |= {"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 _DAMAGE = (ValueError, struct.error, AttributeError, TypeError, KeyError, IndexError, RecursionError)
 
 
-# in the metadata of our files: a changed bit can take away one of the two, and not both
-_CHECKSUMS, _MARK = "dpo_sd.checksums", "dpo_sd.form"
+_CHECKSUMS = "dpo_sd.checksums"  # in the metadata of our files
+_OURS = "{ "  # begins our headers: what another program writes again, metadata and all, begins with a brace alone
 _DIGITS = 16  # hexadecimal, of a checksum by XXH3
 CHANGED = "its bytes have changed since they were written"
 
@@ -91,7 +91,7 @@ def _checked(raw: bytes, metadata: Mapping[str, str]) -> Sequence[int]:
     Args:
         raw: the length of the header, and the header.
     """
-    if not any(key in metadata for key in (_CHECKSUMS, _MARK)):
+    if not raw[9:10].isspace():  # behind the length and the brace
         return ()
     digits = metadata.get(_CHECKSUMS, "")
     own, *of_data = [digits[place : place + _DIGITS] for place in range(0, len(digits), _DIGITS)] or [""]
@@ -125,10 +125,10 @@ def write_tensors(
     """
     from safetensors.torch import save_file
 
-    blank = "0" * _DIGITS * (1 + (len(tensors) if one_by_one else 1))
+    blank = "0" * _DIGITS * (1 + (len(tensors) if one_by_one else 1)) + " "  # which makes room for that of `_OURS`
     with replacing(file) as temporary:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, {**(metadata or {}), _MARK: "1", _CHECKSUMS: blank})
+        save_file(contiguous, temporary, {**(metadata or {}), _CHECKSUMS: blank})
         with open(temporary, "rb+") as opened:
             length = opened.read(8)
             text = opened.read(*struct.unpack("<Q", length))
@@ -140,8 +140,8 @@ def write_tensors(
             texts[_CHECKSUMS] = blank[:_DIGITS] + "".join(f"{each:0{_DIGITS}x}" for each in of_data)
             # safetensors writes the metadata in another order at every start
             ordered = {"__metadata__": dict(sorted(texts.items())), **entries}
-            header = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
-            raw = length + header.ljust(len(text))
+            header = _OURS + json.dumps(ordered, separators=(",", ":"), ensure_ascii=False)[1:]
+            raw = length + header.encode().ljust(len(text))
             opened.seek(0)
             opened.write(_with_checksum(raw, _of_header(raw)))
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dpo_sd.errors import UserError
 from dpo_sd.files import tensors
 from dpo_sd.files.checksums import is_whole
+from dpo_sd.files.texts import read_text
 from dpo_sd.lora.names import KEYS, part_of, plain_names
 from dpo_sd.lora.weights import ALPHAS_KEY, PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, SETTINGS_KEY, WEIGHTS_NAME
 from dpo_sd.models.families import NETWORKS
@@ -49,6 +50,14 @@ _OTHER_BASES = {
         "a diffusion transformer (Stable Diffusion 3, Flux, Qwen-Image, …)"
     ),
 }
+
+
+# settings of PEFT's under which an adapter adds more than its two factors, or other ones
+_NOT_PLAIN = (
+    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save", "layer_replication", "target_parameters"),
+    *("trainable_token_indices", "alora_invocation_tokens", "arrow_config"),
+)
+_MOVED_BASES = ("pissa", "olora", "loftq", "corda")  # beginnings of `init_lora_weights` that change the base's weights
 
 
 def find_lora(path: str | Path) -> Path:
@@ -100,6 +109,8 @@ def _locate(path: str | Path) -> Path:
                 "name a .safetensors file, a run folder or a folder of PEFT's form"
             )
         return found
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file: name a .safetensors file or a run folder")
     if not path.is_file():
         folder = path.parent
         names = sorted(os.listdir(folder)) if folder.is_dir() else []
@@ -140,13 +151,15 @@ def peft_config(folder: Path) -> dict[str, Any]:
     """The settings of one network's adapter in PEFT's form; raises UserError if they are no plain LoRA's."""
     file, weights = folder / PEFT_CONFIG, folder / PEFT_WEIGHTS
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(read_text(file))
         kind = config.get("peft_type", "LORA")
-        _check_numbers(config, [""])
-    except (ValueError, AttributeError, OSError) as error:
+        _check_settings(config, [""], file)
+    except UserError:
+        raise
+    except (ValueError, AttributeError, OSError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error}): fetch or export it again") from error
-    if kind != "LORA" or config.get("use_dora"):
-        raise UserError(f"{folder} holds {'DoRA' if kind == 'LORA' else kind}, not a plain LoRA: only those are read")
+    if kind != "LORA":
+        raise UserError(f"{folder} holds {kind}, not a plain LoRA: only those are read")
     if not weights.is_file():
         if (pickle := weights.with_suffix(".bin")).is_file():
             _refuse_pickle(pickle)
@@ -166,28 +179,43 @@ def read_header(path: Path) -> Header:
     try:
         header = tensors.read_header(path)
         adapters = json.loads(header.metadata.get(SETTINGS_KEY, "{}"))
-        _check_numbers(adapters, ["", *(f"{network}." for network in NETWORKS)])
+        _check_settings(adapters, ["", *(f"{network}." for network in NETWORKS)], path)
         alphas = {name: float(alpha) for name, alpha in json.loads(header.metadata.get(ALPHAS_KEY, "{}")).items()}
         if not all(0 < alpha < math.inf for alpha in alphas.values()):
             raise ValueError(f"{ALPHAS_KEY} is {alphas}")
-    except (ValueError, AttributeError, TypeError) as error:
+    except UserError:
+        raise
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is corrupt or no safetensors file ({error}): fetch or export it again") from error
     return Header(dict(sorted(header.shapes.items())), header.metadata, adapters, alphas)
 
 
-def _check_numbers(settings: dict[str, Any], prefixes: list[str]) -> None:
+def _check_settings(settings: dict[str, Any], prefixes: list[str], where: Path) -> None:
+    """Refuses settings of PEFT's by which an adapter is another thing than a plain LoRA on its base."""
     for prefix in prefixes:
-        numbers = [settings.get(f"{prefix}lora_alpha", 1), *(settings.get(f"{prefix}alpha_pattern") or {}).values()]
+        pattern = settings.get(f"{prefix}alpha_pattern") or {}
+        numbers = [settings.get(f"{prefix}lora_alpha", 1), *pattern.values()]
         if not all(isinstance(number, int | float) for number in numbers):
             raise ValueError(f"lora_alpha is {numbers}")
+        for name in pattern:
+            try:
+                re.compile(name)
+            except re.error as error:
+                raise ValueError(f"alpha_pattern has the name {name!r}") from error
+        others = [name for name in _NOT_PLAIN if settings.get(f"{prefix}{name}")]
+        if str(settings.get(f"{prefix}init_lora_weights")).startswith(_MOVED_BASES):
+            others.append("init_lora_weights")
+        if others:
+            value = settings[f"{prefix}{others[0]}"]
+            raise UserError(f"{where} sets {others[0]}={value}, so it holds no plain LoRA: only those are read")
 
 
 def _refuse_pickle(path: Path) -> None:
     raise UserError(
-        f"{path} is a pickle, which can run any code when it is opened, so it is not read here. Convert it once: "
+        f"{path} is a pickle, or a damaged checkpoint: it could run any code when it is opened, so it is not read. "
+        "Convert a pickle once: "
         'python -c "import torch, safetensors.torch as s; '
-        f"s.save_file(torch.load('{path}', weights_only=True), '{path.with_suffix('.safetensors')}')\". "
-        "If it is a checkpoint of dpo_sd, it is damaged: name another"
+        f"s.save_file(torch.load('{path}', weights_only=True), '{path.with_suffix('.safetensors')}')\""
     )
 
 

@@ -57,6 +57,11 @@ def _read_file(path: Path) -> LoRAFile:
     state = _dotted(converted)
     if len(state) != sum(not name.endswith(".alpha") for name in tensors):
         raise UserError(f"{path} names a module in two ways: keep one of them")
+    if unread := [key for key in state if not key.endswith((".lora_A.weight", ".lora_B.weight"))]:
+        raise UserError(
+            f"{path} names {len(unread)} of {len(state)} tensors in a way that is not read (first: {unread[0]}): "
+            "save the LoRA again with a newer diffusers"
+        )
     ranks = _ranks(state)
     alphas = {key.removesuffix(".lora_A.weight"): alpha for key, alpha in _stated(stated or {}).items()}
     alphas |= _alphas_of_settings(header.adapters, ranks)
@@ -77,10 +82,7 @@ def _load(file: Path) -> dict[str, Any]:
             for key, tensor in load_file(file).items()
         }
     except HeaderError as error:
-        raise UserError(
-            f"{file} is damaged: {error}; fetch or export it again, or, if another program has edited it on purpose, "
-            "save it without the metadata that begin with dpo_sd"
-        ) from error
+        raise UserError(f"{file} is damaged ({error}): fetch or export it again") from error
     except (SafetensorError, KeyError, NotImplementedError) as error:
         raise UserError(
             f"{file} holds numbers that cannot be read ({error}): store them as float16 or float32"

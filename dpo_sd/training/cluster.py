@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 
@@ -22,28 +23,32 @@ def run_id() -> str | None:
     It has the numbers of Slurm's job and of srun's step in it, and the name or the process of torchrun.
     """
     job, step, torchrun = (os.environ.get(name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID"))
-    if step is not None and int(step) >= _NO_STEP:
+    if _number("SLURM_STEP_ID") >= _NO_STEP:
         step = None
     if torchrun == "none":  # it was given no name; its processes on one machine have one parent, and srun starts others
         torchrun = None if step else f"torchrun-{os.getppid()}"
-    return ".".join(part for part in (job, step, torchrun) if part) or None
+    return re.sub(r"[^\w.-]", "_", ".".join(part for part in (job, step, torchrun) if part)).lstrip(".") or None
+
+
+def _number(name: str) -> int:
+    """The number in a variable of the environment; 0 where there is none."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else 0
 
 
 def restarted() -> bool:
     """Whether this job ran before and was put back into the queue."""
-    return any(int(os.environ.get(name) or 0) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    return any(_number(name) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
 def first_process() -> bool:
     """Whether this process speaks for all that train together."""
-    return all(
-        os.environ.get(name, "0") == "0" for name in ("RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK", "SLURM_PROCID")
-    )
+    return all(_number(name) == 0 for name in ("RANK", "NODE_RANK", "GROUP_RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 def local_rank() -> int:
     """Number of this process among those on this machine, from torchrun or Lightning, or else from Slurm's srun."""
-    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+    return _number("LOCAL_RANK" if "LOCAL_RANK" in os.environ else "SLURM_LOCALID")
 
 
 def launched() -> bool:
