@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import CLIPTokenizer
-from twins import SingleFile
+from twins import SingleFile, make_folder
 
 from dpo_sd.data.drawn import encode_images
 from dpo_sd.errors import UserError
@@ -1029,3 +1029,32 @@ def test_what_the_hub_answers_is_one_line_that_says_what_to_do(monkeypatch, name
     monkeypatch.setattr("diffusers.DiffusionPipeline.download", download)
     with pytest.raises(UserError, match=message):
         Base("sd15", "some/model", revision="v2").files()
+
+
+def settings_of(folder: Path, part: str, **settings: object) -> None:
+    file = folder / part / ("tokenizer_config.json" if part == "tokenizer" else "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+@pytest.mark.parametrize(("part", "settings", "message"), [
+    ("vae", {"scaling_factor": 0}, r"scaling_factor=0, which latents are multiplied by"),
+    ("vae", {"scaling_factor": None}, r"scaling_factor=None"),
+    ("vae", {"scaling_factor": math.nan}, r"scaling_factor=nan"),
+    ("unet", {"sample_size": None}, r"sample_size=None: it must be the side of a latent"),
+    ("unet", {"sample_size": [8, 8]}, r"sample_size=\[8, 8\]"),
+    ("text_encoder", {"num_hidden_layers": 1}, r"layers\.1\..*a layer more than its config\.json says"),
+    ("tokenizer", {"model_max_length": math.nan}, r"model_max_length=nan: it must be a number of tokens"),
+])  # fmt: skip
+def test_settings_that_no_base_has_are_refused(tmp_path, part, settings, message):
+    folder = make_folder(tmp_path / "m", "sd15")
+    settings_of(folder, part, **settings)
+    with pytest.raises(UserError, match=message):
+        Base("sd15", path=str(folder)).load()
+
+
+def test_a_vocabulary_without_its_files_is_refused(tmp_path):
+    folder = make_folder(tmp_path / "m", "sd15")
+    for file in (folder / "tokenizer").iterdir():
+        file.unlink()
+    with pytest.raises(UserError, match=r"tokenizer"):
+        Base("sd15", path=str(folder)).load()

@@ -59,7 +59,7 @@ _PREDICTIONS = {  # in metadata of single files
     "flow_matching": "flow_prediction",
     "rectified_flow": "flow_prediction",
 }
-_VELOCITY = {"true": "v_prediction", "false": "epsilon"}
+_VELOCITY = {"true": "v_prediction", "1": "v_prediction", "false": "epsilon", "0": "epsilon"}
 
 
 class Told(NamedTuple):
@@ -95,7 +95,8 @@ def told_by_texts(metadata: Mapping[str, str]) -> Told:
     """The statement of the metadata of a single file or of a LoRA."""
     texts = {key: text.strip().lower().replace("-", "_") for key, text in metadata.items()}
     said = {  # the first that says something is believed
-        "modelspec.prediction_type": _PREDICTIONS.get(texts.get("modelspec.prediction_type", "")),
+        # one that is unknown is refused by its name
+        "modelspec.prediction_type": _PREDICTIONS.get(kind := texts.get("modelspec.prediction_type", ""), kind or None),
         "ss_v_parameterization": _VELOCITY.get(texts.get("ss_v_parameterization", "")),
     }
     key = next((key for key, kind in said.items() if kind is not None), "")
@@ -219,6 +220,9 @@ def check_unet(settings: Mapping[str, Any], family: Family, where: Path) -> None
     _check_kind(settings, "UNet2DConditionModel", where)
     for key, end in (("in_channels", "input"), ("out_channels", "output")):
         _check_channels(settings.get(key, LATENT_CHANNELS), end, where)
+    size = settings.get("sample_size")
+    if type(size) is not int or size < 1:
+        raise UserError(f"{where} has sample_size={size!r}: it must be the side of a latent, 64 for 512 pixels")
     for key in _TOLD:
         if settings.get(key) is not None:
             raise _told_more(where, key)
@@ -231,6 +235,9 @@ def check_vae(settings: Mapping[str, Any], where: Path) -> None:
     _check_kind(settings, "AutoencoderKL", where)
     if (channels := settings.get("latent_channels", LATENT_CHANNELS)) != LATENT_CHANNELS:
         raise UserError(f"{where} has latents of {channels} channels: only VAEs of {LATENT_CHANNELS} can be used")
+    factor = settings.get("scaling_factor", 0.18215)
+    if not (isinstance(factor, int | float) and 1e-3 <= factor <= 1e3):
+        raise UserError(f"{where} has scaling_factor={factor!r}, which latents are multiplied by: SD's is 0.18215")
     for key in ("shift_factor", "latents_mean", "latents_std"):
         if settings.get(key):
             raise UserError(f"{where} moves its latents by {key}, beside its scaling_factor: use another VAE")
@@ -302,6 +309,6 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
         settings = json.loads((folder / name).read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
             raise ValueError(f"{name} holds no settings")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder} cannot be loaded: {error}") from error
     return settings

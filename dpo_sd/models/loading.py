@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,6 +144,9 @@ class Reader:
             for misfit in found["mismatched_keys"]:
                 raise _misfit(*misfit)
         check_complete(found["missing_keys"], found["unexpected_keys"], folder)
+        layers = {_any_layer(name) for name in network.state_dict()}
+        if beyond := [name for name in found["unexpected_keys"] if _any_layer(name) in layers]:
+            raise UserError(f"{folder} holds {beyond[0]}, a layer more than its config.json says: they are not of one")
         return network
 
     def _of_file(self, file: Path, cls: Any, dtype: torch.dtype, settings: Path, prefix: str) -> Any:
@@ -162,6 +166,11 @@ class Reader:
             lacking, unknown = network.load_state_dict(own, strict=False, assign=True)
             check_complete(lacking, unknown, file)
             return network.to(dtype)
+
+
+def _any_layer(name: str) -> str:
+    """The name of a tensor without the numbers of its layers."""
+    return re.sub(r"\.\d+\.", ".N.", name)
 
 
 def _kept_in(file: Path) -> torch.dtype | None:
@@ -239,11 +248,15 @@ def read_tokenizer(folder: Path, config: CLIPTextConfig) -> CLIPTokenizer:
     with loading(folder):
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     limit, known = tokenizer.model_max_length, config.vocab_size
-    if not isinstance(limit, int | float) or limit < 3:
+    if not isinstance(limit, int | float) or not limit >= 3:
         raise UserError(f"{folder} has model_max_length={limit!r}: it must be a number of tokens, at least 3")
     if len(tokenizer) > known:
         raise UserError(
             f"{folder} has {len(tokenizer)} tokens, and its text encoder knows {known}: they are not of one model"
+        )
+    if 2 * len(tokenizer) < known:
+        raise UserError(
+            f"{folder} has {len(tokenizer)} tokens, and its text encoder knows {known}: copy the whole folder"
         )
     tokenizer.model_max_length = min(int(limit), config.max_position_embeddings)
     return tokenizer
