@@ -119,6 +119,25 @@ def test_rows_without_label_caption_or_picture_are_counted_and_the_broken_ones_n
     assert "1 without a picture (row 5 of a.parquet)" in found.report[0]
 
 
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("yes", "no"),
+    [({"has_label": 1}, {"has_label": 0}), ({"has_label": "True"}, {"has_label": "false"}), ({}, {"label_0": NAN})],
+)
+def test_whether_a_row_has_a_label_is_read_in_numbers_texts_and_nan(yes, no, tmp_path):
+    rows = [row(0) | yes, row(1) | yes | {"label_1": NAN}, row(2) | yes | no]
+    found = fetched(untyped(tmp_path / "a.parquet", rows))
+    assert sorted(everything(found)) == ["prompt 0", "prompt 1"] and "1 without a label" in found.report[0]
+
+
+@pytest.mark.parametrize("value", [2, "maybe"])
+def test_a_has_label_that_is_neither_is_refused_with_its_row(value, tmp_path):
+    file = untyped(tmp_path / "a.parquet", [row(n, has_label=value) for n in range(2)])
+    assert f"row 0 of a.parquet: column has_label is {value!r}, and it is true or false" in refused(file)
+
+
 def test_pictures_that_are_the_same_or_cannot_be_read_are_left_out_and_said(tmp_path):
     same, page = row(1, jpg_1=jpeg(2)), row(2, jpg_0=b"<html>gone</html>")
     found = fetched(parquet(tmp_path / "a.parquet", [row(0), same, page, row(3)]))
@@ -132,7 +151,6 @@ def test_pictures_that_are_the_same_or_cannot_be_read_are_left_out_and_said(tmp_
     ("changes", "what"),
     [
         ({"label_0": 0.7}, "row 2 of a.parquet: column label_0 is 0.7, and a label is 1, 0 or, for a tie, 0.5"),
-        ({"label_0": float("nan")}, "row 2 of a.parquet: column label_0 is nan"),
         ({"label_1": -1.0}, "row 2 of a.parquet: column label_1 is -1.0"),
         ({"label_1": 1.0}, "row 2 of a.parquet: label_0 1.0 and label_1 1.0 do not add up to 1"),
     ],
