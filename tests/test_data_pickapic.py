@@ -177,6 +177,14 @@ def test_a_file_without_labels_or_rows_is_read_beside_the_others(first, order, t
     assert not first or "left out: 1 without a label" in split.report[0]
 
 
+def test_a_column_that_nobody_asks_for_may_be_in_one_file_alone(tmp_path):
+    for changed in ("a", "b"):
+        for name in ("a", "b"):
+            rows = [row(n + 2 * (name == "b")) | ({"zz": "x"} if name == changed else {}) for n in range(2)]
+            untyped(tmp_path / changed / "set" / f"{name}.parquet", rows)
+        assert len(everything(fetched(tmp_path / changed / "set"))) == 4
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [

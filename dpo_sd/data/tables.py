@@ -220,10 +220,10 @@ def _types(files: Sequence[Path], wanted: set[str]) -> dict[str, Any]:
     schemas = []
     for file in files:
         with _opening(file):
-            schema = pq.read_schema(file)
-        schemas.append(pa.schema([field for field in schema if field.name in wanted], schema.metadata))
+            schemas.append(pq.read_schema(file))
     if all(schema.equals(schemas[0]) for schema in schemas):
         return {}
+    schemas = [pa.schema([field for field in schema if field.name in wanted], schema.metadata) for schema in schemas]
     together = schemas[0]
     for file, schema in zip(files, schemas, strict=True):
         if apart := set(schema.names) ^ set(together.names):
