@@ -37,10 +37,10 @@ def spelt(folder: str | Path, relative: str) -> str:
         place = os.path.join(folder, found)
         if not os.path.lexists(os.path.join(place, part)):
             try:
-                names, whole = _names(place, os.stat(place).st_mtime_ns), composed(part)
+                names, alone = _names(place, os.stat(place).st_mtime_ns)
             except (OSError, ValueError):  # a zero byte is in no name
                 return relative
-            part = names.get(whole) or names.get(whole.casefold(), "")
+            part = names.get(composed(part)) or alone.get(composed(part).casefold(), "")
             if not part:
                 return relative
         found = os.path.join(found, part)
@@ -53,16 +53,15 @@ def composed(name: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def _names(folder: str, changed: int) -> dict[str, str]:
-    """The names in a folder by their composed form, and by its case-folded one where that is one name's alone.
+def _names(folder: str, changed: int) -> tuple[dict[str, str], dict[str, str]]:
+    """The names in a folder by their composed form, and by its case-folded one those that are alone in it.
 
     Args:
         changed: time of its last change, so that a later look is a new one.
     """
-    names = os.listdir(folder)
-    folded = Counter(composed(name).casefold() for name in names)
-    alone = {key: name for name in names if folded[key := composed(name).casefold()] == 1}
-    return alone | {composed(name): name for name in names}
+    names = {composed(name): name for name in os.listdir(folder)}
+    folded = Counter(map(str.casefold, names))
+    return names, {key: name for whole, name in names.items() if folded[key := whole.casefold()] == 1}
 
 
 def is_text(name: str) -> bool:
