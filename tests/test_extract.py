@@ -269,6 +269,16 @@ def test_without_the_commit_that_it_is_of_an_extract_begins_anew(content, tmp_pa
     assert tree(tmp_path / "cache") == tree(tmp_path / "other")
 
 
+def test_a_damaged_picture_is_no_picture_where_the_log_is_damaged_too(tmp_path):
+    path, cache = make(tmp_path / "set"), tmp_path / "cache"
+    numbers(extract(path, cache), 20)
+    whole = tree(cache)
+    next(cache.rglob("images/*/*")).write_bytes(b"?")
+    next(cache.rglob("rows.jsonl")).write_bytes(b"?\n")
+    numbers(extract(path, cache), 20)
+    assert tree(cache) == whole
+
+
 def test_pictures_that_are_damaged_or_gone_are_read_again_and_no_others(tmp_path, capsys):
     path, cache = make(tmp_path / "set"), tmp_path / "cache"
     first = numbers(extract(path, cache), 20)

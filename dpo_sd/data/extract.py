@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dpo_sd.errors import UserError
 from dpo_sd.files.atomic import replacing, write_json
 from dpo_sd.files.claims import take_turn
+from dpo_sd.files.hashes import read_sha256
 from dpo_sd.files.images import facts
 from dpo_sd.files.room import free_bytes, writing
 from dpo_sd.files.tensors import content_key
@@ -195,7 +196,7 @@ class Extract:
                 if (place["file"], place["row"]) in broken:
                     taken = self.pick(values, where)
                     if not isinstance(taken, str):
-                        self._written(taken, _Room(self.folder, None, what), anew=True)
+                        self._written(taken, _Room(self.folder, None, what))
                     if (place["file"], place["row"]) == max(broken):
                         return
 
@@ -252,8 +253,8 @@ class Extract:
             if log.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _written(self, taken: dict[str, Any], room: _Room, anew: bool = False) -> dict[str, Any]:
-        """The entry with paths for images, which are on the disk then; `anew` if they were there before too."""
+    def _written(self, taken: dict[str, Any], room: _Room) -> dict[str, Any]:
+        """The entry with paths for images, which are whole on the disk then."""
         size, entry = 0, {}
         for key, value in taken.items():
             if isinstance(value, bytes):
@@ -261,9 +262,10 @@ class Extract:
                 entry[key] = f"{digest[:2]}/{digest}"
                 file = self.images / entry[key]
                 size += len(value)
-                if anew or not file.exists():
-                    with writing(self.folder), replacing(file) as temporary:
-                        temporary.write_bytes(value)
+                with writing(self.folder):
+                    if not file.exists() or read_sha256(file) != digest:
+                        with replacing(file) as temporary:
+                            temporary.write_bytes(value)
             else:
                 entry[key] = value
         room.taken(size)
