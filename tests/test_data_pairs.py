@@ -319,6 +319,8 @@ def test_what_cannot_be_trained_on_is_refused_before_any_model_loads(tmp_path, c
 
 
 def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="pairs is empty"):
+        Pairs("")
     with pytest.raises(UserError, match="nowhere"):
         Pairs(str(tmp_path / "nowhere")).find(Cache(tmp_path / "cache"), fetch=False)
 

@@ -211,6 +211,23 @@ def test_signs_of_patterns_in_names_are_only_names(name, tmp_path):
     assert sorted(everything(fetched(tmp_path / name / "train [1].parquet"))) == ["prompt 0", "prompt 1"]
 
 
+def test_an_empty_path_is_not_the_working_folder():
+    with pytest.raises(UserError, match="path is empty"):
+        PickAPic("")
+
+
+def test_the_ending_of_a_parquet_file_may_be_in_capitals(tmp_path):
+    parquet(tmp_path / "set" / "A.PARQUET", [row(0), row(1)])
+    assert len(everything(fetched(tmp_path / "set"))) == 2
+
+
+@pytest.mark.parametrize("name", ["a::b/c.parquet", "set/a::b.parquet"])
+def test_a_name_that_the_reader_would_take_for_a_chain_of_addresses_is_refused(name, tmp_path):
+    file = parquet(tmp_path / name, [row(0), row(1)])
+    for path in (file, file.parent):
+        assert f"{file} has :: in its name" in refused(path)
+
+
 def test_a_column_that_changes_its_type_on_the_hub_is_one_line():
     with (
         pytest.raises(UserError, match=r"owner/set has a column of other types .* Couldn't cast"),

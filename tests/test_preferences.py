@@ -991,7 +991,7 @@ def test_rows_of_metadata_are_read_as_other_programs_write_them(tmp_path: Path):
     nan = float("nan")
     bare = {key: value for key, value in FIVE.items() if not key.startswith("prefer")}
     rows = [
-        FIVE | {"ranking_id": 7, "seed_0": 1.0, "seed_1": nan, "n_votes": 1.0},
+        FIVE | {"ranking_id": 7, "pair_id": 3.0, "seed_0": 1.0, "seed_1": nan, "n_votes": 1.0},
         FIVE | {"prefer_0": 0, "prefer_1": 1.0},
         bare,
         bare | {"prefer_0": nan, "prefer_1": nan},

@@ -50,6 +50,8 @@ class Pairs(FileSource):
         caption_dropout: float = 0.0,
         seed: int = 0,
     ):
+        if not pairs:
+            raise UserError("pairs is empty: name a pair folder")
         check_validation(validation)
         self.caption_dropout = checked_dropout(caption_dropout)
         self.folder, self.validation, self.seed = Path(pairs).expanduser(), validation, seed

@@ -12,6 +12,8 @@ from dpo_sd.preferences.outcome import SIDES, Preference
 from dpo_sd.preferences.pair_folder import Pair, pair_id
 
 METADATA = "metadata.jsonl"
+# texts that are numbers in other programs, as the ranking_id of Pick-a-Pic
+_NAMES = ("pair_id", "ranking_id", "model_0", "model_1", "image_0_uid", "image_1_uid")
 
 
 def metadata_rows(preferences: Iterable[Preference]) -> list[dict[str, Any]]:
@@ -73,6 +75,7 @@ def preference_of(row: dict[str, Any]) -> Preference:
         if key not in row:
             raise ValueError(f"the key {key!r} is missing")
     row = {key: _whole(value) if isinstance(value, float) else value for key, value in row.items()}
+    row |= {key: str(row[key]) for key in _NAMES if isinstance(row.get(key), int)}
     prefer_0, prefer_1 = row.get("prefer_0"), row.get("prefer_1")
     if prefer_0 is prefer_1 is None:  # nobody has looked at it
         prefer_0 = prefer_1 = False
@@ -81,7 +84,6 @@ def preference_of(row: dict[str, Any]) -> Preference:
             "exactly one of prefer_0 and prefer_1 must be true, or both false where nobody has decided, got "
             f"{prefer_0!r:.20} and {prefer_1!r:.20}"
         )
-    ranking_id = row.get("ranking_id")
     pair = Pair(
         pair_id=row.get("pair_id") or pair_id(str(row["prompt"]), str(row["image_0"]), str(row["image_1"])),
         prompt=row["prompt"],
@@ -89,7 +91,7 @@ def preference_of(row: dict[str, Any]) -> Preference:
         image_1=row["image_1"],
         image_0_uid=row.get("image_0_uid") or "",
         image_1_uid=row.get("image_1_uid") or "",
-        ranking_id=str(ranking_id) if isinstance(ranking_id, int) else ranking_id or None,  # Pick-a-Pic's are numbers
+        ranking_id=row.get("ranking_id") or None,
         model_0=row.get("model_0") or None,
         model_1=row.get("model_1") or None,
         seed_0=row.get("seed_0"),
