@@ -995,10 +995,11 @@ def test_rows_of_metadata_are_read_as_other_programs_write_them(tmp_path: Path):
         FIVE | {"prefer_0": 0, "prefer_1": 1.0},
         bare,
         bare | {"prefer_0": nan, "prefer_1": nan},
+        bare | {"prefer_1": True},
     ]
     (tmp_path / METADATA.upper()).write_text("\n".join(map(json.dumps, rows)))
     found = read_preferences(tmp_path)
-    assert [each.status for each in found] == ["image_0", "image_1", "undecided", "undecided"]
+    assert [each.status for each in found] == ["image_0", "image_1", "undecided", "undecided", "image_1"]
     assert (found[0].pair.ranking_id, found[0].pair.seed_0, found[0].pair.seed_1) == ("7", 1, None)
 
 

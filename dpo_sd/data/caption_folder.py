@@ -246,8 +246,8 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield where, dict(zip(columns, values, strict=True))
     except csv.Error as error:
         raise UserError(
-            f"line {begin} of {file} cannot be read ({error}): close the double quotes around its texts, and write "
-            "those in them twice"
+            f"line {begin} of {file} cannot be read ({error}): close the double quotes around its texts, without a "
+            "blank behind them, and write those in them twice"
         ) from error
 
 

@@ -20,6 +20,7 @@ from dpo_sd.files.atomic import replacing, write_json
 from dpo_sd.files.claims import take_turn
 from dpo_sd.files.hashes import read_sha256
 from dpo_sd.files.images import facts
+from dpo_sd.files.json_lines import parse_object
 from dpo_sd.files.room import free_bytes, writing
 from dpo_sd.files.tensors import content_key
 from dpo_sd.noise import order
@@ -329,15 +330,17 @@ def _entry(line: bytes, after: tuple[int, int]) -> dict[str, Any] | None:
     Args:
         after: file and row of the entry before.
     """
+    if not line.endswith(b"\n"):
+        return None
     try:
-        entry = json.loads(line.decode()) if line.endswith(b"\n") else None
+        entry = parse_object(line)
         if entry == {"end": True}:
             return entry
         file, row = entry["file"], entry["row"]
         follows = row == after[1] + 1 if file == after[0] else file > after[0] and row == 0
         kept = {"left_out", "where"} <= entry.keys() or _images(entry)
         return entry if follows and kept else None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError):
         return None
 
 

@@ -76,9 +76,8 @@ def preference_of(row: dict[str, Any]) -> Preference:
             raise ValueError(f"the key {key!r} is missing")
     row = {key: _whole(value) if isinstance(value, float) else value for key, value in row.items()}
     row |= {key: str(row[key]) for key in _NAMES if isinstance(row.get(key), int)}
-    prefer_0, prefer_1 = row.get("prefer_0"), row.get("prefer_1")
-    if prefer_0 is prefer_1 is None:  # nobody has looked at it
-        prefer_0 = prefer_1 = False
+    prefers = row.get("prefer_0"), row.get("prefer_1")
+    prefer_0, prefer_1 = (False if each is None else each for each in prefers)  # nobody has looked at it
     if not all(isinstance(each, int) and each in (0, 1) for each in (prefer_0, prefer_1)) or (prefer_0 and prefer_1):
         raise ValueError(
             "exactly one of prefer_0 and prefer_1 must be true, or both false where nobody has decided, got "
