@@ -207,11 +207,28 @@ def test_votes_of_other_machines_are_merged_and_exported(command: Callable, fold
     assert parquet.read_table(table).num_rows == 40
 
 
+def test_an_export_takes_the_place_of_no_file_and_names_one_that_cannot_be_written(command: Callable, folder, tmp_path):
+    SimulatedAnnotator(name="ada").annotate(folder, CENTRED)
+    (tmp_path / "former.parquet").write_text("former")
+    for place, message in (
+        (tmp_path / "former.parquet", "exists: choose another name"),
+        (Path("/proc/new.parquet"), "cannot be written"),
+    ):
+        ended = command(f"pairs={folder}", f"export={place}", program="annotate")
+        assert ended.code == 1 and message in ended.err and "Traceback" not in ended.err
+    assert (tmp_path / "former.parquet").read_text() == "former"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "pairs has no value: give pairs=<value>"),
         (("pairs=nowhere",), "no folder nowhere: draw pairs into it with python -m dpo_sd.generate out=nowhere"),
+        (("pairs=''",), "pairs is empty: name a pair folder"),
+        (("pairs=x", "export=''"), "must be a parquet file"),
+        (("pairs=x", "export=x/pairs.jsonl"), "must be a parquet file, so its name must end in .parquet"),
+        (("pairs=x", "export=/dev/null"), "must be a parquet file"),
+        (("pairs=x", "export=x/images/../new.parquet"), "lies in the pair folder x: choose a place outside"),
         (("pairs=x", "annotator=oracel"), "annotator=oracel: no such option; did you mean oracle"),
         (("pairs=x", "annotator.prot=1"), "annotator.prot: no such setting; did you mean annotator.port"),
         (("pairs=x", "annotator.mode=best"), "annotator.mode must be one of pairs, best_worst"),

@@ -184,6 +184,53 @@ def test_a_metadata_file_may_have_other_columns_and_rows_without_text(tmp_path):
     assert "line 1 of" in message and "data.image_column=<column>" in message and "it has photo, alt" in message
 
 
+def test_rows_may_lack_the_text_or_have_it_in_another_column(tmp_path):
+    names = ["a.png", "b.png", "c.png", "d.png", "e.png"]
+    texts = [{"text": "a"}, {}, {"text": None, "caption": "c"}, {"caption": "d", "text": float("nan")}, {"text": None}]
+    rows = [{"file_name": name} | text for name, text in zip(names, texts, strict=True)]
+    for kind in ("jsonl", "parquet"):
+        folder = make(tmp_path / kind, dict.fromkeys(names))
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        if kind == "parquet":
+            (folder / "metadata.jsonl").unlink()
+            pq.write_table(
+                pa.table({"file_name": names, "text": ["a", *[None] * 4], "caption": [None, None, "c", "d", None]}),
+                folder / "metadata.parquet",
+            )
+        assert captions(found(folder)) == {"a.png": "a", "c.png": "c", "d.png": "d"}
+        assert "left out 2 of 5 without a caption: b.png; e.png" in said(found(folder))
+
+
+def test_a_blank_may_stand_before_the_quotes_of_a_table_and_a_text_may_be_long(tmp_path):
+    folder = make(tmp_path / "photos", {"a.png": None, "b.png": None})
+    long = "x " * 100_000
+    (folder / "metadata.csv").write_text(f'file_name, text\na.png, "a fox, red"\nb.png,"{long}"\n')
+    assert captions(found(folder)) == {"a.png": "a fox, red", "b.png": long.strip()}
+
+
+def test_names_that_lead_back_into_the_folder_are_found_also_from_a_folder_in_it(tmp_path):
+    folder = make(tmp_path / "photos", {"a.png": None, "b/c.png": None, "d.png": None})
+    for place, rows in (
+        (folder, {str(folder / "a.png"): "a"}),
+        (folder / "b", {"gone/../C.png": "c", "../d.png": "d", "../../photos.png": "x"}),
+    ):
+        lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows.items()]
+        (place / "metadata.jsonl").write_text("\n".join(lines))
+    both = found(folder)
+    assert captions(both) == {"a.png": "a", "b/c.png": "c", "d.png": "d"}
+    assert "without a picture: b/../../photos.png" in said(both)
+
+
+def test_a_pipe_is_passed_over_and_named(tmp_path):
+    folder = make(tmp_path / "photos", {"a.png": "a", "b.png": None})
+    for name in ("b.txt", "c.png", "metadata.csv"):
+        os.mkfifo(folder / name)
+    both = found(folder)
+    assert captions(both) == {"a.png": "a"}
+    plain = "which is no plain file"
+    assert f"passed over: b.txt, {plain}, c.png, {plain}, metadata.csv, {plain}" in said(both)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
@@ -210,6 +257,11 @@ def test_a_metadata_file_may_have_other_columns_and_rows_without_text(tmp_path):
             "line 2 of .*csv cannot be read .* close the double",
         ),
         ("metadata.csv", 'file_name,text\na.png,"a "red" fox"\n', "line 2 of .*csv cannot be read .* close the double"),
+        (
+            "metadata.jsonl",
+            '{"text": "a"}\n{"image": "a.png", "text": "a"}\n',
+            "line 1 of .* picture and caption must be",
+        ),
         ("metadata.csv", "file_name,text,text\na.png,a,b\n", "line 1 of .*csv names the column text twice"),
         ("metadata.parquet", b"none", "metadata.parquet is no parquet file"),
         ("a.txt", b"\xff\xfe\x00", "a.txt is no text in UTF-8"),

@@ -262,6 +262,14 @@ def test_a_name_that_is_not_utf_8_is_left_out_and_printed(tmp_path):
     assert any(r"images/\udce9.png" in line and "not UTF-8" in line for line in report) and "\n".join(report).encode()
 
 
+def test_an_empty_prompt_is_said(tmp_path):
+    make_folder(tmp_path, PROMPTS)
+    rows(tmp_path, [five(i) | ({"prompt": " "} if i == 3 else {}) for i in range(8)])
+    data, report = prepared(tmp_path)
+    assert len(everything(data)) == 8
+    assert "1 pairs have an empty prompt and are trained on it: images/3-0.png and images/3-1.png" in report
+
+
 def test_half_of_a_character_in_a_prompt_is_trained_on_and_said(tmp_path):
     make_folder(tmp_path, [*PROMPTS, "a fox \ud83e"])
     annotate(tmp_path, {"anna": ["image_0"] * 9})
@@ -311,6 +319,8 @@ def test_what_cannot_be_trained_on_is_refused_before_any_model_loads(tmp_path, c
 
 
 def test_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="pairs is empty"):
+        Pairs("")
     with pytest.raises(UserError, match="nowhere"):
         Pairs(str(tmp_path / "nowhere")).find(Cache(tmp_path / "cache"), fetch=False)
 

@@ -119,6 +119,25 @@ def test_rows_without_label_caption_or_picture_are_counted_and_the_broken_ones_n
     assert "1 without a picture (row 5 of a.parquet)" in found.report[0]
 
 
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("yes", "no"),
+    [({"has_label": 1}, {"has_label": 0}), ({"has_label": "True"}, {"has_label": "false"}), ({}, {"label_0": NAN})],
+)
+def test_whether_a_row_has_a_label_is_read_in_numbers_texts_and_nan(yes, no, tmp_path):
+    rows = [row(0) | yes, row(1) | yes | {"label_1": NAN}, row(2) | yes | no]
+    found = fetched(untyped(tmp_path / "a.parquet", rows))
+    assert sorted(everything(found)) == ["prompt 0", "prompt 1"] and "1 without a label" in found.report[0]
+
+
+@pytest.mark.parametrize("value", [2, "maybe"])
+def test_a_has_label_that_is_neither_is_refused_with_its_row(value, tmp_path):
+    file = untyped(tmp_path / "a.parquet", [row(n, has_label=value) for n in range(2)])
+    assert f"row 0 of a.parquet: column has_label is {value!r}, and it is true or false" in refused(file)
+
+
 def test_pictures_that_are_the_same_or_cannot_be_read_are_left_out_and_said(tmp_path):
     same, page = row(1, jpg_1=jpeg(2)), row(2, jpg_0=b"<html>gone</html>")
     found = fetched(parquet(tmp_path / "a.parquet", [row(0), same, page, row(3)]))
@@ -132,7 +151,6 @@ def test_pictures_that_are_the_same_or_cannot_be_read_are_left_out_and_said(tmp_
     ("changes", "what"),
     [
         ({"label_0": 0.7}, "row 2 of a.parquet: column label_0 is 0.7, and a label is 1, 0 or, for a tie, 0.5"),
-        ({"label_0": float("nan")}, "row 2 of a.parquet: column label_0 is nan"),
         ({"label_1": -1.0}, "row 2 of a.parquet: column label_1 is -1.0"),
         ({"label_1": 1.0}, "row 2 of a.parquet: label_0 1.0 and label_1 1.0 do not add up to 1"),
     ],
@@ -159,6 +177,14 @@ def test_a_file_without_labels_or_rows_is_read_beside_the_others(first, order, t
     assert not first or "left out: 1 without a label" in split.report[0]
 
 
+def test_a_column_that_nobody_asks_for_may_be_in_one_file_alone(tmp_path):
+    for changed in ("a", "b"):
+        for name in ("a", "b"):
+            rows = [row(n + 2 * (name == "b")) | ({"zz": "x"} if name == changed else {}) for n in range(2)]
+            untyped(tmp_path / changed / "set" / f"{name}.parquet", rows)
+        assert len(everything(fetched(tmp_path / changed / "set"))) == 4
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [
@@ -183,6 +209,23 @@ def test_signs_of_patterns_in_names_are_only_names(name, tmp_path):
     parquet(tmp_path / "my b photos" / "train.parquet", [row(5)])
     assert sorted(everything(fetched(tmp_path / name))) == ["prompt 0", "prompt 1"]
     assert sorted(everything(fetched(tmp_path / name / "train [1].parquet"))) == ["prompt 0", "prompt 1"]
+
+
+def test_an_empty_path_is_not_the_working_folder():
+    with pytest.raises(UserError, match="path is empty"):
+        PickAPic("")
+
+
+def test_the_ending_of_a_parquet_file_may_be_in_capitals(tmp_path):
+    parquet(tmp_path / "set" / "A.PARQUET", [row(0), row(1)])
+    assert len(everything(fetched(tmp_path / "set"))) == 2
+
+
+@pytest.mark.parametrize("name", ["a::b/c.parquet", "set/a::b.parquet"])
+def test_a_name_that_the_reader_would_take_for_a_chain_of_addresses_is_refused(name, tmp_path):
+    file = parquet(tmp_path / name, [row(0), row(1)])
+    for path in (file, file.parent):
+        assert f"{file} has :: in its name" in refused(path)
 
 
 def test_a_column_that_changes_its_type_on_the_hub_is_one_line():

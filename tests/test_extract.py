@@ -239,13 +239,61 @@ def test_a_file_that_is_damaged_inside_is_named_and_the_rows_before_are_kept(tmp
         numbers(extract(path, tmp_path / "cache"))
 
 
-def test_a_damaged_log_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "line", [b"nonsense", b"\xff", b"[" * 100_000, b"[]", b'{"a": 1}', b'"end"', b'{"file": 0, "row": 0}', b"null"]
+)
+@pytest.mark.parametrize("number", [0, 4])
+def test_a_log_is_read_anew_from_a_damaged_line_on(line, number, tmp_path, capsys):
+    path = make(tmp_path / "set")
+    first = numbers(extract(path, tmp_path / "cache"), 8)
+    whole = tree(tmp_path / "cache")
+    (log,) = (tmp_path / "cache").rglob("rows.jsonl")
+    lines = log.read_bytes().split(b"\n")
+    log.write_bytes(b"\n".join([*lines[:number], line, *lines[number + 1 :]]))
+    assert there(extract(path, tmp_path / "cache"), 8) is None
+    capsys.readouterr()
+    assert numbers(extract(path, tmp_path / "cache"), 8) == first and tree(tmp_path / "cache") == whole
+    assert f"{log} is damaged behind byte {sum(map(len, lines[:number])) + number}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b'{"commit": 5}', None])
+def test_without_the_commit_that_it_is_of_an_extract_begins_anew(content, tmp_path, capsys):
     path = make(tmp_path / "set")
     numbers(extract(path, tmp_path / "cache"), 5)
-    (log,) = (tmp_path / "cache").rglob("rows.jsonl")
-    log.write_text("nonsense\n" + log.read_text())
-    with pytest.raises(UserError, match=f"line 1 of {log} is damaged: delete"):
-        numbers(extract(path, tmp_path / "cache"), 5)
+    (about,) = (tmp_path / "cache").rglob("of.json")
+    about.unlink() if content is None else about.write_bytes(content)
+    capsys.readouterr()
+    assert len(numbers(extract(path, tmp_path / "cache"), 9)) == 9
+    assert f"{about} is damaged or gone" in capsys.readouterr().out
+    numbers(extract(path, tmp_path / "other"), 9)
+    assert tree(tmp_path / "cache") == tree(tmp_path / "other")
+
+
+def test_a_damaged_picture_is_no_picture_where_the_log_is_damaged_too(tmp_path):
+    path, cache = make(tmp_path / "set"), tmp_path / "cache"
+    numbers(extract(path, cache), 20)
+    whole = tree(cache)
+    next(cache.rglob("images/*/*")).write_bytes(b"?")
+    next(cache.rglob("rows.jsonl")).write_bytes(b"?\n")
+    numbers(extract(path, cache), 20)
+    assert tree(cache) == whole
+
+
+def test_pictures_that_are_damaged_or_gone_are_read_again_and_no_others(tmp_path, capsys):
+    path, cache = make(tmp_path / "set"), tmp_path / "cache"
+    first = numbers(extract(path, cache), 20)
+    whole = tree(cache)
+    pictures = sorted(cache.rglob("images/*/*"))
+    pictures[3].write_bytes(pictures[3].read_bytes()[:-1] + b"?")
+    pictures[7].unlink()
+    assert there(extract(path, cache), 20) is None
+    capsys.readouterr()
+    kept = list(Tally(named=()).kept(extract(path, cache).rows(20, "pictures")))
+    assert [entry["n"] for entry in kept] == first and tree(cache) == whole
+    said = capsys.readouterr().out
+    assert "2 pictures in" in said and "are damaged or gone, and are read anew" in said
+    again = extract(path, cache, picking=lambda *_: pytest.fail("read again"))
+    assert numbers(again, 20) == first
 
 
 def test_processes_that_want_the_same_wait_for_each_other(tmp_path):

@@ -125,6 +125,23 @@ def test_a_damaged_memory_costs_time_and_nothing_else(tmp_path, memory, content)
     assert reader.of(file) == ["a"]
 
 
+@pytest.mark.parametrize("garbage", ["garbage", "[]", "null", '"x"', None, 7, b"\xff"])
+def test_a_result_that_is_not_of_our_writing_is_computed_again(tmp_path, memory, garbage):
+    (file,), reader = make(tmp_path, "a"), Reader()
+    reader.of(file)
+    with sqlite3.connect(memory) as connection:
+        connection.execute("UPDATE files SET value = ?", (garbage,))
+    assert reader.of(file) == reader.of(file) == ["a"] and len(reader.read) == 2
+
+
+def test_an_empty_name_of_the_cache_is_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("DPO_SD_CACHE", "")
+    Reader().of(*make(tmp_path, "a"))
+    assert not (tmp_path / "files.sqlite").exists() and (tmp_path / "home/.cache/dpo_sd/files.sqlite").exists()
+
+
 def test_a_memory_that_is_damaged_inside_costs_time_and_nothing_else(tmp_path, memory, caplog):
     files, reader = make(tmp_path, *map(str, range(200))), Reader()
     reader.of(*files)

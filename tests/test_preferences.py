@@ -971,7 +971,8 @@ def test_events_are_read_rather_than_metadata_that_may_be_older(folder: Path):
             json.dumps(FIVE | {"prefer_0": "true"}),
             "line 2: exactly one of prefer_0 and prefer_1 .* got 'true' and False",
         ),
-        (json.dumps(FIVE | {"prefer_0": 1}), "line 2: exactly one of prefer_0 and prefer_1"),
+        (json.dumps(FIVE | {"prefer_0": 2}), "line 2: exactly one of prefer_0 and prefer_1"),
+        (json.dumps(FIVE | {"seed_0": 1.5}), "line 2: seed_0 must be int"),
         (json.dumps(FIVE | {"prompt": None}), "line 2: prompt must be str"),
         (json.dumps(FIVE | {"image_1": 5}), "line 2: image_1 must be str"),
         (json.dumps(FIVE | {"votes_1": 2}), "line 2: the numbers of votes contradict"),
@@ -984,6 +985,22 @@ def test_a_broken_line_of_metadata_is_refused_by_number(tmp_path: Path, line: st
     (tmp_path / METADATA).write_text(f"{json.dumps(FIVE)}\n{line}\n")
     with pytest.raises(UserError, match=message):
         read_preferences(tmp_path)
+
+
+def test_rows_of_metadata_are_read_as_other_programs_write_them(tmp_path: Path):
+    nan = float("nan")
+    bare = {key: value for key, value in FIVE.items() if not key.startswith("prefer")}
+    rows = [
+        FIVE | {"ranking_id": 7, "pair_id": 3.0, "seed_0": 1.0, "seed_1": nan, "n_votes": 1.0},
+        FIVE | {"prefer_0": 0, "prefer_1": 1.0},
+        bare,
+        bare | {"prefer_0": nan, "prefer_1": nan},
+        bare | {"prefer_1": True},
+    ]
+    (tmp_path / METADATA.upper()).write_text("\n".join(map(json.dumps, rows)))
+    found = read_preferences(tmp_path)
+    assert [each.status for each in found] == ["image_0", "image_1", "undecided", "undecided", "image_1"]
+    assert (found[0].pair.ranking_id, found[0].pair.seed_0, found[0].pair.seed_1) == ("7", 1, None)
 
 
 def test_a_folder_without_votes_says_how_to_get_them(folder: Path):

@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -124,7 +125,13 @@ def _walk(folder: Path, passed_over: list[str]) -> Iterator[str]:
             linked = [name for name in folders if os.path.islink(os.path.join(place, name))]
             waiting += [prefix + name for name in linked]
             folders[:] = [name for name in folders if name not in linked]
-            yield from (prefix + name for name in sorted(names) if not name.startswith(".") and is_text(name))
+            for name in sorted(names):
+                if name.startswith(".") or not is_text(name):
+                    continue
+                if os.path.isfile(os.path.join(place, name)):
+                    yield prefix + name
+                else:  # reading a pipe would wait for ever
+                    passed_over.append(f"{prefix}{name}, which is no plain file")
 
 
 def from_texts(folder: Path, files: Listing) -> list[Caption]:
@@ -183,16 +190,24 @@ def _captions(folder: Path, above: str, file: Path, needed: Mapping[str, Sequenc
     Args:
         above: path of the file's own folder, which its image names begin at.
     """
-    for where, row in _rows(file):
-        if "image_0" in row and not set(row) & set(IMAGE_COLUMNS):
-            raise UserError(f"{file} holds pairs: use data=pairs data.pairs={file.parent}")
-        check_columns(needed, list(row), where)
-        image, text = (next(row[column] for column in columns if column in row) for columns in needed.values())
+    rows = list(_rows(file))
+    everywhere = list(dict.fromkeys(column for _, row in rows for column in row))
+    if "image_0" in everywhere and not set(everywhere) & set(IMAGE_COLUMNS):
+        raise UserError(f"{file} holds pairs: use data=pairs data.pairs={file.parent}")
+    if rows:
+        check_columns(needed, everywhere, rows[0][0])
+    for where, row in rows:
+        image, text = (valued(row, columns) for columns in needed.values())
         if not isinstance(image, str) or not isinstance(text, str | None):
             raise UserError(f"{where}: picture and caption must be text, got {image!r:.100} and {text!r:.100}")
         if text is not None:
-            path = PurePosixPath(above, spelt(file.parent, image)).as_posix()
+            path = spelt(folder, PurePosixPath(above, spelt(file.parent, image)).as_posix())
             yield Caption(path, " ".join(text.split()), path)
+
+
+def valued(row: Mapping[str, Any], columns: Sequence[str]) -> Any:
+    """The first value in one of these columns of a row, None where all are empty, of which NaN is a sign too."""
+    return next((value for column in columns if (value := row.get(column)) is not None and value == value), None)
 
 
 def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -211,7 +226,8 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     text = read_text(file)
     head = text.strip().partition("\n")[0]
     delimiter = max(",;\t", key=head.count)  # the comma where there is none, for a single column
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    csv.field_size_limit(sys.maxsize)  # otherwise a long text is an error
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     columns: list[str] = []
     begin = 1
     try:
@@ -230,8 +246,8 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield where, dict(zip(columns, values, strict=True))
     except csv.Error as error:
         raise UserError(
-            f"line {begin} of {file} cannot be read ({error}): close the double quotes around its texts, and write "
-            "those in them twice"
+            f"line {begin} of {file} cannot be read ({error}): close the double quotes around its texts, without a "
+            "blank behind them, and write those in them twice"
         ) from error
 
 

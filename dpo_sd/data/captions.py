@@ -22,6 +22,7 @@ from dpo_sd.data.caption_folder import (
     from_metadata,
     from_texts,
     listing,
+    valued,
 )
 from dpo_sd.data.extract import Extract
 from dpo_sd.data.file_source import FileSource
@@ -126,10 +127,10 @@ class Captions(FileSource):
         }
 
     def _pick(self, row: dict[str, Any], where: str) -> dict[str, Any] | str:
-        image_column, text_column = (
-            next(column for column in columns if column in row) for columns in self._needed.values()
-        )
-        text, image = row[text_column], image_bytes(row[image_column], image_column, where)
+        columns = [[column for column in columns if column in row] for columns in self._needed.values()]
+        image_column, text_column = map(" or ".join, columns)
+        image, text = (valued(row, names) for names in columns)
+        image = image_bytes(image, image_column, where)
         if text is not None and not isinstance(text, str):
             raise UserError(f"{where}: column {text_column} holds {type(text).__name__}, not text")
         if text is None:

@@ -6,15 +6,21 @@ import errno
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_sd.errors import UserError
 from dpo_sd.files.atomic import replacing, write_json
 from dpo_sd.files.claims import take_turn
+from dpo_sd.files.hashes import read_sha256
+from dpo_sd.files.images import facts
+from dpo_sd.files.json_lines import parse_object
 from dpo_sd.files.room import free_bytes, writing
 from dpo_sd.files.tensors import content_key
 from dpo_sd.noise import order
@@ -27,6 +33,7 @@ if TYPE_CHECKING:
 # of a row and its place, in words: what is kept of it, images as bytes; or why it is left out
 Pick = Callable[[dict[str, Any], str], dict[str, Any] | str]
 MEASURED = 32  # rows after which it is known how much room the others need
+_PICTURE = re.compile(r"([0-9a-f]{2})/(\1[0-9a-f]{62})")  # path of an image, whose name is its SHA-256
 FRUITLESS = 1000  # rows of which none can be used, after which nothing better is expected
 
 
@@ -35,7 +42,8 @@ class Extract:
 
     The dataset's files are read in an order that the seed decides, and their rows as they stand. A log gets one line
     for every row, after its images are on the disk, so that a killed extraction goes on at the next row and ends in
-    the same folder. More rows can be wanted later; the first ones stay the same.
+    the same folder. More rows can be wanted later; the first ones stay the same. What is damaged or gone in the folder
+    is read anew.
 
     Args:
         dataset: where rows come from.
@@ -99,45 +107,99 @@ class Extract:
             lock = open(self.folder / "lock", "w")  # noqa: SIM115 - closed below
         with lock:
             take_turn(lock.fileno(), fcntl.LOCK_EX)  # another process may want the same
-            _cut_torn_line(self.log)
             begun = self._begun()
-            if not begun.suffices(wanted):
-                self._go_on(begun, wanted, what)
+            self._cut(begun.size, what)
+            broken = self._broken(wanted)
+            if broken or not begun.suffices(wanted):
+                if not self._of_one_commit(what):
+                    begun, broken = _Begun(), set()
+                self._mend(broken, what)
+                if not begun.suffices(wanted):
+                    self._go_on(begun, wanted, what)
         return _first(self._entries(), wanted)
 
     def there(self, wanted: int | None) -> Iterator[dict[str, Any]] | None:
         """The same if it has all been read before, otherwise None; nothing is written and no network asked."""
         if not self._above.exists():  # local files need not be read to know the folder's name
             return None
-        return _first(self._entries(), wanted) if self._begun().suffices(wanted) else None
+        whole = self._begun().suffices(wanted) and not self._broken(wanted)
+        return _first(self._entries(), wanted) if whole else None
 
     def _begun(self) -> _Begun:
-        kept = file = row = 0
-        for entry in self._entries():
+        kept = file = row = size = 0
+        for entry, size in self._lines():
             if "end" in entry:
-                return _Begun(kept, file, row, ended=True)
+                return _Begun(kept, file, row, size, ended=True)
             kept += "left_out" not in entry
             file, row = entry["file"], entry["row"] + 1
-        return _Begun(kept, file, row)
+        return _Begun(kept, file, row, size)
+
+    def _cut(self, size: int, what: str) -> None:
+        """Removes from the log what follows its sound lines, as a killed process leaves it, or a disk."""
+        if self.log.exists():
+            with open(self.log, "rb+") as file:
+                file.seek(size)
+                if b"\n" in file.read():  # more than a line that was not ended
+                    _say(f"{self.log} is damaged behind byte {size}: the {what} from there on are read anew")
+                file.truncate(size)
+
+    def _broken(self, wanted: int | None) -> set[tuple[int, int]]:
+        """File and row of the rows with an image that is gone, or is no longer the one that its name says."""
+        images = (
+            ((entry["file"], entry["row"]), path)
+            for entry in _first(self._entries(), wanted)
+            for path in _images(entry)
+        )
+        images, again = itertools.tee(images)  # one by one: a million paths are not for the memory
+        known = facts(self.images / path for _, path in again)
+        return {place for (place, path), fact in zip(images, known, strict=True) if fact.sha256 != path[3:]}
 
     def _entries(self) -> Iterator[dict[str, Any]]:
+        return (entry for entry, _ in self._lines())
+
+    def _lines(self) -> Iterator[tuple[dict[str, Any], int]]:
+        """The entries up to the first line that is torn or damaged, each with the byte where it ends."""
         if self.log.exists():
-            with open(self.log, encoding="utf-8") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if not line.endswith("\n"):  # another process has not ended it, or was killed
+            with open(self.log, "rb") as lines:
+                place, end = (0, -1), 0
+                for line in lines:
+                    entry, end = _entry(line, place), end + len(line)
+                    if entry is None:
                         return
-                    try:
-                        yield json.loads(line)
-                    except ValueError as error:
-                        raise UserError(f"line {number} of {self.log} is damaged: delete {self.folder}") from error
+                    yield entry, end
+                    place = entry.get("file", 0), entry.get("row", 0)
+
+    def _of_one_commit(self, what: str) -> bool:
+        """Whether it is known which commit the log's rows are of; otherwise it begins anew, with the present one."""
+        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+            if isinstance(self._commit(), str | None):
+                return True
+        if self.log.exists():
+            _say(f"{self.about} is damaged or gone: the {what} are read anew")
+        commit = self.dataset.commit()
+        with writing(self.folder):
+            self.log.unlink(missing_ok=True)
+            write_json(self.about, {"path": self.dataset.path, "split": self.dataset.split, "commit": commit})
+        return False
 
     def _commit(self) -> str | None:
         """The commit that was read first, so that all rows are of one state of the dataset."""
-        if not self.about.exists():
-            commit = self.dataset.commit()
-            with writing(self.folder):
-                write_json(self.about, {"path": self.dataset.path, "split": self.dataset.split, "commit": commit})
         return json.loads(self.about.read_text(encoding="utf-8"))["commit"]
+
+    def _mend(self, broken: set[tuple[int, int]], what: str) -> None:
+        """Reads the images of those rows again."""
+        if not broken:
+            return
+        _say(f"{len(broken)} {what} in {self.folder} have pictures that are damaged or gone, and are read anew")
+        stream, names = self.dataset.stream(self.needed, self.optional, self._commit())
+        with self.dataset.reading():
+            for place, values, where in self._unread(stream, names, _Begun(0, *min(broken))):
+                if (place["file"], place["row"]) in broken:
+                    taken = self.pick(values, where)
+                    if not isinstance(taken, str):
+                        self._written(taken, _Room(self.folder, None, what))
+                    if (place["file"], place["row"]) == max(broken):
+                        return
 
     def _go_on(self, begun: _Begun, wanted: int | None, what: str) -> None:
         """Reads from there on until so many rows are kept."""
@@ -193,7 +255,7 @@ class Extract:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _written(self, taken: dict[str, Any], room: _Room) -> dict[str, Any]:
-        """The entry with paths for images, which are on the disk then."""
+        """The entry with paths for images, which are whole on the disk then."""
         size, entry = 0, {}
         for key, value in taken.items():
             if isinstance(value, bytes):
@@ -201,9 +263,10 @@ class Extract:
                 entry[key] = f"{digest[:2]}/{digest}"
                 file = self.images / entry[key]
                 size += len(value)
-                if not file.exists():
-                    with writing(self.folder), replacing(file) as temporary:
-                        temporary.write_bytes(value)
+                with writing(self.folder):
+                    if not file.exists() or read_sha256(file) != digest:
+                        with replacing(file) as temporary:
+                            temporary.write_bytes(value)
             else:
                 entry[key] = value
         room.taken(size)
@@ -216,12 +279,14 @@ class _Begun(NamedTuple):
     Args:
         kept: rows that were kept.
         file, row: place of the next row to read, in the order of reading.
+        size: bytes of its sound lines.
         ended: whether there is none.
     """
 
     kept: int = 0
     file: int = 0
     row: int = 0
+    size: int = 0
     ended: bool = False
 
     def suffices(self, wanted: int | None) -> bool:
@@ -247,13 +312,11 @@ class _Room:
         self.n = self.size = 0
 
     def taken(self, size: int) -> None:
-        from tqdm import tqdm
-
         self.n, self.size = self.n + 1, self.size + size
         if self.n != MEASURED or self.rows is None or self.rows <= MEASURED:
             return
         needed, free = self.size / self.n * (self.rows - self.n), free_bytes(self.folder)
-        tqdm.write(f"data    {self.rows} {self.what} take about {needed / 2**30:.2g} GiB in {self.folder}")
+        _say(f"{self.rows} {self.what} take about {needed / 2**30:.2g} GiB in {self.folder}")
         if needed > free:
             raise UserError(
                 f"{self.rows} {self.what} need about {needed / 2**30:.1f} GiB more, and {self.folder} has "
@@ -261,14 +324,35 @@ class _Room:
             )
 
 
-def _cut_torn_line(log: Path) -> None:
-    """Removes the part of a line that a killed process has left."""
-    if log.exists():
-        with open(log, "rb+") as file:
-            end = file.seek(0, os.SEEK_END)
-            start = max(0, end - 2**20)  # lines are shorter
-            file.seek(start)
-            file.truncate(start + file.read().rfind(b"\n") + 1)
+def _entry(line: bytes, after: tuple[int, int]) -> dict[str, Any] | None:
+    """The entry on a line of the log; None if the line is torn or damaged.
+
+    Args:
+        after: file and row of the entry before.
+    """
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        entry = parse_object(line)
+        if entry == {"end": True}:
+            return entry
+        file, row = entry["file"], entry["row"]
+        follows = row == after[1] + 1 if file == after[0] else file > after[0] and row == 0
+        kept = {"left_out", "where"} <= entry.keys() or _images(entry)
+        return entry if follows and kept else None
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+def _images(entry: dict[str, Any]) -> list[str]:
+    """The paths in an entry."""
+    return [value for value in entry.values() if isinstance(value, str) and _PICTURE.fullmatch(value)]
+
+
+def _say(line: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(f"data    {line}")
 
 
 def _length(rows: IterableDataset) -> int | None:

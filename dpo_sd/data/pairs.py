@@ -13,7 +13,7 @@ from dpo_sd.data.file_source import FileSource
 from dpo_sd.data.samples import Samples, by_prompt
 from dpo_sd.data.source import checked_dropout
 from dpo_sd.data.splitting import Split, check_validation, split
-from dpo_sd.data.usable import left_out, usable
+from dpo_sd.data.usable import left_out, some, usable
 from dpo_sd.errors import UserError
 from dpo_sd.files.names import is_text, spelt
 from dpo_sd.preferences.drawn_with import drawn_with
@@ -50,6 +50,8 @@ class Pairs(FileSource):
         caption_dropout: float = 0.0,
         seed: int = 0,
     ):
+        if not pairs:
+            raise UserError("pairs is empty: name a pair folder")
         check_validation(validation)
         self.caption_dropout = checked_dropout(caption_dropout)
         self.folder, self.validation, self.seed = Path(pairs).expanduser(), validation, seed
@@ -83,12 +85,14 @@ class Pairs(FileSource):
         )
         if not found.rows:
             raise UserError(f"no decided pair of {self.folder} can be read: {'; '.join(found.left_out)}")
+        empty = [" and ".join(names[row]) for row in found.rows if not prompts[row].strip()]
         uids = [(p.pair.image_0_uid, p.pair.image_1_uid) for p in decided]
         changed = _changed(found.samples, [uids[row][:: -1 if flipped[row] else 1] for row in found.rows])
         report = [
             f"{self.folder}: {counted(preferences)}",
             *several,
             *found.left_out,
+            *([f"{len(empty)} pairs have an empty prompt and are trained on it: {some(empty)}"] if empty else []),
             *left_out("with a picture that has changed since it was judged", list(changed.values()), len(decided)),
         ]
         return split(found.samples.without(changed), self.validation, self.seed, report)

@@ -27,6 +27,7 @@ COLUMNS = {
     "chosen": None,
     "rejected": None,
 }
+_FLAGS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}  # as tables write them
 TIED, UNLABELLED, UNCAPTIONED, IMAGELESS = "tied", "without a label", "without a caption", "without a picture"
 
 
@@ -145,8 +146,12 @@ class PickAPic(FileSource):
     def _label(self, row: dict[str, Any], where: str) -> float | None:
         """P(image_0 is better): 1, 0 or 0.5; None where nobody judged."""
         name, other = str(self.columns["label_0"]), self.columns["label_1"]
-        label, opposite = row[name], row.get(other) if other else None
-        if label is None or row.get(self.columns["has_label"] or "") is False:
+        flag = self.columns["has_label"] or ""
+        cells = row[name], row.get(other or ""), row.get(flag)
+        label, opposite, has_label = (None if cell != cell else cell for cell in cells)  # pandas writes NaN for none
+        if has_label is not None and str(has_label).lower() not in _FLAGS:
+            raise UserError(f"{where}: column {flag} is {has_label!r:.100}, and it is true or false")
+        if label is None or not _FLAGS.get(str(has_label).lower(), True):
             return None
         for column, value in ((name, label), (other, opposite)):
             if value is not None and not (isinstance(value, bool | int | float) and value in (0, 0.5, 1)):

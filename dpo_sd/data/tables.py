@@ -36,6 +36,8 @@ class TabularDataset:
 
     def __init__(self, path: str, split: str = "train", revision: str | None = None):
         self.path, self.split, self.revision = path, split, revision
+        if not path:
+            raise UserError("path is empty: name a folder, a file, or a dataset on the Hub")
         self._local = Path(path).expanduser()
         if self._local.exists():
             if revision is not None:
@@ -55,14 +57,17 @@ class TabularDataset:
         """
         if not self._local.exists():
             return None
-        if self._local.is_file():
-            return [self._local]
         if linked := next(self._linked(), None):
             raise UserError(
                 f"{linked} is a link to a folder, and parquet files are not read through it: link the files"
             )
-        if not any(self._local.rglob("*.parquet")):
+        whole = self._local.absolute()
+        if not (found := [whole] if whole.is_file() else _parquet_files(whole)):
             raise UserError(f"{self._local} holds no parquet file")
+        if chained := next((file for file in found if "::" in str(file)), None):  # fsspec's sign
+            raise UserError(f"{chained} has :: in its name, which the reader takes for two addresses: rename it")
+        if whole.is_file():
+            return [self._local]
         from datasets import load_dataset_builder
 
         try:
@@ -75,7 +80,7 @@ class TabularDataset:
     def _linked(self) -> Iterator[Path]:
         """The links in the folder that lead to folders with parquet files."""
         links = (Path(place, name) for place, folders, _ in os.walk(self._local) for name in folders)
-        yield from (link for link in links if link.is_symlink() and any(link.rglob("*.parquet")))
+        yield from (link for link in links if link.is_symlink() and _parquet_files(link))
 
     def _check_split(self, splits: Iterable[Any]) -> None:
         splits = [str(split) for split in splits]
@@ -220,10 +225,10 @@ def _types(files: Sequence[Path], wanted: set[str]) -> dict[str, Any]:
     schemas = []
     for file in files:
         with _opening(file):
-            schema = pq.read_schema(file)
-        schemas.append(pa.schema([field for field in schema if field.name in wanted], schema.metadata))
+            schemas.append(pq.read_schema(file))
     if all(schema.equals(schemas[0]) for schema in schemas):
         return {}
+    schemas = [pa.schema([field for field in schema if field.name in wanted], schema.metadata) for schema in schemas]
     together = schemas[0]
     for file, schema in zip(files, schemas, strict=True):
         if apart := set(schema.names) ^ set(together.names):
@@ -233,6 +238,10 @@ def _types(files: Sequence[Path], wanted: set[str]) -> dict[str, Any]:
         except pa.ArrowException as error:
             raise UserError(f"{file} has a column of another type than the files before it: {error}") from error
     return {"columns": together.names, "features": Features.from_arrow_schema(together)}
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    return [file for file in folder.rglob("*") if file.suffix.lower() == ".parquet"]
 
 
 def read_rows(file: Path) -> Iterator[dict[str, Any]]:

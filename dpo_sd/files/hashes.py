@@ -10,6 +10,7 @@ import re
 import sqlite3
 import stat
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -48,7 +49,7 @@ def remembered(
                 raise
             return unreadable(file, error)
 
-    memory = Path(os.environ.get("DPO_SD_CACHE", "~/.cache/dpo_sd")) / "files.sqlite"
+    memory = Path(os.environ.get("DPO_SD_CACHE") or "~/.cache/dpo_sd") / "files.sqlite"
     try:
         memory = memory.expanduser()
         memory.parent.mkdir(parents=True, exist_ok=True)
@@ -78,17 +79,23 @@ def _remembered(connection: sqlite3.Connection, file: str, what: str, compute: C
         row = connection.execute("SELECT state, value FROM files WHERE what = ? AND path = ?", (what, path)).fetchone()
     except sqlite3.Error:  # damaged: the insertion below says so
         row = None
-    if row is not None and row[0] == state:
+    if row is not None and row[0] == f"{state} {_checksum(row[1])}":
         return json.loads(row[1])
     value = compute(file)
     if now - max(status.st_mtime, status.st_ctime) > RACY:
         try:
+            text = json.dumps(value)
             connection.execute(
-                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", (what, path, state, json.dumps(value))
+                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", (what, path, f"{state} {_checksum(text)}", text)
             )
         except sqlite3.Error as error:  # a full disk, or a lock that does not end
             log.warning("%s is not remembered: %s", file, error)
     return value
+
+
+def _checksum(text: Any) -> int:
+    """Checksum of a result as it is kept: what is not of our writing is computed again."""
+    return zlib.crc32(str(text).encode())
 
 
 def sha256(file: str | Path) -> str:

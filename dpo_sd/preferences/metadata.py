@@ -12,6 +12,8 @@ from dpo_sd.preferences.outcome import SIDES, Preference
 from dpo_sd.preferences.pair_folder import Pair, pair_id
 
 METADATA = "metadata.jsonl"
+# texts that are numbers in other programs, as the ranking_id of Pick-a-Pic
+_NAMES = ("pair_id", "ranking_id", "model_0", "model_1", "image_0_uid", "image_1_uid")
 
 
 def metadata_rows(preferences: Iterable[Preference]) -> list[dict[str, Any]]:
@@ -61,20 +63,22 @@ def metadata_text(preferences: Iterable[Preference]) -> str:
 
 
 def preference_of(row: dict[str, Any]) -> Preference:
-    """The preference in a row of metadata.jsonl, of which five keys suffice.
+    """The preference in a row of metadata.jsonl, of which three keys suffice where nobody has decided, and five else.
 
-    Where neither image is preferred, it is undecided, or what the numbers of votes say.
+    Where neither image is preferred, it is undecided, or what the numbers of votes say. Numbers may stand for true and
+    false, and be written as other programs do: 1.0, or NaN where there is none.
 
     Raises:
         ValueError: if a key is missing or a value contradicts another.
     """
-    for key in ("prompt", "image_0", "image_1", "prefer_0", "prefer_1"):
+    for key in ("prompt", "image_0", "image_1"):
         if key not in row:
             raise ValueError(f"the key {key!r} is missing")
-    prefer_0, prefer_1 = row["prefer_0"], row["prefer_1"]
-    if prefer_0 is prefer_1 is None:  # nobody has looked at it
-        prefer_0 = prefer_1 = False
-    if not type(prefer_0) is type(prefer_1) is bool or (prefer_0 and prefer_1):
+    row = {key: _whole(value) if isinstance(value, float) else value for key, value in row.items()}
+    row |= {key: str(row[key]) for key in _NAMES if isinstance(row.get(key), int)}
+    prefers = row.get("prefer_0"), row.get("prefer_1")
+    prefer_0, prefer_1 = (False if each is None else each for each in prefers)  # nobody has looked at it
+    if not all(isinstance(each, int) and each in (0, 1) for each in (prefer_0, prefer_1)) or (prefer_0 and prefer_1):
         raise ValueError(
             "exactly one of prefer_0 and prefer_1 must be true, or both false where nobody has decided, got "
             f"{prefer_0!r:.20} and {prefer_1!r:.20}"
@@ -101,6 +105,11 @@ def preference_of(row: dict[str, Any]) -> Preference:
     if votes_bad < 0 or [preference.status == side for side in SIDES] != [prefer_0, prefer_1]:
         raise ValueError("the numbers of votes contradict prefer_0 and prefer_1")
     return preference
+
+
+def _whole(value: float) -> float | int | None:
+    """A whole number as such, and None for NaN."""
+    return int(value) if value.is_integer() else value if value == value else None
 
 
 def _count(row: dict[str, Any], key: str, default: int) -> int:

@@ -156,19 +156,17 @@ def image_file(folder: str | Path, relative: str) -> Path:
 
     Args:
         folder: holds the images.
-        relative: POSIX path inside the folder.
+        relative: path inside the folder, as `spelt` reads it.
 
     Raises:
-        UserError: if the path is an address, absolute or leads out of the folder, by ".." or by a link, or there is no
-            plain file, or its name is not UTF-8.
+        UserError: if the path is an address or leads out of the folder, or there is no plain file, or its name is not
+            UTF-8.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", relative):
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", relative):
         raise UserError(f"image {relative[:200]!r} is an address: give the path of a file in {folder}")
     path = PurePosixPath(spelt(folder, relative))
-    if path.is_absolute():
-        raise UserError(f"image {relative[:200]!r} is an absolute path: give one relative to {folder}")
-    if ".." in path.parts:
-        raise UserError(f"image {relative[:200]!r} leads out of {folder}: give a path inside, without '..'")
+    if path.is_absolute() or ".." in path.parts:
+        raise UserError(f"image {relative[:200]!r} leads out of {folder}: give a path inside")
     try:
         root, file = Path(folder).resolve(), (Path(folder) / path).resolve(strict=True)
     except (OSError, ValueError, RuntimeError) as error:  # missing, NUL in the name, circle of links

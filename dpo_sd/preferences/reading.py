@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dpo_sd.errors import UserError
 from dpo_sd.files.json_lines import read_records
+from dpo_sd.files.names import spelt
 from dpo_sd.preferences.log import ANNOTATIONS, read_events
 from dpo_sd.preferences.metadata import METADATA, preference_of
 from dpo_sd.preferences.outcome import fold
@@ -28,7 +29,7 @@ def read_preferences(folder: str | Path) -> list[Preference]:
     if (folder / ANNOTATIONS).exists():  # metadata.jsonl could be older
         pairs = read_pairs(folder)
         return fold(pairs, read_events(folder / ANNOTATIONS, {pair.pair_id for pair in pairs}))
-    file = folder / METADATA
+    file = folder / spelt(folder, METADATA)
     if not file.is_file():
         where = f"{folder} holds no votes yet" if folder.is_dir() else f"no folder {folder}"
         raise UserError(f"{where}: choose between its pairs with python -m dpo_sd.annotate pairs={folder}")
