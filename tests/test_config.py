@@ -142,6 +142,20 @@ def test_an_experiment_beats_the_hardware_which_beats_the_class(tmp_path):
     assert composed(searched, "experiment=mine", "hardware.micro_batch=2").hardware.micro_batch == 2
 
 
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_an_experiments_rate_is_one_of_adamws_scale(experiment):
+    def rate(*given: str) -> float:
+        return composed(f"experiment={experiment}", *NEEDS.get(f"experiment={experiment}", []), *given).optimizer.lr
+
+    assert set(options("optimizer")) == {"adamw", "adamw8bit", "prodigy"}  # another one needs a line here
+    recipe = rate()
+    assert 1e-6 < recipe < 1e-2
+    assert rate("optimizer=adamw") == rate("optimizer=adamw8bit") == recipe
+    assert rate("optimizer=prodigy") == 1
+    for optimizer in options("optimizer"):
+        assert rate(f"optimizer={optimizer}", "optimizer.lr=0.5") == 0.5
+
+
 def test_a_callback_can_be_left_out():
     assert "samples" not in composed("~callbacks.samples").callbacks
 
