@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_sd.composition.application import entry_point
+from dpo_sd.composition.presets import overrides, preset
 from dpo_sd.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def run(cfg: DictConfig, cases: Sequence[Case]) -> None:
 
     results: dict[str, Any] = {
         **versions(),
-        "overrides": list(HydraConfig.get().overrides.task),
+        "overrides": overrides(),
         "device": device_name(instantiate(cfg.hardware).accelerator),
         "lora": {"rank": cfg.lora.rank, "modules": instantiate(cfg.lora).target_modules},
     }
@@ -78,7 +79,7 @@ def check(cfg: DictConfig) -> None:
     """
     from dpo_sd.losses import DiffusionDPOLoss
 
-    instantiate(cfg.hardware).check(preset=HydraConfig.get().runtime.choices.get("hardware"))
+    instantiate(cfg.hardware).check(preset=preset())
     if not isinstance(instantiate(cfg.loss), DiffusionDPOLoss):
         raise UserError("the benchmark compares ways of Diffusion-DPO: use loss=dpo")
     instantiate(cfg.lora).check()
