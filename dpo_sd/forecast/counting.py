@@ -114,17 +114,22 @@ def _result(func: Any, args: Any, kwargs: Any) -> Any:
         _known[key] = _layout(result if isinstance(result, tuple) else (result,)), isinstance(result, tuple)
         return result
     layouts, several = _known[key]
-    made = tuple(
-        each if each is None else torch.empty_strided(*each[:2], dtype=each[2], device="meta") for each in layouts
-    )
+    made = tuple(map(_made, layouts))
     return made if several else made[0]
 
 
 def _layout(value: Any) -> Any:
-    """Shape, strides and precision of a tensor, those of several in a tuple; of another value itself."""
+    """Shape, strides and precision of a tensor, those of several in a tuple; of another value its type and itself."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype
-    return tuple(map(_layout, value)) if isinstance(value, list | tuple) else value
+    return tuple(map(_layout, value)) if isinstance(value, list | tuple) else (type(value), value)
+
+
+def _made(layout: Any) -> Tensor | None:
+    if layout == (type(None), None):  # a gradient that nobody asked for
+        return None
+    shape, strides, dtype = layout
+    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
 
 
 @contextmanager
