@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_sd.composition.application import entry_point
-from dpo_sd.composition.presets import overrides, preset
+from dpo_sd.composition.presets import overrides, preset, say_choice
 from dpo_sd.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def main(cfg: DictConfig) -> None:
     """
     from dpo_sd.forecast.side_by_side import Case
 
+    say_choice()
     cases = {
         "cpu": [Case("tiny", 64, 16, 8, 6), Case("sd15", 256, 4, 1, 3)],
         "cuda": [Case("sd15", 512, 4, 5, 5), Case("sdxl", 1024, 1, 5, 5)],

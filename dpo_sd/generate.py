@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from dpo_sd.composition.application import entry_point
-from dpo_sd.composition.presets import preset
+from dpo_sd.composition.presets import preset, say_choice
 from dpo_sd.data.prompts import read_prompts
 from dpo_sd.errors import UserError, in_shell
 from dpo_sd.files.claims import held
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 @entry_point("generate")
 def main(cfg: DictConfig) -> None:
     """Draws what is missing in the folder `out`, and lists the pairs."""
+    say_choice()
     folder = Path(cfg.out).expanduser()
     with held(folder):
         generate(cfg, folder)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from dpo_sd.composition.application import entry_point
 from dpo_sd.composition.checks import composes
-from dpo_sd.composition.presets import preset
+from dpo_sd.composition.presets import preset, say_choice
 from dpo_sd.data.cache import Cache
 from dpo_sd.data.source import Found
 from dpo_sd.forecast.units import MIB, counted
@@ -32,6 +32,7 @@ def main(cfg: DictConfig) -> None:
     from dpo_sd.forecast.memory import advice, memory_lines
     from dpo_sd.forecast.phases import Forecast
 
+    say_choice()
     base = instantiate(cfg.model)
     base.check_tensors()
     for note in base.notes:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from dpo_sd.composition.application import entry_point
 from dpo_sd.composition.checks import composes
 from dpo_sd.composition.options import own_flags
-from dpo_sd.composition.presets import overrides, preset
+from dpo_sd.composition.presets import overrides, preset, say_choice
 from dpo_sd.data.cache import Cache
 from dpo_sd.errors import UserError, in_shell
 from dpo_sd.files.claims import held
@@ -65,6 +65,7 @@ class Parts(NamedTuple):
 @entry_point("train", resumable=True)
 def main(cfg: DictConfig) -> float | None:
     """One run from its composition; returns the win rate of its verdict, for sweeps that search."""
+    say_choice()
     folder = Path(HydraConfig.get().runtime.output_dir)
     with held(folder) if cluster.first_process() else nullcontext():
         return trained(cfg, folder)

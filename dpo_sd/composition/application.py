@@ -19,13 +19,11 @@ from omegaconf import DictConfig
 from dpo_sd.composition.checks import CHECKS, check_settings, sweeping
 from dpo_sd.composition.messages import explain
 from dpo_sd.composition.options import find_own_modules, flags_first
-from dpo_sd.composition.presets import automatic
 from dpo_sd.composition.replay import check_replayed, resume_arguments
 from dpo_sd.composition.resolvers import register
 from dpo_sd.composition.schema import CONF_DIR
 from dpo_sd.composition.streams import keep_talking
 from dpo_sd.errors import UserError
-from dpo_sd.training import cluster
 
 
 def entry_point(
@@ -52,8 +50,6 @@ def entry_point(
                 if given:
                     check_replayed(cfg, given)
                 CHECKS.get(config_name, check_settings)(cfg)
-                if (taken := automatic()) and cluster.first_process():
-                    print(f"hardware {taken.preset} ({taken.why})", flush=True)
                 return main(cfg)
             except Exception as error:
                 message = explain(error)
