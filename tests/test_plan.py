@@ -99,6 +99,8 @@ EXPERIMENTS = {  # by what they take of a card; quickstart is made for pictures 
     "style_sft": ["data=captions", "data.path=photos"],
 }
 
+HALF = {("style_sft", "sd15"), ("style_sft", "sd21")}  # of what style_dpo takes with the same LoRA
+
 
 def test_every_experiment_is_planned():
     assert sorted(EXPERIMENTS) == options("experiment")
@@ -107,7 +109,7 @@ def test_every_experiment_is_planned():
 @pytest.mark.parametrize(
     ("experiment", "model"),
     [
-        pytest.param(experiment, model, marks=[pytest.mark.slow] if model == "sdxl" else [])
+        pytest.param(experiment, model, marks=[pytest.mark.slow] * (model == "sdxl" or (experiment, model) in HALF))
         for experiment, model in itertools.product(EXPERIMENTS, FAMILIES)
         if experiment != "quickstart" or model == "tiny"
     ],
