@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_sd.composition.application import entry_point
+from dpo_sd.composition.presets import overrides, preset, say_choice
 from dpo_sd.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def main(cfg: DictConfig) -> None:
     """
     from dpo_sd.forecast.side_by_side import Case
 
+    say_choice()
     cases = {
         "cpu": [Case("tiny", 64, 16, 8, 6), Case("sd15", 256, 4, 1, 3)],
         "cuda": [Case("sd15", 512, 4, 5, 5), Case("sdxl", 1024, 1, 5, 5)],
@@ -51,7 +53,7 @@ def run(cfg: DictConfig, cases: Sequence[Case]) -> None:
 
     results: dict[str, Any] = {
         **versions(),
-        "overrides": list(HydraConfig.get().overrides.task),
+        "overrides": overrides(),
         "device": device_name(instantiate(cfg.hardware).accelerator),
         "lora": {"rank": cfg.lora.rank, "modules": instantiate(cfg.lora).target_modules},
     }
@@ -78,7 +80,7 @@ def check(cfg: DictConfig) -> None:
     """
     from dpo_sd.losses import DiffusionDPOLoss
 
-    instantiate(cfg.hardware).check(preset=HydraConfig.get().runtime.choices.get("hardware"))
+    instantiate(cfg.hardware).check(preset=preset())
     if not isinstance(instantiate(cfg.loss), DiffusionDPOLoss):
         raise UserError("the benchmark compares ways of Diffusion-DPO: use loss=dpo")
     instantiate(cfg.lora).check()

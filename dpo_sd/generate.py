@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from dpo_sd.composition.application import entry_point
+from dpo_sd.composition.presets import preset, say_choice
 from dpo_sd.data.prompts import read_prompts
 from dpo_sd.errors import UserError, in_shell
 from dpo_sd.files.claims import held
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 @entry_point("generate")
 def main(cfg: DictConfig) -> None:
     """Draws what is missing in the folder `out`, and lists the pairs."""
+    say_choice()
     folder = Path(cfg.out).expanduser()
     with held(folder):
         generate(cfg, folder)
@@ -44,7 +46,7 @@ def generate(cfg: DictConfig, folder: Path) -> None:
     prompts = read_prompts(cfg.prompts, cfg.seed)
     loras = [parse_lora(text) for text in ([cfg.loras] if isinstance(cfg.loras, str) else cfg.loras)]
     hardware, sampler, base = (instantiate(cfg[group]) for group in ("hardware", "sampler", "model"))
-    hardware.check()
+    hardware.check(preset=preset())
     base.check()
     made_by = {
         "model": base.name,

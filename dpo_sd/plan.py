@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dpo_sd.composition.application import entry_point
-from dpo_sd.composition.checks import check_composition
+from dpo_sd.composition.checks import composes
+from dpo_sd.composition.presets import preset, say_choice
 from dpo_sd.data.cache import Cache
 from dpo_sd.data.source import Found
-from dpo_sd.errors import UserError
 from dpo_sd.forecast.units import MIB, counted
 
 if TYPE_CHECKING:
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 def main(cfg: DictConfig) -> None:
     """Prints memory by phase, settings that fit where these do not, and what happens to the data."""
     from dpo_sd.forecast.disk import disk_line
-    from dpo_sd.forecast.fitting import nearest
-    from dpo_sd.forecast.memory import memory_lines
+    from dpo_sd.forecast.memory import advice, memory_lines
     from dpo_sd.forecast.phases import Forecast
 
+    say_choice()
     base = instantiate(cfg.model)
     base.check_tensors()
     for note in base.notes:
         print(f"model    {note}")
     forecast = Forecast(workload(cfg))
     if cfg.measure:
-        forecast.workload.hardware.check(preset=HydraConfig.get().runtime.choices.get("hardware"))
+        forecast.workload.hardware.check(preset=preset())
     for line in memory_lines(forecast, cfg.pairs_per_update):
         print(line)
     if not forecast.fits():
-        print(advice(cfg, forecast, nearest(forecast)))
+        print(advice(forecast, partial(composes, cfg)))
     if cfg.measure:
         print(comparison(forecast))
     print()
@@ -74,33 +74,6 @@ def workload(cfg: DictConfig) -> Workload:
     parts = {group: instantiate(cfg[group]) for group in ("lora", "loss", "optimizer", "hardware", "sampler")}
     parts["optimizer"].check_schedule(cfg.trainer.max_steps)
     return of_composition(cfg, instantiate(cfg.framing).resolution or FAMILIES[cfg.model.name].resolution, **parts)
-
-
-def advice(cfg: DictConfig, forecast: Forecast, fitting: Iterable[Forecast]) -> str:
-    """Overrides of settings that fit, one a line; the smallest card that does where a training may have none of them.
-
-    Args:
-        fitting: forecasts that fit, the cheapest first.
-    """
-    from dpo_sd.forecast.fitting import overrides
-    from dpo_sd.forecast.memory import smallest_card
-
-    settings = (overrides(forecast.workload, other.workload) for other in fitting)
-    if found := [f"\n  {each}" for each in settings if composes(cfg, each)]:
-        return "does not fit: the nearest that does, the cheapest first" + "".join(found)
-    return (
-        f"does not fit: no setting is known that does (a smaller lora.rank or optimizer=adamw8bit may); "
-        f"the smallest card for it has {smallest_card(forecast)} GiB"
-    )
-
-
-def composes(cfg: DictConfig, overrides: str) -> bool:
-    """Whether a training may have these settings too."""
-    try:
-        check_composition(OmegaConf.merge(cfg, OmegaConf.from_dotlist(overrides.split())))  # type: ignore[arg-type]
-    except UserError:
-        return False
-    return True
 
 
 def comparison(forecast: Forecast) -> str:

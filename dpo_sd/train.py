@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +18,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_sd.composition.application import entry_point
+from dpo_sd.composition.checks import composes
 from dpo_sd.composition.options import own_flags
+from dpo_sd.composition.presets import overrides, preset, say_choice
 from dpo_sd.data.cache import Cache
 from dpo_sd.errors import UserError, in_shell
 from dpo_sd.files.claims import held
@@ -63,6 +66,7 @@ class Parts(NamedTuple):
 @entry_point("train", resumable=True)
 def main(cfg: DictConfig) -> float | None:
     """One run from its composition; returns the win rate of its verdict, for sweeps that search."""
+    say_choice()
     folder = Path(HydraConfig.get().runtime.output_dir)
     with held(folder) if cluster.first_process() else nullcontext():
         return trained(cfg, folder)
@@ -77,6 +81,7 @@ def trained(cfg: DictConfig, folder: Path) -> float | None:
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     if checkpoint is not None:
         check_same_run(checkpoint, settings)
+    check_card(cfg, parts, resume)
     found = parts.source.find(parts.cache, fetch=True)  # data of no use is met before weights load
 
     from dpo_sd.callbacks.metrics import Metrics
@@ -85,14 +90,14 @@ def trained(cfg: DictConfig, folder: Path) -> float | None:
     from dpo_sd.forecast.explaining import explained
     from dpo_sd.training.trainer import make_trainer
 
-    record = RunRecord(folder, settings, list(HydraConfig.get().overrides.task))
+    record = RunRecord(folder, settings, overrides())
     metrics = Metrics(cfg.trainer.log_every, cfg.trainer.validate_every)
     watchers = [metrics, *composed_watchers(cfg.callbacks), record]
     trainer = make_trainer(cfg, parts.hardware, folder, accumulation, watchers)
     say(f"run     {folder}")
     model = loaded(parts, cfg.seed)
     check_model(parts, model, found, watchers)
-    with continuable(folder), explained(workload(cfg, parts, model), partial(going_on, folder)):
+    with continuable(folder), explained(workload(cfg, parts, model.resolution), partial(going_on, folder)):
         data = prepared(parts, model, record, resume, checkpoint, trainer.is_global_zero)
         say(update_line(cfg, parts, accumulation, len(data.train)))
         if trainer.is_global_zero:
@@ -116,7 +121,7 @@ def composed(cfg: DictConfig) -> Parts:
             base is not one that can be trained.
     """
     hardware = instantiate(cfg.hardware)
-    hardware.check(cfg.trainer.devices, preset=HydraConfig.get().runtime.choices.get("hardware"))
+    hardware.check(cfg.trainer.devices, preset=preset())
     groups = ("loss", "lora", "sampler", "framing", "optimizer", "data", "model")
     judge = instantiate(cfg.judge) if cfg.judge else None
     cache = Cache(Path(cfg.cache_dir).expanduser(), cfg.cache, half=hardware.weights != "float32")
@@ -168,12 +173,46 @@ def prepared(
     return data
 
 
-def workload(cfg: DictConfig, parts: Parts, model: StableDiffusion) -> Workload:
-    """Settings of the run that decide what it takes of a card."""
+def check_card(cfg: DictConfig, parts: Parts, resume: str | None) -> None:
+    """Refuses a run that by its plan the GPU does not hold, before anything is fetched, loaded or encoded.
+
+    Raises:
+        UserError: if it does not fit, with overrides that do.
+    """
+    hardware = parts.hardware
+    if hardware.accelerator == "cpu" or hardware.memory_gib is None:
+        return
+    import torch
+
+    from dpo_sd.forecast.memory import advice, needs
+    from dpo_sd.forecast.phases import Forecast
+    from dpo_sd.forecast.units import gib
+
+    def allowed(overrides: str) -> bool:
+        """Whether this run may have them; one that goes on cannot change what is learnt."""
+        changes = {override.partition(".")[0] for override in overrides.split()}
+        return composes(cfg, overrides) and (resume is None or changes <= {"hardware", "sampler"})
+
+    gpu = torch.cuda.get_device_properties(hardware.device)
+    planned = workload(cfg, parts, parts.base.family.resolution)
+    forecast = Forecast(replace(planned, card=gpu.total_memory))
+    if not forecast.fits():
+        raise UserError(
+            f"{needs(forecast.worst)} GiB of the {gib(gpu.total_memory)} of {gpu.name}, as it is planned: "
+            f"hardware.memory_gib=null tries it nevertheless; it {advice(forecast, allowed)}"
+        )
+
+
+def workload(cfg: DictConfig, parts: Parts, resolution: int) -> Workload:
+    """Settings of the run that decide what it takes of a card.
+
+    Args:
+        resolution: side of the images that the model was trained on, in pixels.
+    """
     from dpo_sd.forecast.workload import of_composition
 
     named = {name: parts._asdict()[name] for name in ("lora", "loss", "optimizer", "hardware", "sampler")}
-    return of_composition(cfg, parts.framing.resolution or model.resolution, **named)
+    return of_composition(cfg, parts.framing.resolution or resolution, **named)
 
 
 def update_line(cfg: DictConfig, parts: Parts, accumulation: int, n: int) -> str:

@@ -9,8 +9,10 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -21,6 +23,7 @@ from dpo_sd.composition.application import entry_point
 from dpo_sd.composition.checks import check_composition, check_plan
 from dpo_sd.composition.messages import settings_of
 from dpo_sd.composition.options import targets
+from dpo_sd.composition.presets import overrides, preset, say_choice
 from dpo_sd.composition.roots import Train
 from dpo_sd.composition.schema import CONF_DIR, PACKAGE
 from dpo_sd.errors import UserError
@@ -140,6 +143,74 @@ def test_an_experiment_beats_the_hardware_which_beats_the_class(tmp_path):
     assert composed().hardware.micro_batch == 16
     assert composed(searched, "experiment=mine").hardware.micro_batch == 4
     assert composed(searched, "experiment=mine", "hardware.micro_batch=2").hardware.micro_batch == 2
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_an_experiments_rate_is_one_of_adamws_scale(experiment):
+    def rate(*given: str) -> float:
+        return composed(f"experiment={experiment}", *NEEDS.get(f"experiment={experiment}", []), *given).optimizer.lr
+
+    assert set(options("optimizer")) == {"adamw", "adamw8bit", "prodigy"}  # another one needs a line here
+    recipe = rate()
+    assert 1e-6 < recipe < 1e-2
+    assert rate("optimizer=adamw") == rate("optimizer=adamw8bit") == recipe
+    assert rate("optimizer=prodigy") == 1
+    for optimizer in options("optimizer"):
+        assert rate(f"optimizer={optimizer}", "optimizer.lr=0.5") == 0.5
+
+
+@pytest.fixture
+def one_gpu(monkeypatch):
+    """`one_gpu(memory_gib)`: makes torch see one."""
+
+    def see(memory_gib: float) -> None:
+        properties = SimpleNamespace(name="Some GPU", total_memory=int(memory_gib * 2**30))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    return see
+
+
+@pytest.mark.parametrize("program", ["train", "plan", "generate"])
+def test_without_a_preset_the_gpu_chooses_it_but_for_the_tiny_model(one_gpu, program):
+    def memory(*given: str) -> float | None:
+        return composed(*given, program=program).hardware.memory_gib
+
+    needs = ["out=folder"] if program == "generate" else []
+    assert memory("model=sd15", *needs) is None
+    one_gpu(23.6)
+    assert memory("model=sd15", *needs) == memory("model=sdxl", "hardware=auto", *needs) == 24
+    assert memory(*needs) is None
+    assert memory("model=sd15", "hardware=cpu", *needs) is None
+    assert memory("hardware=1x8gb", *needs) == 8
+    one_gpu(7.8)
+    assert memory("model=sd15", *needs) == 8
+
+
+def test_the_choice_knows_the_experiments_model_and_leaves_its_preset_alone(one_gpu, tmp_path):
+    one_gpu(79)
+    assert composed("experiment=pickapic_dpo").hardware.memory_gib == 80
+    assert composed("experiment=pickapic_dpo", "model=tiny").hardware.memory_gib is None
+    (tmp_path / "experiment").mkdir()
+    file = tmp_path / "experiment" / "mine.yaml"
+    searched = f"hydra.searchpath=[file://{tmp_path}]"
+    file.write_text("# @package _global_\ndefaults: [override /model: sd15, override /hardware: 1x12gb]\n")
+    assert composed(searched, "experiment=mine").hardware.memory_gib == 12
+    file.write_text("# @package _global_\ndefaults: [override /model: sd15]\nhardware: {micro_batch: 1}\n")
+    cfg = composed(searched, "experiment=mine")
+    assert (cfg.hardware.memory_gib, cfg.hardware.micro_batch) == (80, 1)
+
+
+def test_the_preset_that_was_chosen_is_said_and_stands_among_the_overrides(one_gpu, capsys):
+    one_gpu(23.6)
+    for given, name, listed, said in (
+        (["model=sd15"], "1x24gb", ["model=sd15", "hardware=1x24gb"], "hardware 1x24gb (Some GPU, 23.6 GiB)\n"),
+        (["hardware=auto", "seed=1"], "cpu", ["seed=1", "hardware=cpu"], "hardware cpu (model=tiny needs no GPU)\n"),
+        (["hardware=1x8gb"], "1x8gb", ["hardware=1x8gb"], ""),
+    ):
+        composed(*given)
+        say_choice()
+        assert (preset(), overrides(), capsys.readouterr().out) == (name, listed, said)
 
 
 def test_a_callback_can_be_left_out():

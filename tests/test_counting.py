@@ -25,6 +25,22 @@ def test_a_product_of_matrices_is_counted_with_its_operations():
     assert alive.flops == 2 * 2 * 3 * 5
 
 
+def test_an_operation_that_comes_again_is_counted_again_as_pytorch_answers_it():
+    """Answers are remembered by layout: a transposed argument, or a number of another type, asks again."""
+    x, whole = torch.empty(96, 128, device="meta"), torch.empty(96, 128, dtype=torch.int64, device="meta")
+    norm, arguments = torch.nn.LayerNorm(128, device="meta"), (x, x.T.contiguous().T, x[::2])
+
+    def results() -> list[torch.Tensor]:
+        return [*(norm(each) for each in arguments), *(each + each for each in arguments), whole * 2, whole * 2.0]
+
+    wanted = [(each.shape, each.stride(), each.dtype) for each in results()]
+    for _ in range(2):
+        with Alive() as alive:
+            found = results()
+        assert [(each.shape, each.stride(), each.dtype) for each in found] == wanted
+        assert alive.now >= sum(each.nbytes for each in found)
+
+
 def test_attention_is_counted_without_its_matrix():
     query = torch.empty(1, 8, 4096, 64, device="meta", requires_grad=True)
     with Alive() as alive, kernels(None, "cuda"):

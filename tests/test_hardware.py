@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dpo_sd.errors import UserError
-from dpo_sd.training.hardware import Hardware, accumulation
+from dpo_sd.training import hardware as hardware_module
+from dpo_sd.training.hardware import Hardware, accumulation, auto
 
 
 def cuda(monkeypatch, gpus: int, memory_gib: float = 24.0, bf16: bool = True) -> None:
@@ -135,3 +137,38 @@ def test_compiling_is_refused_without_what_it_works_with(monkeypatch, accelerato
         UserError, match=rf"hardware.compile=true needs {found} install it .* leave hardware.compile out"
     ):
         Hardware(accelerator, "bf16-mixed", compile=True).check()
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "preset"),
+    [
+        (5.8, "cpu"),
+        (7.7, "1x8gb"),
+        (10.9, "1x12gb"),
+        (15.7, "1x16gb"),
+        (23.6, "1x24gb"),
+        (47, "1x24gb"),
+        (79, "1x80gb"),
+    ],
+)
+def test_auto_is_the_largest_preset_that_the_gpu_holds(monkeypatch, memory_gib, preset):
+    cuda(monkeypatch, gpus=2, memory_gib=memory_gib)
+    taken = auto("sd15")
+    assert taken.preset == preset and f"Some GPU, {memory_gib:.1f} GiB" in taken.why
+    assert taken.why.endswith("is too small") == (preset == "cpu")
+
+
+def test_auto_is_the_cpu_for_the_tiny_model_and_without_a_gpu(monkeypatch):
+    cuda(monkeypatch, gpus=1)
+    assert auto("tiny").preset == "cpu"
+    cuda(monkeypatch, gpus=0)
+    assert auto("sdxl") == ("cpu", "no CUDA GPU is found")
+
+
+def test_auto_asks_torch_only_where_it_is_loaded_or_a_driver_is_there(monkeypatch, tmp_path):
+    cuda(monkeypatch, gpus=1)
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(hardware_module, "DRIVERS", (str(tmp_path / "none"),))
+    assert auto("sd15").preset == "cpu" and "torch" not in sys.modules
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert auto("sd15").preset == "1x24gb"

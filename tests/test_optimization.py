@@ -93,6 +93,13 @@ def test_a_warm_up_longer_than_the_run_is_refused():
         AdamW(warmup_steps=10).build(parameters("unet"), max_steps=10)
 
 
+@pytest.mark.parametrize("lr", [1e-3, 5e-5])
+def test_prodigy_refuses_a_rate_of_adamws_scale_with_which_it_would_learn_nothing(lr):
+    with pytest.raises(UserError, match=f"1 as a rule, got {lr}: leave optimizer.lr out"):
+        Prodigy(lr=lr)
+    assert Prodigy().lr == 1 and Prodigy(lr=0.1).lr == 0.1
+
+
 @pytest.mark.parametrize(("kind", "package"), [(AdamW8bit, "bitsandbytes"), (Prodigy, "prodigyopt")])
 def test_a_missing_package_is_named_with_the_command_that_installs_it_and_needed_for_no_plan(
     kind, package, monkeypatch

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import itertools
 import re
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,16 +16,17 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dpo_sd.composition.checks import check_composition
+from dpo_sd.composition.checks import check_composition, composes
 from dpo_sd.composition.messages import options
 from dpo_sd.composition.schema import CONF_DIR
 from dpo_sd.data.cache import Cache
 from dpo_sd.data.pickapic import PickAPic
+from dpo_sd.forecast import memory
 from dpo_sd.forecast.fitting import using
 from dpo_sd.forecast.phases import Forecast
 from dpo_sd.forecast.units import GIB
 from dpo_sd.models.families import FAMILIES
-from dpo_sd.plan import advice, workload
+from dpo_sd.plan import workload
 from dpo_sd.training.hardware import PRESETS, accumulation
 
 
@@ -44,7 +46,7 @@ def plan(command):
 
 
 def test_every_card_has_a_preset_of_its_name():
-    assert sorted(["cpu", *PRESETS.values()]) == options("hardware")
+    assert sorted(["auto", "cpu", *PRESETS.values()]) == options("hardware")
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))
@@ -88,6 +90,40 @@ def test_every_preset_fits_its_card_and_its_comment_holds_the_planned_peak(confi
     comment = (CONF_DIR / "hardware" / f"{preset}.yaml").read_text()
     written = re.search(rf"{model} at {forecast.workload.resolution}: ([\d.]+) in an update", comment)
     assert written is not None and float(written[1]) == pytest.approx(forecast.peak_of_update / GIB, abs=0.051)
+
+
+EXPERIMENTS = {  # by what they take of a card; quickstart is made for pictures of the tiny model's size
+    "quickstart": [],
+    "pickapic_dpo": [],
+    "style_dpo": ["data.pairs=pairs"],
+    "style_sft": ["data=captions", "data.path=photos"],
+}
+
+HALF = {("style_sft", "sd15"), ("style_sft", "sd21")}  # of what style_dpo takes with the same LoRA
+
+
+def test_every_experiment_is_planned():
+    assert sorted(EXPERIMENTS) == options("experiment")
+
+
+@pytest.mark.parametrize(
+    ("experiment", "model"),
+    [
+        pytest.param(experiment, model, marks=[pytest.mark.slow] * (model == "sdxl" or (experiment, model) in HALF))
+        for experiment, model in itertools.product(EXPERIMENTS, FAMILIES)
+        if experiment != "quickstart" or model == "tiny"
+    ],
+)
+def test_every_experiment_fits_every_preset(config, experiment, model):
+    """Presets with the same step are counted once: one forecast goes on from preset to preset."""
+    forecast = None
+    for preset in PRESETS.values():
+        given = (f"experiment={experiment}", f"model={model}", f"hardware={preset}", *EXPERIMENTS[experiment])
+        wanted = workload(config(*given))
+        hardware, step = wanted.hardware, ("micro_batch", "gradient_checkpointing", "weights")
+        settings = {name: getattr(hardware, name) for name in step} | {"batch_size": wanted.sampler.batch_size}
+        forecast = using(forecast or Forecast(wanted), **settings)
+        assert max(phase.needs for phase in forecast.phases) <= (wanted.limit or 0), (preset, forecast.worst)
 
 
 def test_the_plan_knows_all_models_that_can_be_trained():
@@ -134,11 +170,12 @@ def test_a_composition_that_does_not_fit_ends_in_overrides_that_do(plan):
         ("true", "no setting is known that does (a smaller lora.rank or optimizer=adamw8bit may); "),
     ],
 )
-def test_overrides_that_no_training_may_have_are_not_advised(config, tags, says):
+def test_overrides_that_no_training_may_have_are_not_advised(config, tags, says, monkeypatch):
     data = ("data=captions", "loss=sft", "data.path=photos", f"data.shuffle_tags={tags}", "cache=latents")
     cfg = config(*data, "hardware.memory_gib=1")
     forecast = Forecast(workload(cfg))
-    assert advice(cfg, forecast, [using(forecast, cache="all")]).startswith(f"does not fit: {says}")
+    monkeypatch.setattr(memory, "nearest", lambda start: [using(start, cache="all")])
+    assert memory.advice(forecast, partial(composes, cfg)).startswith(f"does not fit: {says}")
 
 
 def test_the_plan_measures_on_request(plan):

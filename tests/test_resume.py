@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from omegaconf import OmegaConf
 from dpo_sd.composition.replay import check_replayed, resume_arguments
 from dpo_sd.composition.schema import CONF_DIR
 from dpo_sd.errors import UserError
+from dpo_sd.training import resume
 
 
 @pytest.fixture
@@ -36,6 +38,23 @@ def test_resume_replays_the_overrides_in_the_runs_own_folder(finished_run):
         f"hydra.run.dir={quoted(finished_run)}",
         f"resume={quoted(finished_run)}",
     ]
+
+
+def test_what_a_preset_of_another_machine_changes_is_free_to_change(monkeypatch):
+    settings = {
+        "hardware": {"micro_batch": 4},
+        "sampler": {"batch_size": 8, "steps": 12},
+        "optimizer": {"schedule": "cosine"},
+        "trainer": {"max_steps": 9},
+    }
+    kept = {"identity": {"settings": settings}, "global_step": 3}
+    monkeypatch.setattr(resume, "read_checkpoint", lambda path: kept)
+    here = copy.deepcopy(settings)
+    here["hardware"]["micro_batch"], here["sampler"]["batch_size"] = 2, 1
+    resume.check_same_run(Path("last.ckpt"), here)
+    here["sampler"]["steps"] = 20
+    with pytest.raises(UserError, match=r"other settings: sampler\.steps \(there 12, here 20\)"):
+        resume.check_same_run(Path("last.ckpt"), here)
 
 
 def test_resume_takes_a_checkpoint_of_the_run(finished_run):

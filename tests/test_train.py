@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -220,6 +222,32 @@ def test_a_warm_up_that_takes_all_updates_is_refused_before_anything_is_drawn(tr
     ended = train(tmp_path / "run", "optimizer.warmup_steps=6")
     assert ended.code == 1 and "warmup_steps must be below trainer.max_steps=6, got 6" in ended.err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def small_gpu(monkeypatch):
+    """Makes torch see one of 7.8 GiB."""
+    properties = SimpleNamespace(name="Some GPU", total_memory=int(7.8 * 2**30))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+
+
+def test_a_run_that_its_plan_says_the_gpu_does_not_hold_is_refused_before_data_is_looked_for(
+    command, small_gpu, tmp_path
+):
+    settings = ("experiment=style_dpo", "model=sd15", "data.pairs=nowhere", "hardware.gradient_checkpointing=false")
+    folder = f"hydra.run.dir={tmp_path / 'run'}"
+    ended = command(*settings, folder)
+    assert ended.code == 1 and not (tmp_path / "run").exists()
+    assert ended.out == "hardware 1x8gb (Some GPU, 7.8 GiB)\n"
+    assert re.match(r"error: update: forward needs \d+\.\d+ GiB of the 7\.80 of Some GPU, as it is planned", ended.err)
+    assert "the nearest that does, the cheapest first\n  hardware.micro_batch=1\n" in ended.err
+    # which is followed, or tried nevertheless, as far as the data
+    for way_out in ("hardware.micro_batch=1", "hardware.memory_gib=null"):
+        ended = command(*settings, way_out, folder)
+        assert ended.code == 1 and re.fullmatch(r"error: no folder nowhere.*\n", ended.err)
 
 
 def test_config_yaml_composes_the_same_settings_again(run, command):

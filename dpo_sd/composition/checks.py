@@ -117,6 +117,15 @@ def _check_cache(cfg: DictConfig) -> None:
         )
 
 
+def composes(cfg: DictConfig, overrides: str) -> bool:
+    """Whether a training may have these settings too: several key=value, with spaces between them."""
+    try:
+        check_composition(OmegaConf.merge(cfg, OmegaConf.from_dotlist(overrides.split())))  # type: ignore[arg-type]
+    except UserError:
+        return False
+    return True
+
+
 def check_plan(cfg: DictConfig) -> None:
     """Refuse what a training would refuse, and a rate that is none.
 

@@ -90,4 +90,5 @@ def _before_the_restart(folder: Path, config: DictConfig) -> Path | None:
 
 
 def _settings(overrides: Any) -> list[str]:
-    return sorted(setting for setting in overrides if not setting.startswith("resume="))
+    """Those that tell a run: another machine of the job may have taken another preset."""
+    return sorted(setting for setting in overrides if not setting.startswith(("resume=", "hardware=")))

@@ -7,10 +7,14 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from dpo_sd.composition.messages import settings_of
 from dpo_sd.composition.options import groups, options, register_files
 from dpo_sd.composition.roots import Annotate, Export, Generate, Plan, Train, Trainer
+from dpo_sd.composition.schema import class_attribute, schema
 from dpo_sd.errors import UserError
+from dpo_sd.models.families import SHIPPED
 from dpo_sd.training.cluster import run_id
+from dpo_sd.training.hardware import AUTO, auto
 
 
 def _groups(*names: str) -> str:
@@ -30,6 +34,17 @@ def _for_model(name: str, values: Any) -> Any:
     if name not in values:
         raise UserError(f"this recipe has no values for model={name}, only for {', '.join(map(str, values))}")
     return values[name]
+
+
+def _adamw_rate(rate: float, _root_: DictConfig) -> Any:
+    """A recipe's learning rate for optimisers of AdamW's scale, their own for the others: `${adamw_rate:1e-3}`."""
+    target = _root_.optimizer._target_
+    return settings_of(schema(target))["lr"].default if class_attribute(target, "finds_step_size") else rate
+
+
+def _preset_of_auto(_root_: DictConfig) -> str:
+    """The file that a defaults list takes in beside the option of the group `hardware`, by what else it chooses."""
+    return f"hardware/{auto(_root_.get('model', SHIPPED)).preset if _root_.get('hardware') == AUTO else AUTO}"
 
 
 def _micro_batch(most: Any, _root_: DictConfig) -> int:
@@ -55,5 +70,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("config_groups", _groups, replace=True)
     OmegaConf.register_new_resolver("run_id", lambda otherwise: run_id() or otherwise, replace=True)
     OmegaConf.register_new_resolver("micro_batch", _micro_batch, replace=True)
+    OmegaConf.register_new_resolver("adamw_rate", _adamw_rate, replace=True)
+    OmegaConf.register_new_resolver("preset_of_auto", _preset_of_auto, replace=True)
     OmegaConf.register_new_resolver("for_model", _for_model, replace=True)
     OmegaConf.register_new_resolver("wandb_logged_out", _wandb_logged_out, replace=True)

@@ -23,6 +23,15 @@ SPARE = 0.1  # share of what passes: gaps that the allocator cannot close, works
 OWNED = 0.95  # share of a card's nominal memory that its programs get; assumed
 ROUND = 512  # CUDA's allocator rounds every tensor up to a multiple of so many bytes
 
+_aten = torch.ops.aten
+_SLOW_ON_META = {  # most of a count's time, without this; each returns new tensors and no view of its arguments
+    *(_aten.add.Tensor, _aten.mul.Tensor, _aten.div.Tensor, _aten.mm.default, _aten.addmm.default),
+    *(_aten.native_layer_norm.default, _aten.native_layer_norm_backward.default),
+    *(_aten.native_group_norm.default, _aten.native_group_norm_backward.default),
+    *(_aten.gelu.default, _aten.gelu_backward.default),
+}
+_known: dict[Any, tuple[Any, bool]] = {}  # layouts of results, by operation and layouts of arguments
+
 
 class Phase(NamedTuple):
     """One thing that a run does on the card, with the memory it takes.
@@ -86,13 +95,41 @@ class Alive(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = _result(func, args, kwargs or {})
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf)
         if count := flop_registry.get(func.overloadpacket):
             self.flops += count(*args, **(kwargs or {}), out_val=result)
         return result
+
+
+def _result(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation returns; on `meta` a slow one is asked once for all arguments of the same layout."""
+    if func not in _SLOW_ON_META or not args[0].is_meta:
+        return func(*args, **kwargs)
+    key = (func, _layout(args), _layout(tuple(kwargs.items())))
+    if key not in _known:
+        result = func(*args, **kwargs)
+        _known[key] = _layout(result if isinstance(result, tuple) else (result,)), isinstance(result, tuple)
+        return result
+    layouts, several = _known[key]
+    made = tuple(map(_made, layouts))
+    return made if several else made[0]
+
+
+def _layout(value: Any) -> Any:
+    """Shape, strides and precision of a tensor, those of several in a tuple; of another value its type and itself."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    return tuple(map(_layout, value)) if isinstance(value, list | tuple) else (type(value), value)
+
+
+def _made(layout: Any) -> Tensor | None:
+    if layout == (type(None), None):  # a gradient that nobody asked for
+        return None
+    shape, strides, dtype = layout
+    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
 
 
 @contextmanager

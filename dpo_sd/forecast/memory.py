@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from dpo_sd.forecast.counting import CONTEXT, OWNED, SPARE
+from dpo_sd.forecast.counting import CONTEXT, OWNED, SPARE, Phase
+from dpo_sd.forecast.fitting import nearest, overrides
 from dpo_sd.forecast.phases import Forecast
 from dpo_sd.forecast.units import GIB, counted, gib, size
 
@@ -45,12 +46,31 @@ def _card_lines(forecast: Forecast) -> Iterator[str]:
         "allowances, not measured"
     )
     worst, workload = forecast.worst, forecast.workload
-    most = f"{worst.name} needs {gib(worst.needs)}"
     if workload.limit is None:
-        yield f"fits?    {most} GiB; hardware.memory_gib, the card's, is not given"
+        yield f"fits?    {needs(worst)} GiB; hardware.memory_gib, the card's, is not given"
         return
     card = f"{gib(workload.limit)} GiB, {OWNED:.0%} of the card's {workload.hardware.memory_gib:g}"
-    yield f"fits?    {'yes' if forecast.fits() else 'no'}: {most} of {card}"
+    yield f"fits?    {'yes' if forecast.fits() else 'no'}: {needs(worst)} of {card}"
+
+
+def needs(phase: Phase) -> str:
+    return f"{phase.name} needs {gib(phase.needs)}"
+
+
+def advice(forecast: Forecast, allowed: Callable[[str], bool]) -> str:
+    """Overrides of settings that fit, one a line; the smallest card that does where a training may have none of them.
+
+    Args:
+        forecast: settings that do not fit.
+        allowed: whether a training may have such overrides.
+    """
+    settings = (overrides(forecast.workload, other.workload) for other in nearest(forecast))
+    if found := [f"\n  {each}" for each in settings if allowed(each)]:
+        return "does not fit: the nearest that does, the cheapest first" + "".join(found)
+    return (
+        f"does not fit: no setting is known that does (a smaller lora.rank or optimizer=adamw8bit may); "
+        f"the smallest card for it has {smallest_card(forecast)} GiB"
+    )
 
 
 def smallest_card(forecast: Forecast) -> int:

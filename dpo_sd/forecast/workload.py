@@ -36,6 +36,7 @@ class Workload:
         pairs: pairs behind one update on one device; the micro-batch divides them.
         draws: whether images are drawn while the run trains.
         flip: whether each image is encoded in both mirror images.
+        card: bytes of the card that is there; None takes what the hardware's would have.
     """
 
     family: FamilyName
@@ -49,10 +50,13 @@ class Workload:
     pairs: int = 16
     draws: bool = True
     flip: bool = False
+    card: int | None = None
 
     @property
     def limit(self) -> int | None:
         """Bytes that the card has for the run; None where no card is named."""
+        if self.card is not None:
+            return self.card
         memory_gib = self.hardware.memory_gib
         return None if memory_gib is None else round(memory_gib * OWNED * GIB)
 

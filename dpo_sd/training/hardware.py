@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dpo_sd.errors import UserError, check_range
+from dpo_sd.models.families import SHIPPED
 from dpo_sd.training.cluster import local_rank
 
 if TYPE_CHECKING:
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 Accelerator = Literal["cpu", "cuda"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 PRESETS = {8: "1x8gb", 12: "1x12gb", 16: "1x16gb", 24: "1x24gb", 80: "1x80gb"}  # by memory of their card, in GiB
+AUTO = "auto"  # the option that takes the preset of this machine
+# one of them is there where a GPU is: NVIDIA's driver, Windows' under WSL, AMD's driver, NVIDIA's on a Jetson
+DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/nvmap")
 ENOUGH = 0.9  # share of the memory a preset's card is sold with: a card never shows a program all that its name says
 
 
@@ -139,11 +144,46 @@ class Hardware:
             )
         memory_gib = gpu.total_memory / 2**30
         if self.memory_gib is not None and memory_gib < ENOUGH * self.memory_gib:
-            fitting = [name for gib, name in PRESETS.items() if memory_gib >= ENOUGH * gib]
             raise UserError(
                 f"{wanted} is made for {self.memory_gib:g} GiB, but {gpu.name} has {memory_gib:.1f}: "
-                f"use hardware={fitting[-1] if fitting else 'cpu'}, or hardware.memory_gib=null to try nevertheless"
+                f"use hardware={_largest_preset(memory_gib)}, or hardware.memory_gib=null to try nevertheless"
             )
+
+
+class Choice(NamedTuple):
+    """The preset that `hardware=auto` takes, and why."""
+
+    preset: str
+    why: str
+
+
+def auto(model: str) -> Choice:
+    """The largest preset that the first GPU of this machine holds; cpu where it holds none, and for the tiny model.
+
+    Args:
+        model: option of the group `model`.
+    """
+    if model == SHIPPED:
+        return Choice("cpu", f"model={model} needs no GPU")
+    gpu = _first_gpu()
+    if gpu is None:
+        return Choice("cpu", "no CUDA GPU is found")
+    memory_gib = gpu.total_memory / 2**30
+    preset = _largest_preset(memory_gib)
+    return Choice(preset, f"{gpu.name}, {memory_gib:.1f} GiB" + (", is too small" if preset == "cpu" else ""))
+
+
+def _largest_preset(memory_gib: float) -> str:
+    return next((name for gib, name in sorted(PRESETS.items(), reverse=True) if memory_gib >= ENOUGH * gib), "cpu")
+
+
+def _first_gpu() -> Any:
+    """What torch says of it; None where there is none. Torch takes seconds to import, and is not where no driver is."""
+    if "torch" not in sys.modules and not any(map(os.path.exists, DRIVERS)):
+        return None
+    import torch
+
+    return torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
 
 
 def _check_compiler(accelerator: Accelerator) -> None:

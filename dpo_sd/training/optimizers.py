@@ -20,6 +20,9 @@ Schedule = Literal["constant", "cosine", "linear"]
 class AdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101).
 
+    `finds_step_size` says that lr is only a factor on a step size that the optimiser finds: a recipe's learning rate,
+    `${adamw_rate:1e-4}` in its file, is none of its settings then.
+
     Args:
         lr: learning rate after the warm-up, positive.
         betas: decay rates of the two running means, each in [0, 1).
@@ -32,6 +35,8 @@ class AdamW:
     Raises:
         UserError: if a value is out of range.
     """
+
+    finds_step_size = False
 
     def __init__(
         self,
@@ -151,12 +156,14 @@ class Prodigy(AdamW):
     """Prodigy (Mishchenko and Defazio 2023, arXiv:2306.06101), which estimates one step size for all; by prodigyopt.
 
     Args:
-        lr: factor on the estimated step size, positive; 1 in the paper.
+        lr: factor on the estimated step size, at least 0.01; 1 in the paper.
         betas, eps, weight_decay, schedule, warmup_steps: as in `AdamW`.
 
     Raises:
         UserError: if a value is out of range.
     """
+
+    finds_step_size = True
 
     def __init__(
         self,
@@ -168,6 +175,11 @@ class Prodigy(AdamW):
         warmup_steps: int = 0,
     ) -> None:
         super().__init__(lr, betas, eps, weight_decay, schedule, warmup_steps)
+        if lr < 0.01:  # a rate of AdamW's, with which nothing would be learnt
+            raise UserError(
+                f"lr is a factor on the step size that Prodigy finds, 1 as a rule, got {lr}: leave optimizer.lr out; "
+                f"where a file sets it, write ${{adamw_rate:{lr}}} there"
+            )
 
     def check(self, max_steps: int) -> None:
         super().check(max_steps)

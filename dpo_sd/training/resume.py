@@ -72,7 +72,7 @@ def check_same_run(checkpoint: Path, settings: dict[str, Any]) -> None:
             f"{checkpoint} has {state['global_step']} updates behind it, and trainer.max_steps is "
             f"{settings['trainer']['max_steps']}: raise it, or continue from an earlier checkpoint"
         )
-    free = {f"trainer.{name}" for name in FREE_TRAINER}
+    free = {"sampler.batch_size", *(f"trainer.{name}" for name in FREE_TRAINER)}  # the first goes with the hardware
     if settings["optimizer"]["schedule"] != "constant":
         free.remove("trainer.max_steps")  # the learning rate falls towards that update
     old, new = (
