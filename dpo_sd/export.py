@@ -49,6 +49,8 @@ def export(cfg: DictConfig) -> None:
     check_place(out, cfg.format)
     base = instantiate(cfg.model)
     base.check()
+    for line in base.to_fetch() if cfg.format == "merged" else []:
+        print(f"model     {line}")
     if cfg.lora.path is not None:
         export_lora(read_lora(cfg.lora.path), base, cfg.format, out)
     elif cfg.format == "merged":

@@ -131,13 +131,17 @@ class Extract:
                     except ValueError as error:
                         raise UserError(f"line {number} of {self.log} is damaged: delete {self.folder}") from error
 
+    @property
+    def commit(self) -> str | None:
+        """The commit that is read, that of the first time: all rows are of one state; None for local files."""
+        return json.loads(self.about.read_text(encoding="utf-8"))["commit"]
+
     def _commit(self) -> str | None:
-        """The commit that was read first, so that all rows are of one state of the dataset."""
         if not self.about.exists():
             commit = self.dataset.commit()
             with writing(self.folder):
                 write_json(self.about, {"path": self.dataset.path, "split": self.dataset.split, "commit": commit})
-        return json.loads(self.about.read_text(encoding="utf-8"))["commit"]
+        return self.commit
 
     def _go_on(self, begun: _Begun, wanted: int | None, what: str) -> None:
         """Reads from there on until so many rows are kept."""

