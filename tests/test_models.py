@@ -994,38 +994,22 @@ def test_a_repository_is_read_from_the_cache_of_the_hub_without_a_network(tmp_pa
     assert unreachable(load, True)[0] == "loaded"
 
 
-def test_a_variant_that_a_repository_lacks_is_said_and_its_plain_weights_are_taken(twin, monkeypatch):
-    asked = []
-
-    def download(repository: str, variant: str | None = None, **how: Any) -> str:
-        asked.append((variant, how["use_safetensors"], how["safety_checker"]))
-        if variant:
-            raise ValueError(f"no such modeling files are available: {variant}")
-        return str(twin("sd21"))
-
-    monkeypatch.setattr("diffusers.DiffusionPipeline.download", download)
-    model = Base("sd21", "some/model", variant="fp16")
-    assert model.files() == twin("sd21")
-    assert asked == [("fp16", True, None), (None, True, None)]
-    assert model.notes == ["some/model has no variant fp16: its plain weights are taken"]
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("GatedRepoError", "asks for consent: accept its terms on its page, then hf auth login"),
         ("RepositoryNotFoundError", "the Hub has no public some/model: check its name, or hf auth login"),
-        ("RevisionNotFoundError", "some/model has no such revision on the Hub"),
+        ("RevisionNotFoundError", "some/model has no revision v2 on the Hub"),
     ],
 )
 def test_what_the_hub_answers_is_one_line_that_says_what_to_do(monkeypatch, name, message):
     import httpx
     from huggingface_hub import errors
 
-    def download(*names: Any, **how: Any) -> str:
+    def fail(*names: Any, **how: Any) -> str:
         answer = httpx.Response(404, request=httpx.Request("GET", "http://hub"))
         raise getattr(errors, name)("a page of text\nand more", response=answer)
 
-    monkeypatch.setattr("diffusers.DiffusionPipeline.download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(UserError, match=message):
         Base("sd15", "some/model", revision="v2").files()

@@ -291,6 +291,7 @@ class Base:
             return [file for part in self._own_networks for file in files.needed(names, part)]
 
         folder = fetch(settings, revision=self.commit or self.revision)  # a branch can move between two calls
+        check_family_of_folder(folder, self.family, self.path)
         check_settings(folder, self._own_networks, self.family)
         self.commit = folder.name
         fetch(weights, revision=folder.name)

@@ -82,7 +82,6 @@ def snapshot(
         def __init__(self, *arguments: object, **settings: object):
             super().__init__(*arguments, **(settings | {"disable": True}))
 
-    quiet_libraries()
     with hub_errors(repository, instead, revision=revision):
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=[*first], tqdm_class=Silent))
         try:
@@ -90,6 +89,8 @@ def snapshot(
         except CachedRepoTreeNotFoundError:  # the folder comes from a program that lists no files
             names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
         missing = [name for name in wanted(names) if not (folder / name).exists()]
+        if missing and offline():
+            raise UserError(_not_here(f"{missing[0]} of {repository}", instead))
         if missing:
             snapshot_download(repository, revision=folder.name, allow_patterns=[glob.escape(name) for name in missing])
     return folder
@@ -142,7 +143,6 @@ def hub_errors(
         DisabledRepoError,
         GatedRepoError,
         HTTPError,
-        IncompleteSnapshotError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -161,8 +161,7 @@ def hub_errors(
     except (HTTPError, OSError, ValueError) as error:  # LocalEntryNotFoundError is among them
         if otherwise is not None:
             raise UserError(otherwise(error, offline())) from error
-        much = "wholly " if isinstance(error, IncompleteSnapshotError) else ""
-        raise UserError(f"{_not_here(repository, instead, much)} ({_cause(error)})") from error
+        raise UserError(f"{_not_here(repository, instead)} ({_cause(error)})") from error
 
 
 def no_consent(repository: str) -> UserError:
@@ -182,11 +181,11 @@ def _known(repository: str) -> Repository | None:
     return next((known for known in REPOSITORIES.values() if known.name == repository), None)
 
 
-def _not_here(repository: str, instead: str, much: str = "") -> str:
+def _not_here(what: str, instead: str) -> str:
     why = "HF_HUB_OFFLINE is set" if offline() else "the Hub cannot be reached"
     return (
-        f"{repository} is not {much}on this computer and {why}: fetch it once with a network, which goes on where it "
-        f"ended, or give {instead}"
+        f"{what} is not on this computer and {why}: fetch it once with a network, where files that came whole "
+        f"stay, or give {instead}"
     )
 
 
