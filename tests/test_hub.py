@@ -229,10 +229,16 @@ def test_of_a_vae_alone_one_file_is_fetched(hub, publish):
 # --------------------------------------------------------------------------------------------------------- single files
 
 
-def test_a_single_file_says_what_it_needs_of_the_hub_and_only_that_is_fetched(hub, publish, single_file):
+def test_a_single_file_needs_nothing_of_the_hub(hub, single_file):
+    base = Base("sd15", str(single_file("sd15").file))
+    assert base.to_fetch() == [] and base.fingerprints() == base.fingerprints("bfloat16")
+    assert hub.asked == []
+
+
+def test_a_single_file_with_settings_of_a_repository_says_so_and_only_they_are_fetched(hub, publish, single_file):
     publish("sd15", name=REPOSITORIES["sd15"].name)
     file = single_file("sd15").file
-    base = Base("sd15", str(file))
+    base = Base("sd15", str(file), config=REPOSITORIES["sd15"].name)
     (line,) = base.to_fetch()
     assert line.startswith(f"for {file}, the settings and the vocabulary (*/*.json, tokenizer*/*.txt: a few MB) of ")
     assert "(CreativeML Open RAIL-M): fetched from the Hub once; a diffusers folder as model.config would need" in line
@@ -242,16 +248,15 @@ def test_a_single_file_says_what_it_needs_of_the_hub_and_only_that_is_fetched(hu
     assert base.to_fetch() == [] and Base("sd15", str(file), config=str(single_file("sd15").config)).to_fetch() == []
 
 
-def test_a_single_file_whose_settings_are_not_there_is_refused_offline_before_anything_starts(
-    hub, single_file, monkeypatch, command, tmp_path
-):
+def test_what_is_not_there_is_refused_offline_before_anything_starts(hub, single_file, monkeypatch, command, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    ended = command(
-        "model=sd15", f"model.path={single_file('sd15').file}", f"hydra.run.dir={tmp_path / 'run'}", "data=shapes"
-    )
-    assert ended.code == 1 and ended.out == ""
-    assert ended.err.startswith(f"error: {REPOSITORIES['sd15'].name} is not on this computer and HF_HUB_OFFLINE is set")
-    assert "or give a diffusers folder as model.config" in ended.err and ended.err.count("\n") == 1
+    file = single_file("sd15").file
+    for words in (["model=sd21"], ["model=sd15", f"model.path={file}", "model.config=some/model"]):
+        ended = command(*words, f"hydra.run.dir={tmp_path / 'run'}", "data=shapes")
+        assert ended.code == 1 and ended.out == ""
+        named = "some/model" if len(words) > 1 else REPOSITORIES["sd21"].name
+        assert ended.err.startswith(f"error: {named} is not on this computer and HF_HUB_OFFLINE is set")
+        assert ended.err.count("\n") == 1
 
 
 # -------------------------------------------------------------------------------------------------------------- offline

@@ -16,7 +16,7 @@ from dpo_sd.data.splitting import Split, at_most, check_validation, split
 from dpo_sd.data.tables import TabularDataset
 from dpo_sd.data.usable import usable
 from dpo_sd.errors import UserError
-from dpo_sd.models.hub import REPOSITORIES
+from dpo_sd.models.hub import PICK_A_PIC
 
 COLUMNS = {
     "caption": "caption",
@@ -66,7 +66,7 @@ class PickAPic(FileSource):
 
     def __init__(
         self,
-        path: str = REPOSITORIES["pickapic"].name,
+        path: str = PICK_A_PIC,
         split: str = "train",
         revision: str | None = None,
         max_pairs: int | None = 10_000,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_sd.errors import UserError
 from dpo_sd.files.hashes import sha256
-from dpo_sd.models.hub import REPOSITORIES, hub_errors, no_consent, not_there
+from dpo_sd.models.hub import PICK_A_PIC, hub_errors, no_consent, not_there
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -44,7 +44,7 @@ class TabularDataset:
         elif not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
             raise UserError(
                 f"{path}: there is no such folder or file, and a dataset on the Hub is written owner/name, "
-                f"as {REPOSITORIES['pickapic'].name}"
+                f"as {PICK_A_PIC}"
             )
 
     @functools.cached_property

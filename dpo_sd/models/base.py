@@ -51,7 +51,7 @@ class Base:
             are taken, and it is said. None prefers those of a repository in half precision where the UNet is stored
             in no more, and the plain ones otherwise; `plain` always prefers these.
         config: for a single file, the repository or diffusers folder with the vocabulary and the settings that it
-            lacks; None takes the family's own repository, of which only these small files are fetched.
+            lacks, where these are not the family's own, which come with the package.
         vae: another VAE: repository, folder or single file.
         prediction_type: what the UNet predicts, where the files do not say it; None takes what they say.
         zero_terminal_snr: whether the schedule ends in pure noise (Lin et al. 2023, arXiv:2305.08891); None takes what
@@ -78,7 +78,7 @@ class Base:
         self.family = FAMILIES[name]
         self.path = path or self.family.place
         self.revision, self.vae = revision, vae
-        self.config = config or self.family.repository
+        self.config = config
         self.prediction_type: PredictionType | None = prediction_type
         self.zero_terminal_snr = zero_terminal_snr
         self.weight_files = WeightFiles(None if variant in ("", PLAIN) else variant, pickle)
@@ -143,7 +143,7 @@ class Base:
         parts: dict[str, list[Path]] = {}
         for part in self.family.parts:
             if part in self._own_parts:
-                parts[part] = [*first, *files.deciding(settings / part)]
+                parts[part] = [*first, *files.deciding(self.family.place_of(settings, part))]
             else:
                 place = self._vae_place(self.vae or "")
                 parts[part] = [place] if place.is_file() else self.weight_files.deciding(place)
@@ -229,8 +229,7 @@ class Base:
             check_vae_place(place, self.weight_files)
             other = Reader(self.family, self.weight_files, weights, self._note, hollow)
             parts["vae"] = other.network("vae", place, own if own.is_dir() else self.family.folder / "vae")
-        if not hollow or (settings / "tokenizer").is_dir():
-            parts |= reader.tokenizers(settings, parts)
+        parts |= reader.tokenizers(settings, parts)
         return parts | {"scheduler": self._schedule(settings / "scheduler", said)}
 
     def _schedule(self, folder: Path, said: Told) -> DDPMScheduler:
@@ -303,6 +302,8 @@ class Base:
     def _settings(self) -> Path:
         """The folder with the settings and the vocabulary of a single file, fetched first if it lies on the Hub."""
         if self.config is None:
+            if self.family.repository is not None:
+                return self.family.folder
             *others, last = [name for name, family in FAMILIES.items() if family.repository]
             raise UserError(f"model.path={self.path} is a single file: use model={', '.join(others)} or {last}")
         local = Path(self.config).expanduser()

