@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import config as datasets_config
 from huggingface_hub import constants
 from mock_hub import COMMIT, Hub, serving
 from PIL import Image
@@ -62,7 +62,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             ("STREAMING_READ_RETRY_INTERVAL", 0.05),
             ("STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL", 0.05),
         ):
-            monkeypatch.setattr(datasets.config, name, value)
+            monkeypatch.setattr(datasets_config, name, value)
         yield hub
 
 

@@ -6,7 +6,7 @@ import glob
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dpo_sd.errors import UserError
 
@@ -77,10 +77,10 @@ def snapshot(
     """
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
-    class Silent(tqdm):
-        def __init__(self, *arguments: object, **settings: object):
+    class Silent(tqdm):  # the first file is a small one
+        def __init__(self, *arguments: Any, **settings: Any):
             super().__init__(*arguments, **(settings | {"disable": True}))
 
     with hub_errors(repository, instead, revision=revision):

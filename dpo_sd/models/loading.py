@@ -240,7 +240,7 @@ def read_tokenizer(folder: Path, config: CLIPTextConfig, pad: str) -> CLIPTokeni
     from transformers import CLIPTokenizer
 
     with loading(folder):
-        said = {"pad_token": pad} if folder == VOCABULARY else {}
+        said: dict[str, Any] = {"pad_token": pad} if folder == VOCABULARY else {}
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, **said)
     limit, known = tokenizer.model_max_length, config.vocab_size
     if not isinstance(limit, int | float) or limit < 3:
