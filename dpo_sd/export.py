@@ -56,6 +56,8 @@ def export_to(cfg: DictConfig, out: Path) -> None:
     """Writes what no other process writes."""
     base = instantiate(cfg.model)
     base.check()
+    for line in base.to_fetch() if cfg.format == "merged" else []:
+        print(f"model     {line}")
     if cfg.lora.path is not None:
         export_lora(read_lora(cfg.lora.path), base, cfg.format, out)
     elif cfg.format == "merged":

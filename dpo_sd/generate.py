@@ -48,9 +48,11 @@ def generate(cfg: DictConfig, folder: Path) -> None:
     hardware, sampler, base = (instantiate(cfg[group]) for group in ("hardware", "sampler", "model"))
     hardware.check(preset=preset())
     base.check()
+    for line in base.to_fetch():
+        print(f"model   {line}")
     made_by = {
         "model": base.name,
-        "model_fingerprint": base.fingerprints().model,
+        "model_fingerprint": base.fingerprints(hardware.weights).model,
         "loras": [lora._asdict() for lora in loras],
         "weights": hardware.weights,
         "seed": cfg.seed,

@@ -129,6 +129,8 @@ def composed(cfg: DictConfig) -> Parts:
     parts.base.check()
     parts.lora.check()
     parts.optimizer.check(cfg.trainer.max_steps)
+    for line in parts.base.to_fetch():
+        say(f"model   {line}")
     return parts
 
 
@@ -231,7 +233,9 @@ def identity(cfg: DictConfig, parts: Parts, model: StableDiffusion, data: Prepar
     return {
         "device": device_name(parts.hardware.accelerator),
         "model": {"name": model.name, "path": cfg.model.path, "fingerprint": model.fingerprint},
+        "model_commit": parts.base.commit,
         "data": data.fingerprint,
+        "data_commit": parts.source.commit,
         "parents": [parts.lora.init_from] if parts.lora.init_from else [],
     }
 

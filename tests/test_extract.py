@@ -391,9 +391,9 @@ def test_without_a_network_it_ends_in_seconds_with_one_line(tmp_path, monkeypatc
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     start = time.monotonic()
     with pytest.raises(UserError) as caught:
-        numbers(extract("yuvalkirstain/pickapic_v2", tmp_path / "cache"), 3)
+        numbers(extract("liuhuohuo2/pick-a-pic-v2", tmp_path / "cache"), 3)
     assert time.monotonic() - start < 5
-    assert "yuvalkirstain/pickapic_v2: HF_HUB_OFFLINE is set" in str(caught.value) and "\n" not in str(caught.value)
+    assert "liuhuohuo2/pick-a-pic-v2: HF_HUB_OFFLINE is set" in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("error", [HTTPError("Name or service not known"), TimeoutError("timed out")])

@@ -23,7 +23,7 @@ from conftest import run_forked
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer
 from twins import SingleFile, make_folder
 
 from dpo_sd.data.drawn import encode_images
@@ -32,6 +32,8 @@ from dpo_sd.forecast.truncation import truncation_line
 from dpo_sd.lora.attaching import LoRA
 from dpo_sd.models.base import Base
 from dpo_sd.models.families import FAMILIES, TINY, FamilyName
+from dpo_sd.models.files import WeightFiles
+from dpo_sd.models.loading import Reader
 from dpo_sd.models.skeletons import on_meta
 from dpo_sd.models.stable_diffusion import StableDiffusion, TextEmbeds, encode_bytes
 
@@ -959,6 +961,19 @@ def unreachable(tmp_path) -> Any:
     return call
 
 
+@pytest.mark.parametrize(("family", "pads"), [("sd15", [49407]), ("sd21", [0]), ("sdxl", [49407, 0])])
+def test_the_vocabulary_of_published_families_comes_with_the_package(family, pads):
+    """CLIP's: 49408 tokens, in which these numbers are a photo of a cat, its ends included."""
+    known = FAMILIES[family]
+    reader = Reader(known, WeightFiles(None, False), "float32", print, True)
+    encoders = {name: SimpleNamespace(config=CLIPTextConfig(**known.settings(name))) for name in known.encoders}
+    tokenizers = list(reader.tokenizers(known.folder, encoders).values())
+    assert [tokenizer.pad_token_id for tokenizer in tokenizers] == pads
+    for tokenizer in tokenizers:
+        assert (len(tokenizer), tokenizer.model_max_length) == (49408, 77)
+        assert tokenizer("A photo of a  cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+
+
 @pytest.mark.parametrize("offline", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"variant": "fp16"}, {"revision": "main"}])
 def test_a_repository_that_cannot_be_reached_is_one_line_in_seconds(unreachable, offline, settings):
@@ -972,8 +987,8 @@ def test_a_repository_that_cannot_be_reached_is_one_line_in_seconds(unreachable,
 
 @pytest.mark.parametrize("offline", [True, False])
 def test_settings_and_vaes_that_cannot_be_reached_are_one_line_too(unreachable, single_file, offline):
-    settings, _ = unreachable(lambda: Base("sd15", str(single_file("sd15").file)).load(), offline)
-    assert settings.startswith(f"{FAMILIES['sd15'].repository} is not on this computer")
+    settings, _ = unreachable(lambda: Base("sd15", str(single_file("sd15").file), config="some/model").load(), offline)
+    assert settings.startswith("some/model is not on this computer")
     vae, _ = unreachable(lambda: Base(vae="madebyollin/sdxl-vae-fp16-fix").load(), offline)
     assert vae.startswith("madebyollin/sdxl-vae-fp16-fix is not on this computer")
 
@@ -994,39 +1009,23 @@ def test_a_repository_is_read_from_the_cache_of_the_hub_without_a_network(tmp_pa
     assert unreachable(load, True)[0] == "loaded"
 
 
-def test_a_variant_that_a_repository_lacks_is_said_and_its_plain_weights_are_taken(twin, monkeypatch):
-    asked = []
-
-    def download(repository: str, variant: str | None = None, **how: Any) -> str:
-        asked.append((variant, how["use_safetensors"], how["safety_checker"]))
-        if variant:
-            raise ValueError(f"no such modeling files are available: {variant}")
-        return str(twin("sd21"))
-
-    monkeypatch.setattr("diffusers.DiffusionPipeline.download", download)
-    model = Base("sd21", "some/model", variant="fp16")
-    assert model.files() == twin("sd21")
-    assert asked == [("fp16", True, None), (None, True, None)]
-    assert model.notes == ["some/model has no variant fp16: its plain weights are taken"]
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("GatedRepoError", "asks for consent: accept its terms on its page, then hf auth login"),
         ("RepositoryNotFoundError", "the Hub has no public some/model: check its name, or hf auth login"),
-        ("RevisionNotFoundError", "some/model has no such revision on the Hub"),
+        ("RevisionNotFoundError", "some/model has no revision v2 on the Hub"),
     ],
 )
 def test_what_the_hub_answers_is_one_line_that_says_what_to_do(monkeypatch, name, message):
     import httpx
     from huggingface_hub import errors
 
-    def download(*names: Any, **how: Any) -> str:
+    def fail(*names: Any, **how: Any) -> str:
         answer = httpx.Response(404, request=httpx.Request("GET", "http://hub"))
         raise getattr(errors, name)("a page of text\nand more", response=answer)
 
-    monkeypatch.setattr("diffusers.DiffusionPipeline.download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(UserError, match=message):
         Base("sd15", "some/model", revision="v2").files()
 

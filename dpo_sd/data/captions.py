@@ -111,6 +111,7 @@ class Captions(FileSource):
         rows = extract.rows(self.max_images, "pictures") if fetch else extract.there(self.max_images)
         if rows is None:
             return at_most(there, self.max_images, "pictures", self.validation)
+        self.commit = extract.commit
         return self._in_dataset(rows, extract.images)
 
     def prepare(self, model: StableDiffusion, sampler: Sampler, framing: Framing, cache: Cache) -> PreparedData:

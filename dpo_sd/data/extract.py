@@ -172,7 +172,7 @@ class Extract:
     def _of_one_commit(self, what: str) -> bool:
         """Whether it is known which commit the log's rows are of; otherwise it begins anew, with the present one."""
         with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-            if isinstance(self._commit(), str | None):
+            if isinstance(self.commit, str | None):
                 return True
         if self.log.exists():
             _say(f"{self.about} is damaged or gone: the {what} are read anew")
@@ -182,8 +182,9 @@ class Extract:
             write_json(self.about, {"path": self.dataset.path, "split": self.dataset.split, "commit": commit})
         return False
 
-    def _commit(self) -> str | None:
-        """The commit that was read first, so that all rows are of one state of the dataset."""
+    @property
+    def commit(self) -> str | None:
+        """The commit that is read, that of the first time: all rows are of one state; None for local files."""
         return json.loads(self.about.read_text(encoding="utf-8"))["commit"]
 
     def _mend(self, broken: set[tuple[int, int]], what: str) -> None:
@@ -191,7 +192,7 @@ class Extract:
         if not broken:
             return
         _say(f"{len(broken)} {what} in {self.folder} have pictures that are damaged or gone, and are read anew")
-        stream, names = self.dataset.stream(self.needed, self.optional, self._commit())
+        stream, names = self.dataset.stream(self.needed, self.optional, self.commit)
         with self.dataset.reading():
             for place, values, where in self._unread(stream, names, _Begun(0, *min(broken))):
                 if (place["file"], place["row"]) in broken:
@@ -206,7 +207,7 @@ class Extract:
         from tqdm import tqdm
 
         kept = begun.kept
-        stream, names = self.dataset.stream(self.needed, self.optional, self._commit())
+        stream, names = self.dataset.stream(self.needed, self.optional, self.commit)
         total = _smaller(wanted, _length(stream))
         room = _Room(self.folder, None if total is None else total - kept, what)
         with (

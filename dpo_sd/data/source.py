@@ -56,12 +56,14 @@ class Source:
             any size.
         caption_dropout: share of visits that train on the empty prompt, in [0, 1].
         labeller: name of the judge that labelled the pairs; None for people, and for single images.
+        commit: the commit of the repository that the images come from, known once they are fetched; None for others.
     """
 
     has_pairs: ClassVar[bool]
     fixed_resolution: ClassVar[int | None] = None
     caption_dropout: float = 0.0
     labeller: str | None = None
+    commit: str | None = None
 
     def check(self, model: StableDiffusion) -> None:
         """Refuses a model that cannot be trained on this data.

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_sd.errors import UserError
 from dpo_sd.files.hashes import sha256
-from dpo_sd.models.hub import hub_errors, no_consent, not_there
+from dpo_sd.models.hub import PICK_A_PIC, hub_errors, no_consent, not_there
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
 # columns of which one must be there, by the setting that names it
 Needed = Mapping[str, Sequence[str]]
+_INSTEAD = "a local folder of parquet files as data.path"
 
 
 class TabularDataset:
@@ -45,7 +46,7 @@ class TabularDataset:
         elif not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
             raise UserError(
                 f"{path}: there is no such folder or file, and a dataset on the Hub is written owner/name, "
-                "as yuvalkirstain/pickapic_v2"
+                f"as {PICK_A_PIC}"
             )
 
     @functools.cached_property
@@ -171,12 +172,12 @@ class TabularDataset:
         from datasets.exceptions import DatasetNotFoundError
         from pyarrow import ArrowException
 
-        with hub_errors(self.path, "dataset ", self.revision, self._unreadable):
+        with hub_errors(self.path, _INSTEAD, "dataset ", self.revision, self._unreadable):
             try:
                 yield
             except DatasetNotFoundError as error:
                 gated = "is a gated dataset" in str(error)
-                raise (no_consent(self.path) if gated else not_there(self.path, "dataset ")) from error
+                raise (no_consent(self.path) if gated else not_there(self.path, _INSTEAD, "dataset ")) from error
             except ArrowException as error:
                 raise ValueError(error) from error
             except TypeError as error:
@@ -189,10 +190,7 @@ class TabularDataset:
         if self.files is not None:
             return f"{self.path} cannot be read: {message}"
         why = "HF_HUB_OFFLINE is set" if offline else f"the Hub cannot be read ({message})"
-        return (
-            f"{self.path}: {why}; start again with a network, which goes on where this ended, or give a local "
-            "folder of parquet files as data.path"
-        )
+        return f"{self.path}: {why}; start again with a network, which goes on where this ended, or give {_INSTEAD}"
 
 
 def check_columns(needed: Needed, there: Sequence[str], where: str) -> None:

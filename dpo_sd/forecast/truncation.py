@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_sd.forecast.units import counted
+from dpo_sd.models.families import VOCABULARY
 
 if TYPE_CHECKING:
     from dpo_sd.models.base import Base
@@ -23,7 +24,8 @@ def truncation_line(base: Base, prompts: Sequence[str]) -> str:
 
     beside = folder.parent / "text_encoder"
     encoder = beside if (beside / "config.json").is_file() else base.family.folder / "text_encoder"
-    tokenizer = read_tokenizer(folder, CLIPTextConfig.from_pretrained(encoder))
+    first = next(iter(base.family.encoders.values()))
+    tokenizer = read_tokenizer(folder, CLIPTextConfig.from_pretrained(encoder), first.pad)
     long = [prompt for prompt in prompts if len(tokenizer(prompt).input_ids) > tokenizer.model_max_length]
     named = f": {', '.join(repr(prompt[:60]) for prompt in long[:3])}" if long else ""
     are = "is" if len(long) == 1 else "are"
@@ -34,6 +36,8 @@ def vocabulary(base: Base) -> Path | None:
     """The folder of a base's tokenizer, if it is on this computer."""
     from huggingface_hub import try_to_load_from_cache
 
+    if base.config is None and Path(base.path).expanduser().is_file():
+        return VOCABULARY
     for place in (base.path, base.config or ""):
         if (local := Path(place).expanduser() / "tokenizer").is_dir():
             return local

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +20,9 @@ from dpo_sd.models.contents import (
     told,
 )
 from dpo_sd.models.families import FAMILIES, SHIPPED, FamilyName
-from dpo_sd.models.files import WeightFiles, fingerprints
-from dpo_sd.models.hub import hub_errors, quiet_libraries, snapshot
-from dpo_sd.models.places import PICKLES, check_place
+from dpo_sd.models.files import HALF, PLAIN, WeightFiles, fingerprints, settings_among
+from dpo_sd.models.hub import offline, quiet_libraries, snapshot, to_fetch
+from dpo_sd.models.places import PICKLES, check_layout, check_place
 from dpo_sd.models.stable_diffusion import Fingerprints, StableDiffusion
 
 if TYPE_CHECKING:
@@ -29,6 +31,12 @@ if TYPE_CHECKING:
 
     from dpo_sd.losses import PredictionType
     from dpo_sd.models.quantization import Weights
+
+_INSTEAD = {  # what can stand in the place of a repository, by the setting that takes it
+    "path": "a diffusers folder or a single file as model.path",
+    "config": "a diffusers folder as model.config",
+    "vae": "a folder or a single file as model.vae",
+}
 
 
 class Base:
@@ -40,9 +48,10 @@ class Base:
             the family's own repository, or for `tiny` the pipeline that ships with the package.
         revision: branch, tag or commit of a repository; None takes its main branch.
         variant: which weights to prefer where there are several, such as fp16; where a part has none of these, others
-            are taken, and it is said.
+            are taken, and it is said. None prefers those of a repository in half precision where the UNet is stored
+            in no more, and the plain ones otherwise; `plain` always prefers these.
         config: for a single file, the repository or diffusers folder with the vocabulary and the settings that it
-            lacks; None takes the family's own repository, of which only these small files are fetched.
+            lacks, where these are not the family's own, which come with the package.
         vae: another VAE: repository, folder or single file.
         prediction_type: what the UNet predicts, where the files do not say it; None takes what they say.
         zero_terminal_snr: whether the schedule ends in pure noise (Lin et al. 2023, arXiv:2305.08891); None takes what
@@ -69,10 +78,12 @@ class Base:
         self.family = FAMILIES[name]
         self.path = path or self.family.place
         self.revision, self.vae = revision, vae
-        self.config = config or self.family.repository
+        self.config = config
         self.prediction_type: PredictionType | None = prediction_type
         self.zero_terminal_snr = zero_terminal_snr
-        self.weight_files = WeightFiles(variant or None, pickle)
+        self.weight_files = WeightFiles(None if variant in ("", PLAIN) else variant, pickle)
+        self.halves = not variant and _here(self.path) is None
+        self.commit: str | None = None
         self.notes: list[str] = []
         for key, where in (("path", path), ("config", config), ("vae", vae), ("revision", revision)):
             if where is not None and not where.strip():
@@ -90,29 +101,52 @@ class Base:
         elif local is not None and local.suffix not in PICKLES:
             check_family_of_file(local, self.family)
 
-    def files(self) -> Path:
+    def to_fetch(self) -> list[str]:
+        """What loading is going to fetch from the Hub, one line for each repository; nothing is fetched for it.
+
+        Raises:
+            UserError: if something is not on this computer, and HF_HUB_OFFLINE is set.
+        """
+        local = _here(self.path)
+        lines = []
+        if local is None:
+            lines += [to_fetch("the weights", self.path, ["unet/config.json"], _INSTEAD["path"], self.revision)]
+        elif local.is_file() and self.config is not None and _here(self.config) is None:
+            what = f"for {self.path}, the settings and the vocabulary (*/*.json, tokenizer*/*.txt: a few MB)"
+            lines += [to_fetch(what, self.config, ["unet/config.json"], _INSTEAD["config"])]
+        if self.vae is not None and _here(self.vae) is None:
+            lines += [to_fetch("the VAE", self.vae, ["config.json", "vae/config.json"], _INSTEAD["vae"])]
+        return [line for line in lines if line is not None]
+
+    def files(self, weights: Weights = "float32") -> Path:
         """The diffusers folder or single file that the weights are read from, fetched first if it lies on the Hub.
+
+        Args:
+            weights: as for `load`.
 
         Raises:
             UserError: if it cannot be fetched.
         """
-        return _here(self.path) or self._fetched(self.path)
+        return self._found(weights)[0]
 
-    def fingerprints(self) -> Fingerprints:
+    def fingerprints(self, weights: Weights = "float32") -> Fingerprints:
         """Hashes of the files, fetched first if they lie on the Hub.
+
+        Args:
+            weights: as for `load`; of a repository, they can decide which variant is taken.
 
         Raises:
             UserError: if they cannot be fetched.
         """
-        where, deciding = self.files(), self.weight_files.deciding
+        where, files = self._found(weights)
         settings, first = (self._settings(), [where]) if where.is_file() else (where, [])
         parts: dict[str, list[Path]] = {}
         for part in self.family.parts:
             if part in self._own_parts:
-                parts[part] = [*first, *deciding(settings / part)]
+                parts[part] = [*first, *files.deciding(self.family.place_of(settings, part))]
             else:
-                place = _vae_place(self.vae or "")
-                parts[part] = [place] if place.is_file() else deciding(place)
+                place = self._vae_place(self.vae or "")
+                parts[part] = [place] if place.is_file() else self.weight_files.deciding(place)
         return fingerprints(parts, [self.prediction_type, self.zero_terminal_snr], self.family)
 
     def check(self) -> None:
@@ -129,7 +163,7 @@ class Base:
         if local is not None and local.is_file() and config is not None:
             check_settings(config, self._own_networks, self.family, "config")
         if self.vae is not None and _here(self.vae) is not None:
-            check_vae_place(_vae_place(self.vae), self.weight_files)
+            check_vae_place(self._vae_place(self.vae), self.weight_files)
 
     def check_tensors(self) -> None:
         """Refuses what `load` would refuse, as far as it is told without weights: `check`, and each tensor's name.
@@ -161,7 +195,7 @@ class Base:
 
         parts = self._read(weights)
         store(parts["unet"], weights)
-        return StableDiffusion.of_parts(self.name, parts, self.fingerprints(), device)
+        return StableDiffusion.of_parts(self.name, parts, self.fingerprints(weights), device)
 
     @property
     def _own_parts(self) -> list[str]:
@@ -177,11 +211,11 @@ class Base:
         from dpo_sd.models.loading import Reader
 
         quiet_libraries()
-        reader = Reader(self.family, self.weight_files, weights, self._note, hollow)
-        where, said = self.files(), Told()
+        (where, files), said = self._found(weights), Told()
+        reader = Reader(self.family, files, weights, self._note, hollow)
         settings = where
         if where.is_dir():
-            check_folder(where, self._own_networks, self.family, self.weight_files)
+            check_folder(where, self._own_networks, self.family, files)
         else:
             settings = self.family.folder if hollow and _here(self.config) is None else self._settings()
             check_settings(settings, self._own_networks, self.family, "config")
@@ -189,13 +223,13 @@ class Base:
             check_file(header, where, self.family, self.vae is None)
             said = told(header, self.family)
         places = {name: (where / name if where.is_dir() else where, settings / name) for name in self._own_networks}
-        if self.vae is not None and not (hollow and _here(self.vae) is None):
-            place, own = _vae_place(self.vae), where / "vae"
-            check_vae_place(place, self.weight_files)
-            places["vae"] = place, own if own.is_dir() else self.family.folder / "vae"
         parts = {name: reader.network(name, *place) for name, place in places.items()}
-        if not hollow or (settings / "tokenizer").is_dir():
-            parts |= reader.tokenizers(settings, parts)
+        if self.vae is not None and not (hollow and _here(self.vae) is None):
+            place, own = self._vae_place(self.vae), where / "vae"
+            check_vae_place(place, self.weight_files)
+            other = Reader(self.family, self.weight_files, weights, self._note, hollow)
+            parts["vae"] = other.network("vae", place, own if own.is_dir() else self.family.folder / "vae")
+        parts |= reader.tokenizers(settings, parts)
         return parts | {"scheduler": self._schedule(settings / "scheduler", said)}
 
     def _schedule(self, folder: Path, said: Told) -> DDPMScheduler:
@@ -220,46 +254,77 @@ class Base:
         if note not in self.notes:
             self.notes.append(note)
 
-    def _fetched(self, repository: str) -> Path:
-        """The folder that holds the parts of a repository on the Hub."""
-        from diffusers import DiffusionPipeline
+    def _found(self, weights: Weights) -> tuple[Path, WeightFiles]:
+        """The folder or file of the weights, fetched first if it lies on the Hub, and which weights are read from it.
 
-        left_out = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+        A repository's are those in half precision where they suffice: the choice depends on the repository and the
+        settings alone, unless there is no network and only the others are there.
+        """
+        local = _here(self.path)
+        if local is not None:
+            return local, self.weight_files
+        if not self.halves or weights == "float32":
+            return self._fetched(self.weight_files)
+        try:
+            folder, files = self._fetched(self.weight_files._replace(variant=HALF))
+        except UserError:
+            if not offline():
+                raise
+            found = self._fetched(self.weight_files)
+            self._note(f"{self.path}: HF_HUB_OFFLINE is set, and of its weights only the plain ones are here: so taken")
+            return found
+        if files.variant == HALF:
+            said = f"enough for hardware.weights={weights}; model.variant={PLAIN} takes the plain weights"
+            self._note(f"{self.path}: its variant {HALF} is taken, {said}")
+        return folder, files
 
-        def fetch(variant: str | None) -> Path:
-            safe = None if self.weight_files.pickle else True
-            how: dict[str, Any] = {"revision": self.revision, "variant": variant, "use_safetensors": safe}
-            return Path(DiffusionPipeline.download(repository, **how, **left_out))
+    def _fetched(self, files: WeightFiles) -> tuple[Path, WeightFiles]:
+        """The folder that holds the parts of a repository on the Hub, settings first, and which weights it has."""
+        fetch = partial(snapshot, self.path, ["model_index.json"], instead=_INSTEAD["path"])
 
-        quiet_libraries()
-        wanted = self.weight_files.variant
-        with hub_errors(repository):
-            if wanted is not None:
-                try:
-                    return fetch(wanted)
-                except ValueError:
-                    self._note(f"{repository} has no variant {wanted}: its plain weights are taken")
-            return fetch(None)
+        def settings(names: Sequence[str]) -> list[str]:
+            check_layout(names, f"model.path={self.path}", self._own_parts)
+            return settings_among(names, self.family.parts)
+
+        def weights(names: Sequence[str]) -> list[str]:
+            return [file for part in self._own_networks for file in files.needed(names, part)]
+
+        folder = fetch(settings, revision=self.commit or self.revision)  # a branch can move between two calls
+        check_family_of_folder(folder, self.family, self.path)
+        check_settings(folder, self._own_networks, self.family)
+        self.commit = folder.name
+        fetch(weights, revision=folder.name)
+        if files.variant and not any(files.taken(folder / part)[0] == files.variant for part in self._own_networks):
+            self._note(f"{self.path} has no variant {files.variant}: its plain weights are taken")
+            files = files._replace(variant=None)
+        return folder, files
 
     def _settings(self) -> Path:
         """The folder with the settings and the vocabulary of a single file, fetched first if it lies on the Hub."""
         if self.config is None:
+            if self.family.repository is not None:
+                return self.family.folder
             *others, last = [name for name, family in FAMILIES.items() if family.repository]
             raise UserError(f"model.path={self.path} is a single file: use model={', '.join(others)} or {last}")
         local = Path(self.config).expanduser()
-        return local if local.is_dir() else snapshot(self.config, ["model_index.json", "*/*.json", "*/*.txt"])
+        if local.is_dir():
+            return local
+        wanted = partial(settings_among, parts=self.family.parts)
+        return snapshot(self.config, ["model_index.json"], wanted, _INSTEAD["config"])
+
+    def _vae_place(self, where: str) -> Path:
+        """The file or the folder of another VAE, fetched first if it lies on the Hub."""
+        local = Path(where).expanduser()
+        if not local.exists():
+            first = ["config.json", "vae/config.json"]
+            local = snapshot(where, first, self._files_of_vae, _INSTEAD["vae"])
+        return local / "vae" if (local / "vae").is_dir() else local
+
+    def _files_of_vae(self, names: Sequence[str]) -> list[str]:
+        return self.weight_files.needed(names, "vae" if "vae/config.json" in names else ".")
 
 
 def _here(where: str | None) -> Path | None:
     """The folder or file of that name on this computer, if there is one."""
     local = Path(where or "").expanduser()
     return local if where and local.exists() else None
-
-
-def _vae_place(where: str) -> Path:
-    """The file or the folder of another VAE, fetched first if it lies on the Hub."""
-    local = Path(where).expanduser()
-    if not local.exists():
-        names = ["config.json", "diffusion_pytorch_model*.safetensors"]
-        local = snapshot(where, [*names, *(f"vae/{name}" for name in names)])
-    return local / "vae" if (local / "vae").is_dir() else local

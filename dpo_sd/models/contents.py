@@ -145,13 +145,13 @@ def check_family_of_file(file: Path, family: Family) -> None:
     check_family(family_of_file(shapes, widths.pop()), family, str(file))
 
 
-def check_family_of_folder(folder: Path, family: Family) -> None:
-    """Refuses a folder in diffusers' layout that is of another family."""
+def check_family_of_folder(folder: Path, family: Family, named: str | None = None) -> None:
+    """Refuses a folder in diffusers' layout that is of another family; `named` is what the user calls it."""
     try:
         found = family_of_unet(_read(folder / "unet", "config.json"))
     except UserError:
         return  # loading says what is wrong with it
-    check_family(found, family, str(folder))
+    check_family(found, family, named or str(folder))
 
 
 def check_file(header: Header, file: Path, family: Family, own_vae: bool) -> None:

