@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from dpo_sd.composition.options import groups, options, register_files
 from dpo_sd.composition.roots import Annotate, Export, Generate, Plan, Train, Trainer
 from dpo_sd.errors import UserError
+from dpo_sd.models.families import FAMILIES
 from dpo_sd.training.cluster import run_id
 
 
@@ -30,6 +31,13 @@ def _for_model(name: str, values: Any) -> Any:
     if name not in values:
         raise UserError(f"this recipe has no values for model={name}, only for {', '.join(map(str, values))}")
     return values[name]
+
+
+def _drawn_with(setting: str, _root_: DictConfig) -> Any:
+    """The value of a setting of the sampler that the model's family is drawn with: `${drawn_with:steps}`."""
+    if (name := _root_.model.name) not in FAMILIES:
+        raise UserError(f"model.name must be one of {', '.join(FAMILIES)}, got {name}")
+    return getattr(FAMILIES[name], setting)
 
 
 def _micro_batch(most: Any, _root_: DictConfig) -> int:
@@ -56,4 +64,5 @@ def register() -> None:
     OmegaConf.register_new_resolver("run_id", lambda otherwise: run_id() or otherwise, replace=True)
     OmegaConf.register_new_resolver("micro_batch", _micro_batch, replace=True)
     OmegaConf.register_new_resolver("for_model", _for_model, replace=True)
+    OmegaConf.register_new_resolver("drawn_with", _drawn_with, replace=True)
     OmegaConf.register_new_resolver("wandb_logged_out", _wandb_logged_out, replace=True)
