@@ -51,10 +51,11 @@ class Samples(Watcher):
         model, sampler = run.module.model, run.data.sampler
         prompts = self.prompts or run.data.data.held_out_prompts[: self.n_prompts]
         seeds = [image_seed(self.seed, prompt, 0, 0) for prompt in prompts]
-        shown: list[Side] = ["base", *(name for name in adapter_names(model))]
-        drawn = draw_sides([side for side in shown if side not in self._fixed], model, sampler, prompts, seeds)
+        there: tuple[Side, ...] = ("base", "reference", "policy")
+        sides = [side for side in there if side not in self._fixed and side in ("base", *adapter_names(model))]
+        drawn = draw_sides(sides, model, sampler, prompts, seeds)
         rows = self._fixed | drawn
         self._fixed = {side: images for side, images in rows.items() if side != "policy"}
         file = run.folder / "samples" / f"step={run.step:06d}.png"
-        save_png(comparison(prompts, rows), file)
+        save_png(comparison(prompts, {str(side): images for side, images in rows.items()}), file)
         log.info("wrote %s", file)
