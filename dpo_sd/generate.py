@@ -22,6 +22,7 @@ from dpo_sd.files.hashes import sha256
 from dpo_sd.files.images import decoding_problems, has_png_end, save_png
 from dpo_sd.lora.attaching import load_for_drawing
 from dpo_sd.lora.weighted import lora_name, parse_lora
+from dpo_sd.models.sampling import LEFT_OUT
 from dpo_sd.noise import image_seed
 from dpo_sd.preferences.drawn_with import read_record, write_record
 from dpo_sd.preferences.pair_folder import PAIRS, Pair, current, pair_id, read_pairs, write_pairs
@@ -57,7 +58,7 @@ def generate(cfg: DictConfig, folder: Path) -> None:
         "weights": hardware.weights,
         "seed": cfg.seed,
         "set_size": cfg.set_size,
-        **sampler.settings(),
+        **sampler.settings(base.schedule()),
     }
     check_same_folder(folder, made_by)
     images = planned(prompts, cfg.num_sets, cfg.set_size, cfg.seed)
@@ -67,9 +68,11 @@ def generate(cfg: DictConfig, folder: Path) -> None:
     write_record(folder, made_by)
     try:
         if missing:
+            from dpo_sd.forecast.explaining import drawing_explained
             from dpo_sd.models.ready import ready
 
-            draw(ready(base, hardware.device, hardware.weights), loras, sampler, missing, folder, made_by)
+            with drawing_explained(sampler, hardware):
+                draw(ready(base, hardware.device, hardware.weights), loras, sampler, missing, folder, made_by)
     except KeyboardInterrupt:
         print("stopped; the same command goes on")
         raise
@@ -125,6 +128,7 @@ def check_same_folder(folder: Path, made_by: dict[str, Any]) -> None:
         raise UserError(f"{folder} holds pairs that this command did not draw: choose another folder with out=")
     if (folder / PAIRS).exists():
         read_pairs(folder)  # refused now, or it would be after the drawing
+    before, made_by = LEFT_OUT | before, LEFT_OUT | made_by
     if sorted(before) != sorted(made_by):
         raise UserError(f"{folder} was drawn by another version of this program: choose another folder with out=")
     differing = [key for key in made_by if _identity(before, key) != _identity(made_by, key)]
@@ -167,7 +171,7 @@ def draw(
     folder: Path,
     made_by: dict[str, Any],
 ) -> None:
-    """Draws the images, batch by batch, and writes each with the settings that drew it in its text chunk."""
+    """Draws the images, and writes each with the settings that drew it in its text chunk."""
     from tqdm import tqdm
 
     for line in load_for_drawing(model, [(lora.path, lora.weight) for lora in loras]):
@@ -175,15 +179,10 @@ def draw(
     for prompt in model.truncated(list(dict.fromkeys(image.prompt for image in images)))[:5]:
         print(f"cut at the text encoder's limit: {prompt!r}")
     started = time.monotonic()
-    # the UNet stays on its device between the batches
-    with model.working(model.unet), tqdm(total=len(images), desc="drawing", unit="picture") as bar:
-        for start in range(0, len(images), sampler.batch_size):
-            batch = images[start : start + sampler.batch_size]
-            drawn = sampler.draw(model, [image.prompt for image in batch], [image.seed for image in batch])
-            for image, pixels in zip(batch, drawn, strict=True):
-                text = {"prompt": image.prompt, "seed": str(image.seed), "dpo_sd": json.dumps(made_by)}
-                save_png(pixels, folder / image.file, text)
-            bar.update(len(batch))
+    drawn = sampler.stream(model, [image.prompt for image in images], [image.seed for image in images])
+    for image, pixels in tqdm(zip(images, drawn, strict=True), "drawing", len(images), unit="picture"):
+        text = {"prompt": image.prompt, "seed": str(image.seed), "dpo_sd": json.dumps(made_by)}
+        save_png(pixels, folder / image.file, text)
     print(f"{len(images) / (time.monotonic() - started):.1f} pictures a second")
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from dpo_sd.data.batches import PreparedSamples
 from dpo_sd.models.families import FAMILIES
@@ -29,6 +30,7 @@ class Album:
             self.unet.dtype = arithmetic
         self.vae, self.text_encoders = SimpleNamespace(device="cpu", dtype=torch.float32), []
         self.encoded: list[torch.Tensor] = []
+        self.noise_scheduler = DDPMScheduler()
 
     def working(self, *networks: Any) -> Any:
         return nullcontext()

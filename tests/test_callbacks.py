@@ -74,7 +74,7 @@ class Painter(Sampler):
         self.asked: list[tuple[str, list[str], list[int]]] = []
 
     def draw(
-        self, model: Any, prompts: Sequence[str], seeds: Sequence[int], progress: str | None = None
+        self, model: Any, prompts: Sequence[str], seeds: Sequence[int], progress: str | None = None, embeds: Any = None
     ) -> list[Image.Image]:
         layer = next(module for module in model.unet.modules() if isinstance(module, LoraLayer))
         which = "base" if layer.disable_adapters else layer.active_adapters[0]

@@ -130,6 +130,15 @@ def test_every_shipped_class_has_a_schema_that_knows_its_target():
         assert settings_of(OmegaConf.get_type(node))["_target_"].default == node._target_
 
 
+@pytest.mark.parametrize(("model", "steps", "guidance"), [("tiny", 12, 4.0), ("sd15", 30, 7.5), ("sdxl", 30, 5.0)])
+@pytest.mark.parametrize("program", ["generate", "train"])
+def test_a_family_is_drawn_with_steps_and_guidance_of_its_own(program, model, steps, guidance):
+    sampler = composed(f"model={model}", program=program).sampler
+    assert (sampler.steps, sampler.guidance) == (steps, guidance)
+    sampler = composed(f"model={model}", "sampler.steps=7", "sampler.guidance=2", program=program).sampler
+    assert (sampler.steps, sampler.guidance) == (7, 2)
+
+
 def test_the_command_line_beats_the_experiment_which_beats_the_group():
     assert composed().loss.beta == 5000
     assert composed("experiment=quickstart").loss.beta == 2000

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -303,11 +304,11 @@ class Painter(Sampler):
         super().__init__(**settings)
         self.asked: list[tuple[str, int]] = []
 
-    def draw(
-        self, model: Any, prompts: Sequence[str], seeds: Sequence[int], progress: str | None = None
-    ) -> list[Image.Image]:
+    def stream(
+        self, model: Any, prompts: Sequence[str], seeds: Sequence[int], embeds: Any = None
+    ) -> Iterator[Image.Image]:
         self.asked += zip(prompts, seeds, strict=True)
-        return [self.paint(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        return (self.paint(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True))
 
     def paint(self, prompt: str, seed: int) -> Image.Image:
         asked = parse(prompt)
@@ -515,10 +516,9 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path):
     """It keeps 64 images together."""
 
     class Killed(Painter):
-        def draw(self, model: Any, prompts: Any, seeds: Any, progress: str | None = None) -> list[Image.Image]:
-            if len(self.asked) >= 64:
-                raise KeyboardInterrupt
-            return super().draw(model, prompts, seeds, progress)
+        def stream(self, *given: Any) -> Iterator[Image.Image]:
+            yield from itertools.islice(super().stream(*given), 64)
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path, painter=Killed(), n_pairs=40)

@@ -10,19 +10,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dpo_sd import generate
 from dpo_sd.data.prompts import read_prompts
 from dpo_sd.errors import UserError
+from dpo_sd.forecast.explaining import drawing_explained
 from dpo_sd.lora.adapters import policy_parameters, weights_of
 from dpo_sd.lora.attaching import LoRA
 from dpo_sd.lora.weighted import parse_lora
 from dpo_sd.lora.weights import WEIGHTS_NAME
 from dpo_sd.lora.writing import save_diffusers
 from dpo_sd.models.base import Base
+from dpo_sd.models.sampling import Sampler
+from dpo_sd.models.stable_diffusion import StableDiffusion
 from dpo_sd.noise import image_seed
 from dpo_sd.preferences.pair_folder import current, read_pairs
+from dpo_sd.training.hardware import Hardware
 
 RED, GREEN = "a large red circle on a white background", "a large green star on a black background"
 
@@ -263,11 +268,47 @@ def test_loras_change_the_pictures_by_their_weights(draw, drawn, lora, tmp_path)
 
 
 @pytest.mark.parametrize(
+    ("batch", "memory_gib", "told"),
+    [
+        (8, 24, ["Go on with sampler.batch_size=4.", "sampler.width and sampler.height", "hardware=1x16gb"]),
+        (1, 8, ["sampler.width and sampler.height", "hardware.weights=int8"]),
+    ],
+)
+def test_a_card_that_is_exhausted_is_one_message_with_what_takes_less(batch, memory_gib, told):
+    hardware = Hardware("cuda", "bf16-mixed", "bfloat16", memory_gib=memory_gib)
+    with pytest.raises(UserError) as error, drawing_explained(Sampler(batch_size=batch), hardware):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nsecond line")
+    message = str(error.value)
+    assert message.startswith("out of memory in drawing (CUDA out of memory. Tried to allocate 1 GiB.)")
+    assert all(part in message for part in told) and "\n" not in message
+    assert ("sampler.batch_size" in message) is (batch > 1) and ("hardware=" in message) is (memory_gib > 8)
+
+
+def test_an_exhausted_card_keeps_what_is_drawn_and_the_pairs_of_it(draw, tmp_path):
+    def is_exhausted_at_the_second_batch() -> None:
+        decode, calls = StableDiffusion.decode_latents, []
+
+        def decode_latents(model, latents):
+            calls.append(latents)
+            if len(calls) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return decode(model, latents)
+
+        StableDiffusion.decode_latents = decode_latents  # type: ignore[method-assign]
+
+    ended = draw(tmp_path, "sampler.batch_size=2", patch=is_exhausted_at_the_second_batch)
+    assert ended.code == 1 and "Go on with sampler.batch_size=1." in ended.err and "Traceback" not in ended.err
+    assert len(read_pairs(tmp_path)) == 1
+    assert draw(tmp_path, "sampler.batch_size=1").code == 0 and len(read_pairs(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
     ("setting", "named"),
     [
         ("set_size=2", "set_size (there 3, here 2)"),
         ("seed=1", "seed (there 0, here 1)"),
         ("sampler.guidance=5", "guidance (there 4.0, here 5.0)"),
+        ("sampler.guidance_rescale=0.5", "guidance_rescale (there 0.0, here 0.5)"),
         ("sampler.negative_prompt=blur", "negative_prompt (there '', here 'blur')"),
     ],
 )

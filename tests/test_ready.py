@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -16,9 +17,11 @@ from stand_in import CARD, Card
 from test_architecture import MODULES
 
 from dpo_sd.data.drawn import encode_images
+from dpo_sd.evaluation.drawing import draw_sides
 from dpo_sd.forecast.workload import Workload
 from dpo_sd.lora.attaching import LoRA
 from dpo_sd.losses import DiffusionDPOLoss
+from dpo_sd.models import stable_diffusion
 from dpo_sd.models.base import Base
 from dpo_sd.models.families import FAMILIES, NETWORKS, FamilyName
 from dpo_sd.models.ready import ready
@@ -32,8 +35,9 @@ NETWORK_TYPES = ("UNet2DConditionModel", "CLIPTextModel", "Encoder", "Decoder") 
 
 @pytest.fixture(autouse=True)
 def no_cuda(monkeypatch) -> None:
-    """The stand-in is no device that CUDA knows."""
+    """The stand-in is no device that CUDA knows; its memory has no end."""
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(stable_diffusion, "free_memory", lambda device: math.inf)
 
 
 # ------------------------------------------------------------------------------------------------------------- the road
@@ -106,16 +110,37 @@ def on_the_card(program: str, folder: Path, *arguments: str, until: Any = None) 
     return ended, json.loads((folder / "seen.json").read_text())
 
 
-def test_generate_draws_on_the_card_and_leaves_the_unet_there_between_batches(tmp_path):
+def went(seen: dict[str, Any]) -> list[str]:
+    """The networks that were brought to the card from elsewhere, in turn."""
+    there: set[str] = set()
+    names = []
+    for name, place in seen["moves"]:
+        if place == "cpu":
+            there.discard(name)
+        elif name not in there and name in ("UNet2DConditionModel", "CLIPTextModel", "AutoencoderKL"):
+            there.add(name)
+            names.append(name)
+    return names
+
+
+def test_generate_brings_each_network_to_the_card_once(tmp_path):
     single = ("hardware.weights=float32", "hardware.precision=32-true")  # autocast would ask CUDA
     settings = ("prompts=[a star,a circle]", "sampler.steps=1", "sampler.batch_size=1", f"out={tmp_path / 'pairs'}")
     ended, seen = on_the_card("generate", tmp_path, "hardware=1x24gb", *single, *settings)
     assert ended.code == 0, ended.err
     drawing = [name for name in NETWORK_TYPES if name != "Encoder"]
     assert {name: seen["passes"][name] for name in drawing} == {name: [str(CARD)] for name in drawing}
-    *before, last = [place for name, place in seen["moves"] if name == "UNet2DConditionModel"]
-    assert len(before) >= 4 and set(before) == {str(CARD)} and last == "cpu"
+    assert went(seen) == ["CLIPTextModel", "UNet2DConditionModel", "AutoencoderKL"]
     assert len(list((tmp_path / "pairs").rglob("*.png"))) == 4
+
+
+def test_where_memory_is_short_unet_and_vae_take_turns(tmp_path, monkeypatch):
+    monkeypatch.setattr(stable_diffusion, "free_memory", lambda device: 0)
+    single = ("hardware.weights=float32", "hardware.precision=32-true")
+    settings = ("prompts=[a star,a circle]", "sampler.steps=1", "sampler.batch_size=2", f"out={tmp_path / 'pairs'}")
+    ended, seen = on_the_card("generate", tmp_path, "hardware=1x24gb", *single, *settings)
+    assert ended.code == 0, ended.err
+    assert went(seen) == ["CLIPTextModel", *("UNet2DConditionModel", "AutoencoderKL") * 2, "UNet2DConditionModel"]
 
 
 @pytest.mark.parametrize(
@@ -134,6 +159,19 @@ def test_train_draws_and_encodes_on_the_card(tmp_path, data, works):
     worked = {name: where for name, where in seen["passes"].items() if where}
     assert set(worked) >= works, ended.err
     assert all(where == [str(CARD)] for where in worked.values())
+
+
+def test_sides_are_drawn_from_prompts_that_were_encoded_before_and_each_network_comes_once():
+    with Card() as card:
+        model = ready(Base(), CARD)
+        LoRA(rank=2, text_encoder=True).attach(model)
+        with model.working(model.unet):  # as training has it
+            draw_sides(("base", "policy"), model, Sampler(steps=1, batch_size=1), ["a star", "a circle"], [1, 2])
+        assert went({"moves": card.moves}) == ["UNet2DConditionModel", "CLIPTextModel", "AutoencoderKL"]
+        assert len(card.passes["CLIPTextModel"]) == 4  # prompts and the negative one, for both sides
+        LoRA(rank=2).attach(plain := ready(Base(), CARD))
+        draw_sides(("base", "policy"), plain, Sampler(steps=1), ["a star", "a circle"], [1, 2])
+        assert len(card.passes["CLIPTextModel"]) == 6  # the same for both
 
 
 def test_plan_and_benchmark_build_their_model_for_the_device_they_name():

@@ -12,7 +12,9 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from PIL import Image
 
 from dpo_sd.errors import UserError
+from dpo_sd.models import sampling
 from dpo_sd.models.base import Base
+from dpo_sd.models.families import FAMILIES, SHIPPED
 from dpo_sd.models.sampling import Sampler
 from dpo_sd.models.stable_diffusion import StableDiffusion
 
@@ -57,8 +59,9 @@ def test_another_seed_or_prompt_gives_another_picture(model, drawn):
 def test_every_setting_changes_the_pictures_and_is_among_the_settings_for_caches(model, drawn, settings):
     sampler = Sampler(**{"steps": 2, **settings})
     assert np.abs(pixels(sampler.draw(model, PROMPTS, SEEDS)) - drawn).max() > 2
-    assert sampler.settings() != Sampler(steps=2).settings()
-    assert Sampler(steps=2, batch_size=1).settings() == Sampler(steps=2).settings()
+    schedule = model.noise_scheduler
+    assert sampler.settings(schedule) != Sampler(steps=2).settings(schedule)
+    assert Sampler(steps=2, batch_size=1).settings(schedule) == Sampler(steps=2).settings(schedule)
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm++"])
@@ -173,6 +176,56 @@ def test_a_base_in_half_precision_draws_nearly_the_same_pictures(drawn):
     assert np.abs(half - drawn).mean() < 6
 
 
+def test_a_stream_draws_what_draw_draws_also_from_prompts_that_were_encoded_before(model, drawn, monkeypatch):
+    sampler = Sampler(steps=2, batch_size=4)
+    monkeypatch.setattr(sampling, "AHEAD", 1)  # of which a batch is the least
+    assert np.array_equal(pixels(list(sampler.stream(model, PROMPTS, SEEDS))), drawn)
+    assert np.array_equal(pixels(sampler.draw(model, PROMPTS, SEEDS, embeds=sampler.encode(model, PROMPTS))), drawn)
+
+
+def test_all_prompts_are_encoded_before_the_first_picture_is_drawn(model):
+    seen = []
+    parts = {"text": model.text_encoders[0], "unet": model.unet}
+    hooks = [part.register_forward_pre_hook(lambda *_, name=name: seen.append(name)) for name, part in parts.items()]
+    next(images := Sampler(steps=1, batch_size=1).stream(model, PROMPTS, SEEDS))
+    assert seen == ["text", "text", "unet"]  # the prompts, the negative one, and the first picture's only step
+    assert len(list(images)) == 3 and seen.count("text") == 2
+    for hook in hooks:
+        hook.remove()
+
+
+def test_a_rescaled_prediction_has_the_contrast_of_the_one_without_guidance(model, monkeypatch):
+    """Half of the pixels are 1 and half -1 for the prompt, all 0 for the empty one: by guidance 3, ±3.
+
+    Their deviation is 1 and 3, so a whole rescaling gives ±1, and 0.7 of it 0.7 + 0.3 · 3 = 1.6.
+    """
+    taken = []
+    step = DDIMScheduler.step
+    monkeypatch.setattr(
+        DDIMScheduler, "step", lambda self, out, *a, **k: (taken.append(out), step(self, out, *a, **k))[1]
+    )
+    signs = torch.ones(1, 4, 8, 8)
+    signs[:, :, 4:] = -1
+    monkeypatch.setattr(model.unet, "forward", lambda *_, **__: (torch.cat([0 * signs, signs]),))
+    for rescale, expected in ((None, 3.0), (0.7, 1.6), (1.0, 1.0)):
+        Sampler("ddim", steps=1, guidance=3.0, guidance_rescale=rescale).draw(model, ["star"], [1])
+        torch.testing.assert_close(taken.pop(), expected * signs)
+
+
+def test_the_class_has_the_defaults_of_the_model_that_ships_with_it():
+    assert (Sampler().steps, Sampler().guidance) == (FAMILIES[SHIPPED].steps, FAMILIES[SHIPPED].guidance)
+
+
+def test_guidance_is_rescaled_where_the_schedule_ends_in_pure_noise(model, twin):
+    """And only there are the settings for caches others than before there was such a setting."""
+    plain, ending = model.noise_scheduler, Base("sd21", str(twin("sd21"))).schedule()
+    assert Sampler().rescale(plain) == 0 and Sampler().rescale(ending) == 0.7
+    assert Sampler(guidance=1.0).rescale(ending) == Sampler(guidance_rescale=0.0).rescale(ending) == 0
+    assert "guidance_rescale" not in Sampler().settings(plain) | Sampler(guidance_rescale=0.0).settings(ending)
+    assert Sampler().settings(ending)["guidance_rescale"] == 0.7
+    assert Sampler(guidance_rescale=0.3).settings(plain)["guidance_rescale"] == 0.3
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -182,6 +235,8 @@ def test_a_base_in_half_precision_draws_nearly_the_same_pictures(drawn):
         ({"guidance": float("nan")}, "guidance must be at least 1 .* got nan"),
         ({"height": 60}, "height must be a multiple of 8 pixels, got 60"),
         ({"width": 0}, "width must be a multiple of 8 pixels, got 0"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale must be between 0 and 1, got 1.5"),
+        ({"guidance_rescale": 0.7, "guidance": 1.0}, "guidance_rescale=0.7 has no effect at guidance 1"),
         ({"negative_prompt": "blurred", "guidance": 1.0}, "negative_prompt='blurred' has no effect at guidance 1"),
     ],
 )

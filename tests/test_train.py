@@ -473,7 +473,7 @@ def test_ctrl_c_while_the_pairs_are_drawn_says_how_to_continue(train, command, w
     def patch() -> None:
         from dpo_sd.models.sampling import Sampler
 
-        before_call(Sampler, "draw", 1, send(signal.SIGINT))
+        before_call(Sampler, "stream", 1, send(signal.SIGINT))
 
     folder = tmp_path / "run"
     ended = train(folder, *RANDOM, f"cache_dir={tmp_path / 'cache'}", patch=patch)

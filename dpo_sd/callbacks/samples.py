@@ -9,7 +9,7 @@ from PIL import Image
 from dpo_sd.callbacks.watcher import Run, Watcher
 from dpo_sd.data.prompts import read_prompts
 from dpo_sd.errors import check_range
-from dpo_sd.evaluation.drawing import draw_as
+from dpo_sd.evaluation.drawing import Side, draw_sides
 from dpo_sd.files.images import save_png
 from dpo_sd.files.sheets import comparison
 from dpo_sd.lora.adapters import adapter_names
@@ -34,7 +34,7 @@ class Samples(Watcher):
         check_uint64("seed", seed)
         self.every, self.n_prompts, self.seed = every, n_prompts, seed
         self.prompts = None if prompts is None else read_prompts(prompts, seed)
-        self._fixed: dict[str, list[Image.Image]] = {}  # rows that training does not change
+        self._fixed: dict[Side, list[Image.Image]] = {}  # rows that training does not change
 
     def on_start(self, run: Run) -> None:
         if run.step == 0:
@@ -51,10 +51,11 @@ class Samples(Watcher):
         model, sampler = run.module.model, run.data.sampler
         prompts = self.prompts or run.data.data.held_out_prompts[: self.n_prompts]
         seeds = [image_seed(self.seed, prompt, 0, 0) for prompt in prompts]
-        for which in ("base", "reference"):
-            if which not in self._fixed and (which == "base" or which in adapter_names(model)):
-                self._fixed[which] = draw_as(which, model, sampler, prompts, seeds)
-        rows = {**self._fixed, "policy": draw_as("policy", model, sampler, prompts, seeds)}
+        there: tuple[Side, ...] = ("base", "reference", "policy")
+        sides = [side for side in there if side not in self._fixed and side in ("base", *adapter_names(model))]
+        drawn = draw_sides(sides, model, sampler, prompts, seeds)
+        rows = self._fixed | drawn
+        self._fixed = {side: images for side, images in rows.items() if side != "policy"}
         file = run.folder / "samples" / f"step={run.step:06d}.png"
-        save_png(comparison(prompts, rows), file)
+        save_png(comparison(prompts, {str(side): images for side, images in rows.items()}), file)
         log.info("wrote %s", file)

@@ -12,7 +12,7 @@ from dpo_sd.composition.options import groups, options, register_files
 from dpo_sd.composition.roots import Annotate, Export, Generate, Plan, Train, Trainer
 from dpo_sd.composition.schema import class_attribute, schema
 from dpo_sd.errors import UserError
-from dpo_sd.models.families import SHIPPED
+from dpo_sd.models.families import FAMILIES, SHIPPED
 from dpo_sd.training.cluster import run_id
 from dpo_sd.training.hardware import AUTO, auto
 
@@ -47,6 +47,13 @@ def _preset_of_auto(_root_: DictConfig) -> str:
     return f"hardware/{auto(_root_.get('model', SHIPPED)).preset if _root_.get('hardware') == AUTO else AUTO}"
 
 
+def _drawn_with(setting: str, _root_: DictConfig) -> Any:
+    """The value of a setting of the sampler that the model's family is drawn with: `${drawn_with:steps}`."""
+    if (name := _root_.model.name) not in FAMILIES:
+        raise UserError(f"model.name must be one of {', '.join(FAMILIES)}, got {name}")
+    return getattr(FAMILIES[name], setting)
+
+
 def _micro_batch(most: Any, _root_: DictConfig) -> int:
     """The most pairs that a preset allows the model and that divide an update: `${micro_batch:{tiny:16,sd15:4}}`."""
     allowed, pairs = most[_root_.model.name], _root_.get("pairs_per_update")  # drawing pictures knows no updates
@@ -73,4 +80,5 @@ def register() -> None:
     OmegaConf.register_new_resolver("adamw_rate", _adamw_rate, replace=True)
     OmegaConf.register_new_resolver("preset_of_auto", _preset_of_auto, replace=True)
     OmegaConf.register_new_resolver("for_model", _for_model, replace=True)
+    OmegaConf.register_new_resolver("drawn_with", _drawn_with, replace=True)
     OmegaConf.register_new_resolver("wandb_logged_out", _wandb_logged_out, replace=True)

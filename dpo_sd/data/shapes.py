@@ -227,15 +227,17 @@ def _drawn(
     settings: dict[str, Any] = {"model": model.fingerprint, "lora": adapter_key(model, "reference")}
     # an int8 base calls itself bfloat16
     kinds = sorted({str(each.dtype) for name, each in model.unet.named_parameters() if "lora_" not in name})
-    settings |= {"arithmetic": f"{kinds or model.unet.dtype} on {model.device}", **sampler.settings()}
+    settings |= {
+        "arithmetic": f"{kinds or model.unet.dtype} on {model.device}",
+        **sampler.settings(model.noise_scheduler),
+    }
     keys = [content_key(**settings, prompt=prompt, seed=seed) for prompt, seed in zip(prompts, seeds, strict=True)]
     todo = np.flatnonzero(store.lacks(keys)).tolist()
     with tqdm(total=len(keys), initial=len(keys) - len(todo), desc=what, unit="picture") as bar, reference(model):
-        for start in range(0, len(todo), CHUNK):
-            rows = todo[start : start + CHUNK]
-            images = sampler.draw(model, [prompts[row] for row in rows], [seeds[row] for row in rows])
-            for row, image in zip(rows, images, strict=True):
-                store.put(keys[row], torch.from_numpy(np.array(image)))
-            store.flush()
-            bar.update(len(rows))
+        images = sampler.stream(model, [prompts[row] for row in todo], [seeds[row] for row in todo])
+        for done, (row, image) in enumerate(zip(todo, images, strict=True), start=1):
+            store.put(keys[row], torch.from_numpy(np.array(image)))
+            bar.update()
+            if done % CHUNK == 0 or done == len(todo):
+                store.flush()
     return [Image.fromarray(pixels.numpy()) for pixels in store.rows(keys)]

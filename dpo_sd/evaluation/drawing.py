@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from dpo_sd.lora.adapters import using
+from dpo_sd.lora.adapters import lora_layers, using
 from dpo_sd.noise import image_seed
 
 if TYPE_CHECKING:
@@ -39,18 +39,32 @@ def questions(prompts: Sequence[str], seeds_per_prompt: int, seed: int) -> Quest
     return Questions([prompt for prompt in prompts for _ in range(seeds_per_prompt)], seeds)
 
 
-def draw_as(
-    side: Side,
+def draw_sides(
+    sides: Sequence[Side],
     model: StableDiffusion,
     sampler: Sampler,
     prompts: Sequence[str],
     seeds: Sequence[int],
     progress: str | None = None,
-) -> list[Image.Image]:
-    """Image i from prompt i and seed i, drawn by the base, the reference or the policy.
+) -> dict[Side, list[Image.Image]]:
+    """Image i from prompt i and seed i, drawn by every side: the base, the reference or the policy.
+
+    The prompts are encoded for all sides first, and no network is brought to the device twice.
 
     Args:
-        progress: title of a progress bar; None shows none.
+        progress: beginning of the titles of progress bars; None shows none.
     """
-    with using(model, side):
-        return sampler.draw(model, prompts, seeds, progress)
+    embeds, images = {}, {}
+    # without adapters the text encoders tell all sides the same
+    differing = sides if any(map(lora_layers, model.text_encoders)) else sides[:1]
+    with model.working(*model.text_encoders):
+        for side in differing:
+            with using(model, side):
+                embeds[side] = sampler.encode(model, prompts)
+    height, width = sampler.size(model)
+    with model.drawing(height * width):
+        for side in sides:
+            title = None if progress is None else f"{progress}: {side}"
+            with using(model, side):
+                images[side] = sampler.draw(model, prompts, seeds, title, embeds.get(side, embeds[sides[0]]))
+    return images

@@ -13,6 +13,8 @@ from dpo_sd.forecast.counting import CONTEXT
 from dpo_sd.forecast.fitting import nearest, overrides
 from dpo_sd.forecast.phases import Forecast
 from dpo_sd.forecast.workload import Workload
+from dpo_sd.models.sampling import Sampler
+from dpo_sd.training.hardware import PRESETS, Hardware
 
 DOING = {  # by functions in a traceback: what they do, and how the names of their phases begin
     "prepare": ("encoding the data", "encoding"),
@@ -42,6 +44,27 @@ def explained(workload: Workload, go_on: Callable[[str], str]) -> Iterator[None]
         found = smaller(Forecast(workload), of)
         only = "" if found else "only a smaller framing.resolution or sampler.height takes less; "
         raise UserError(f"out of memory in {doing} ({str(error).splitlines()[0]}): {only}{go_on(found)}") from error
+
+
+@contextmanager
+def drawing_explained(sampler: Sampler, hardware: Hardware) -> Iterator[None]:
+    """Context in which pictures are drawn, that turns an exhausted card into a message with settings that take less.
+
+    Raises:
+        UserError: if memory runs out inside.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        fewer = f"go on with sampler.batch_size={sampler.batch_size // 2}. " if sampler.batch_size > 1 else ""
+        presets = [name for gib, name in PRESETS.items() if gib < (hardware.memory_gib or 0)]
+        preset = f" or a smaller preset (hardware={presets[-1]})" if presets else ""
+        stored = "" if hardware.weights in ("int8", "nf4") else " or a base in 8 bit (hardware.weights=int8)"
+        raise UserError(
+            f"out of memory in drawing ({str(error).splitlines()[0]}); what is drawn is kept. {fewer.capitalize()}"
+            f"Less is taken by a smaller sampler.width and sampler.height too{preset}{stored}; where the command then "
+            "says that the folder was drawn with other settings, name another one with out="
+        ) from error
 
 
 def smaller(forecast: Forecast, of: str) -> str:

@@ -15,7 +15,7 @@ from dpo_sd.data.datamodule import grid_batch
 from dpo_sd.forecast.counting import CONTEXT, Alive, Phase, kernels
 from dpo_sd.forecast.workload import Workload, micro_step
 from dpo_sd.lora.adapters import policy_parameters
-from dpo_sd.models.stable_diffusion import DECODED_PIXELS, PROMPTS, StableDiffusion, encoded_together
+from dpo_sd.models.stable_diffusion import PROMPTS, StableDiffusion, decoded_together, encoded_together
 from dpo_sd.training.step import needed_networks
 
 
@@ -187,18 +187,23 @@ def _denoising(workload: Workload, card: OnCard) -> Iterator[Phase]:
     added, latents = card.model.added(pooled, empty(6)), empty(4, *_drawn(workload, card.model))
     half = None if unet.dtype == torch.float32 else unet.dtype
     draw = partial(unet, latents, timesteps, hidden, added_cond_kwargs=added)
-    yield _counted("samples: denoising", card.tensors, draw, workload, half)
+    stays = [*card.tensors, *_tensors(card.model.vae)]  # which stays on the card between two batches
+    yield _counted("samples: denoising", stays, draw, workload, half)
 
 
 def _decoding(workload: Workload, card: OnCard) -> Iterator[Phase]:
     height, width = _drawn(workload, card.model)
     area = height * width * card.model.factor**2
-    together = max(1, DECODED_PIXELS // area)
-    latents = torch.empty(min(together, workload.sampler.batch_size), 4, height, width, device="meta")
-    resting = ("UNet", "adapters", "gradients") if area > DECODED_PIXELS else ()  # on the CPU, to make room
-    stays = itertools.chain(*(part for name, part in card.parts.items() if name not in resting))
+    latents = torch.empty(min(decoded_together(area), workload.sampler.batch_size), 4, height, width, device="meta")
     vae: Any = card.model.vae
-    yield _counted("samples: decoding", [*stays, *_tensors(vae)], partial(vae.decode, latents), workload)
+
+    def decoding(*resting: str) -> Phase:
+        stays = itertools.chain(*(part for name, part in card.parts.items() if name not in resting))
+        return _counted("samples: decoding", [*stays, *_tensors(vae)], partial(vae.decode, latents), workload)
+
+    beside = decoding()
+    fits = workload.limit is None or beside.needs <= workload.limit
+    yield beside if fits else decoding("UNet", "adapters", "gradients")  # on the CPU, to make room
 
 
 WORKS: dict[str, Callable[[Workload, OnCard], Iterable[Phase]]] = {  # the cheapest to count first

@@ -197,6 +197,20 @@ class Base:
         store(parts["unet"], weights)
         return StableDiffusion.of_parts(self.name, parts, self.fingerprints(weights), device)
 
+    def schedule(self) -> DDPMScheduler:
+        """The training schedule of what `load` loads; only a pickle is read for it as a whole.
+
+        Raises:
+            UserError: as `load`.
+        """
+        from dpo_sd.models.loading import Reader
+
+        where = self.files()
+        if where.is_dir():
+            return self._schedule(where / "scheduler", Told())
+        header = Reader(self.family, self.weight_files, "float32", self._note, hollow=True).header(where)
+        return self._schedule(self._settings() / "scheduler", told(header, self.family))
+
     @property
     def _own_parts(self) -> list[str]:
         """The parts that come from `path`, in the order of the family's."""

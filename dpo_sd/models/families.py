@@ -73,6 +73,7 @@ class Family:
         file_mark: beginning of names that only single files of this family hold.
         sgm_names: whether LoRA files name the UNet's modules as Stability's code (sgm) does.
         programs: the ones among `PROGRAMS` that have a model of this family.
+        steps, guidance: what its images are drawn with, as in `Sampler`, unless told otherwise.
     """
 
     name: FamilyName
@@ -88,6 +89,8 @@ class Family:
     file_mark: str | None = None
     sgm_names: bool = False
     programs: tuple[str, ...] = PROGRAMS
+    steps: int = 30
+    guidance: float = 7.5
 
     @property
     def place(self) -> str:
@@ -153,7 +156,7 @@ _CLIP_L = TextEncoder(a1111=("lora_te_", "lora_te1_"))  # which SD 2 has not
 FAMILIES: Mapping[FamilyName, Family] = {
     family.name: family
     for family in (
-        Family("tiny", width=128, kohya=_SD1, programs=("diffusers",)),
+        Family("tiny", width=128, kohya=_SD1, programs=("diffusers",), steps=12, guidance=4.0),
         Family(
             "sd15",
             width=768,
@@ -194,6 +197,7 @@ FAMILIES: Mapping[FamilyName, Family] = {
             addition="text_time",
             file_mark="conditioner.embedders.1.",
             sgm_names=True,
+            guidance=5.0,
         ),
     )
 }

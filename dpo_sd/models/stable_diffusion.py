@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -22,12 +23,20 @@ if TYPE_CHECKING:
 
 DECODED_PIXELS = 512 * 512  # in one batch of the VAE's decoder, whose fp32 activations are the largest of all
 ENCODED_PIXELS = 8 * 512 * 512  # in one batch of the VAE's encoder
+DECODED_SPARE = (
+    1.25  # times what decoding is counted to need: convolutions borrow memory, and what is free is in pieces
+)
 PROMPTS = 16  # in one batch of the text encoders
 
 
 def encoded_together(area: int) -> int:
     """How many images of `area` pixels the VAE encodes in one batch."""
     return max(1, min(64, ENCODED_PIXELS // area))
+
+
+def decoded_together(area: int) -> int:
+    """How many images of `area` pixels the VAE decodes in one batch."""
+    return max(1, DECODED_PIXELS // area)
 
 
 class Fingerprints(NamedTuple):
@@ -176,6 +185,25 @@ class StableDiffusion:
         """Inside, the networks are on the CPU; afterwards each is back where it was."""
         return _placed("cpu", networks)
 
+    @contextmanager
+    def drawing(self, area: int) -> Iterator[None]:
+        """Inside, the UNet is on `device`, and so is the VAE if they have room there together.
+
+        Args:
+            area: pixels of an image that is drawn.
+        """
+        with self.working(self.unet), self.working(self.vae) if self.decodes_beside(area) else nullcontext():
+            yield
+
+    def decodes_beside(self, area: int) -> bool:
+        """Whether the device has the memory to decode images of `area` pixels beside all that is there now."""
+        parameters = list(self.vae.parameters())
+        away = sum(p.nbytes for p in parameters if p.device.type != _type(self.device))
+        # at its peak the decoder holds three tensors of this width at the size of the image, in single precision
+        width: int = self.vae.config["block_out_channels"][1]
+        activations = 3 * 4 * width * area * decoded_together(area)
+        return away + DECODED_SPARE * activations <= free_memory(self.device)
+
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Latents (n, 4, h/8, w/8) of pixels (n, 3, h, w) in [-1, 1], in the VAE's precision, scaled.
 
@@ -191,17 +219,19 @@ class StableDiffusion:
         return torch.cat(latents)
 
     def decode_latents(self, latents: Tensor) -> list[Image.Image]:
-        """Images of scaled latents (n, 4, h, w), decoded in batches of at most `DECODED_PIXELS`, or one by one."""
+        """Images of scaled latents (n, 4, h, w), decoded in batches of at most `DECODED_PIXELS`, or one by one.
+
+        The UNet makes room on the device where there is too little for both.
+        """
         import torch
         from diffusers.image_processor import VaeImageProcessor
 
         processor = VaeImageProcessor(vae_scale_factor=self.factor)
         images: list[Image.Image] = []
         size = latents.shape[-2] * latents.shape[-1] * self.factor**2
-        # a large image takes so much memory that the UNet makes room for it
-        room = self.resting(self.unet) if size > DECODED_PIXELS else nullcontext()
+        room = nullcontext() if self.decodes_beside(size) else self.resting(self.unet)
         with room, self.working(self.vae), torch.inference_mode():
-            for batch in (latents / self.vae.config["scaling_factor"]).split(max(1, DECODED_PIXELS // size)):
+            for batch in (latents / self.vae.config["scaling_factor"]).split(decoded_together(size)):
                 decoded: Any = self.vae.decode(batch.to(self.vae.device, self.vae.dtype))
                 images += processor.postprocess(decoded.sample)  # type: ignore[operator]  # a list by default
         return images
@@ -285,6 +315,27 @@ def _placed(device: torch.device | str, networks: Iterable[nn.Module]) -> Iterat
     finally:
         for network, former in zip(networks, before, strict=True):
             network.to(former)
+
+
+def free_memory(device: torch.device | str) -> float:
+    """Bytes that this process can still take on a card; infinite for what is no card.
+
+    What torch holds there without using it is free, and a limit that was set for the process is one.
+    """
+    import torch
+
+    if _type(device) != "cuda":
+        return math.inf
+    free, total = torch.cuda.mem_get_info(device)
+    used = torch.cuda.memory_allocated(device)
+    limit = total * torch.cuda.get_per_process_memory_fraction(device)
+    return min(free + torch.cuda.memory_reserved(device) - used, limit - used)
+
+
+def _type(device: torch.device | str) -> str:
+    import torch
+
+    return torch.device(device).type
 
 
 def encode_bytes(model: StableDiffusion, pixels: torch.Tensor) -> torch.Tensor:
