@@ -1057,3 +1057,20 @@ def test_a_vocabulary_without_its_files_is_refused(tmp_path):
         file.unlink()
     with pytest.raises(UserError, match=r"tokenizer"):
         Base("sd15", path=str(folder)).load()
+
+
+def test_a_setting_that_contradicts_the_schedule_of_a_folder_is_named(tmp_path):
+    base = Base("sd15", path=str(make_folder(tmp_path / "m", "sd15")), prediction_type="v_prediction")
+    assert base.load().prediction_type == "v_prediction"
+    assert any("its scheduler_config.json" in note and "v_prediction is taken" in note for note in base.notes)
+
+
+def test_a_revision_of_a_local_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="model.revision=main is of a repository on the Hub"):
+        Base("sd15", path=str(make_folder(tmp_path / "m", "sd15")), revision="main")
+
+
+def test_latents_that_are_not_finite_are_no_black_picture(tmp_path):
+    model = Base("sd15", path=str(make_folder(tmp_path / "m", "sd15"))).load()
+    with pytest.raises(UserError, match="numbers that are not finite"):
+        model.decode_latents(torch.full((1, 4, 8, 8), math.nan))

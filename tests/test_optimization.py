@@ -73,8 +73,8 @@ def test_a_cosine_schedule_is_half_way_down_in_the_middle():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
-        ({"lr": float("nan")}, "lr must be positive and finite, got nan"),
+        ({"lr": 0.0}, "lr must be positive and at most 1000, got 0.0"),
+        ({"lr": float("nan")}, "lr must be positive and at most 1000, got nan"),
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \[0.9, 1.0\]"),
         ({"betas": [0.9]}, r"betas must be two numbers in \[0, 1\), got \[0.9\]"),
         ({"eps": 0.0}, "eps must be positive and finite, got 0.0"),

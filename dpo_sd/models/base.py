@@ -91,6 +91,10 @@ class Base:
         for key, where in (("path", self.path), ("config", config), ("vae", vae)):
             if where is not None:
                 check_place(key, where, self.family, self._own_parts, pickle)
+        if revision is not None and _here(self.path) is not None:
+            raise UserError(
+                f"model.revision={revision} is of a repository on the Hub, and {self.path} is here: leave it out"
+            )
         if prediction_type == "epsilon" and zero_terminal_snr:
             raise UserError(
                 "zero_terminal_snr needs prediction_type=v_prediction: pure noise says nothing of the noise"
@@ -207,7 +211,7 @@ class Base:
 
         where = self.files()
         if where.is_dir():
-            return self._schedule(where / "scheduler", Told())
+            return self._schedule(where / "scheduler", None)
         header = Reader(self.family, self.weight_files, "float32", self._note, hollow=True).header(where)
         return self._schedule(self._settings() / "scheduler", told(header, self.family))
 
@@ -225,7 +229,7 @@ class Base:
         from dpo_sd.models.loading import Reader
 
         quiet_libraries()
-        (where, files), said = self._found(weights), Told()
+        (where, files), said = self._found(weights), None
         reader = Reader(self.family, files, weights, self._note, hollow)
         settings = where
         if where.is_dir():
@@ -246,11 +250,13 @@ class Base:
         parts |= reader.tokenizers(settings, parts)
         return parts | {"scheduler": self._schedule(settings / "scheduler", said)}
 
-    def _schedule(self, folder: Path, said: Told) -> DDPMScheduler:
+    def _schedule(self, folder: Path, said: Told | None) -> DDPMScheduler:
         """The training schedule as the settings say, or else the single file, or else the files of the schedule."""
         from dpo_sd.models.loading import read_schedule, training_schedule
 
         schedule, taken = read_schedule(folder), {}
+        own = schedule.config
+        said = said or Told(own["prediction_type"], own["rescale_betas_zero_snr"], "its scheduler_config.json")
         for key, kept, setting, found in (
             ("prediction_type", "prediction_type", self.prediction_type, said.prediction_type),
             ("zero_terminal_snr", "rescale_betas_zero_snr", self.zero_terminal_snr, said.zero_terminal_snr),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_sd.files.texts import whole
+from dpo_sd.errors import UserError
 from dpo_sd.models.families import FAMILIES, tokenizer_of
 
 if TYPE_CHECKING:
@@ -222,10 +223,17 @@ class StableDiffusion:
         """Images of scaled latents (n, 4, h, w), decoded in batches of at most `DECODED_PIXELS`, or one by one.
 
         The UNet makes room on the device where there is too little for both.
+
+        Raises:
+            UserError: if a latent is not finite, which would be a black image.
         """
         import torch
         from diffusers.image_processor import VaeImageProcessor
 
+        if not latents.isfinite().all():
+            raise UserError(
+                "the model draws numbers that are not finite: its LoRAs are broken, or too strong; lower their weights"
+            )
         processor = VaeImageProcessor(vae_scale_factor=self.factor)
         images: list[Image.Image] = []
         size = latents.shape[-2] * latents.shape[-1] * self.factor**2

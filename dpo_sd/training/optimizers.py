@@ -48,8 +48,8 @@ class AdamW:
         warmup_steps: int = 0,
         text_encoder_lr: float | None = None,
     ) -> None:
-        if not 0 < lr < math.inf:
-            raise UserError(f"lr must be positive and finite, got {lr}")
+        if not 0 < lr <= 1000:
+            raise UserError(f"lr must be positive and at most 1000, got {lr}")
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise UserError(f"betas must be two numbers in [0, 1), got {list(betas)}")
         if not 0 < eps < math.inf:

@@ -10,6 +10,7 @@ from dpo_sd.files.checksums import is_whole
 
 # Settings that may change when a run is continued: where and how it runs and who watches it, but not what it learns.
 FREE = ("resume", "name", "cache_dir", "hardware", "judge", "callbacks", "logger")
+_PARTS = {"global_step": int, "adapters": dict, "optimizer_states": list, "loops": dict}  # of a checkpoint
 FREE_TRAINER = ("max_steps", "validate_every", "log_every", "devices", "num_nodes", "strategy")
 
 
@@ -50,8 +51,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint["identity"]["settings"], dict):
             raise TypeError("identity")
-        for key in ("identity", "global_step", "adapters", "optimizer_states", "loops"):
-            checkpoint[key]
+        for key, kind in _PARTS.items():
+            if not isinstance(checkpoint[key], kind):
+                raise TypeError(key)
         return checkpoint
     except UserError:
         raise
