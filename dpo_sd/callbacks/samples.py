@@ -53,7 +53,7 @@ class Samples(Watcher):
         seeds = [image_seed(self.seed, prompt, 0, 0) for prompt in prompts]
         known: tuple[Side, ...] = ("base", "reference", "policy")
         there = {"base", *adapter_names(model)}
-        sides = [side for side in known if side in there and side not in self._fixed]
+        sides: list[Side] = [side for side in known if side in there and side not in self._fixed]
         drawn = draw_sides(sides, model, sampler, prompts, seeds)
         rows = self._fixed | drawn
         self._fixed = {side: images for side, images in rows.items() if side != "policy"}
