@@ -51,8 +51,9 @@ class Samples(Watcher):
         model, sampler = run.module.model, run.data.sampler
         prompts = self.prompts or run.data.data.held_out_prompts[: self.n_prompts]
         seeds = [image_seed(self.seed, prompt, 0, 0) for prompt in prompts]
-        there: tuple[Side, ...] = ("base", "reference", "policy")
-        sides = [side for side in there if side not in self._fixed and side in ("base", *adapter_names(model))]
+        known: tuple[Side, ...] = ("base", "reference", "policy")
+        there = {"base", *adapter_names(model)}
+        sides: list[Side] = [side for side in known if side in there and side not in self._fixed]
         drawn = draw_sides(sides, model, sampler, prompts, seeds)
         rows = self._fixed | drawn
         self._fixed = {side: images for side, images in rows.items() if side != "policy"}
