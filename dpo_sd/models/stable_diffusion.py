@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpo_sd.files.texts import whole
 from dpo_sd.errors import UserError
+from dpo_sd.files.texts import whole
 from dpo_sd.models.families import FAMILIES, tokenizer_of
 
 if TYPE_CHECKING:
