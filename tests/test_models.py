@@ -1066,7 +1066,7 @@ def test_a_setting_that_contradicts_the_schedule_of_a_folder_is_named(tmp_path):
 
 
 def test_a_revision_of_a_local_folder_is_refused(tmp_path):
-    with pytest.raises(UserError, match="model.revision=main is of a repository on the Hub"):
+    with pytest.raises(UserError, match=r"model\.revision=main is of a repository on the Hub"):
         Base("sd15", path=str(make_folder(tmp_path / "m", "sd15")), revision="main")
 
 
