@@ -82,6 +82,8 @@ def trained(cfg: DictConfig, folder: Path) -> float | None:
     if checkpoint is not None:
         check_same_run(checkpoint, settings)
     check_card(cfg, parts, resume)
+    for line in parts.base.to_fetch():
+        say(f"model   {line}")
     found = parts.source.find(parts.cache, fetch=True)  # data of no use is met before weights load
 
     from dpo_sd.callbacks.metrics import Metrics
@@ -129,8 +131,6 @@ def composed(cfg: DictConfig) -> Parts:
     parts.base.check()
     parts.lora.check()
     parts.optimizer.check(cfg.trainer.max_steps)
-    for line in parts.base.to_fetch():
-        say(f"model   {line}")
     return parts
 
 

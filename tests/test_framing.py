@@ -103,5 +103,5 @@ def test_pixels_of_a_scaled_picture_have_the_size_of_the_part():
 
 
 def test_a_resolution_out_of_range_is_named():
-    with pytest.raises(UserError, match="resolution must be at least 64 pixels, got 32"):
+    with pytest.raises(UserError, match="resolution must be at least 64, got 32"):
         Framing(resolution=32)

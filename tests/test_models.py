@@ -288,7 +288,6 @@ def test_a_pipeline_that_lacks_a_part_is_refused_before_anything_loads(tiny, par
         ("unet/config.json", b'{"_class_name": "UNet2DModel"}'),
         ("vae/diffusion_pytorch_model.safetensors", None),
         ("text_encoder/model.safetensors", None),
-        ("scheduler/scheduler_config.json", None),
     ],
 )
 def test_a_part_that_cannot_be_loaded_is_named(tiny, file, content):
@@ -298,6 +297,19 @@ def test_a_part_that_cannot_be_loaded_is_named(tiny, file, content):
         (tiny / file).write_bytes(content)
     with pytest.raises(UserError, match=f"{file.split('/')[0]} cannot be loaded: [^\n]*$"):
         Base(path=str(tiny)).load()
+
+
+def test_a_folder_without_a_schedule_is_named(tiny):
+    (tiny / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(UserError, match="lacks scheduler: copy the whole pipeline folder"):
+        Base(path=str(tiny)).load()
+
+
+def test_a_single_file_that_predicts_something_unknown_is_refused(single_file, tmp_path):
+    single = single_file("sd15")
+    file = altered(single, tmp_path, lambda tensors: tensors, {"modelspec.prediction_type": "edm"})
+    with pytest.raises(UserError, match="predicts 'edm': only epsilon and v_prediction can be trained"):
+        of_file(file, single).load()
 
 
 def test_weights_that_are_a_pickle_are_read_only_when_that_is_asked_for(tiny):
@@ -830,7 +842,7 @@ def test_samplers_of_ddpms_schedule_leave_it_as_it_is(tiny, name):
         ([], {"modelspec.prediction_type": "v"}, "v_prediction", False),
         ([], {"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"}, "v_prediction", True),
         ([], {"modelspec.prediction_type": "epsilon"}, "epsilon", False),
-        ([], {"modelspec.prediction_type": "who knows", "ss_zero_terminal_snr": "False"}, "epsilon", False),
+        ([], {"modelspec.prediction_type": "", "ss_zero_terminal_snr": "False"}, "epsilon", False),
     ],
 )
 def test_what_a_single_file_says_of_its_training_is_believed_and_noted(
@@ -915,7 +927,7 @@ def test_every_command_refuses_what_is_no_base_before_it_does_anything(command, 
         "export": ["format=merged", f"out={tmp_path / 'out'}"],
     }
     ended = command(f"model.path={tiny}", *brief[program], program=program)
-    assert ended.code == 1 and ended.out == ""
+    assert ended.code == 1 and all(line.startswith("hardware") for line in ended.out.splitlines())
     assert re.fullmatch(r"error: .*unet has a UNet of 9 input channels.*\n", ended.err), ended.err
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
 

@@ -204,7 +204,7 @@ def test_data_that_cannot_be_used_ends_a_plan_that_has_said_all_else_as_a_mistak
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (["framing.resolution=8"], "resolution must be at least 64 pixels, got 8"),
+        (["framing.resolution=8"], "resolution must be at least 64, got 8"),
         (["optimizer.warmup_steps=9999"], "optimizer.warmup_steps must be below trainer.max_steps=300, got 9999"),
         (["data.max_pairs=20", "data.validation=11"], "validation=11 holds back more than half of 20: use at most 10"),
     ],

@@ -58,7 +58,7 @@ class LoRA:
         text_encoder: bool = False,
         init_from: str | None = None,
     ) -> None:
-        check_range("rank", rank, 1, 1280)  # the width of the widest blocks
+        check_range("rank", rank, 1)
         if alpha is not None and not 0 < alpha < math.inf:
             raise UserError(f"alpha must be positive, got {alpha}; leave it out (null) for alpha = rank")
         if not 0 <= dropout < 1:
