@@ -4,6 +4,7 @@ import copy
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -139,7 +140,7 @@ def test_the_run_folder_of_a_stranger_runs_nothing(train, tmp_path, overrides, m
     assert ended.code == 1 and message in ended.err and "Traceback" not in ended.err
 
 
-def composition(text: str):
+def composition(text: str) -> Any:
     return OmegaConf.create(yaml.safe_load(text))
 
 
