@@ -39,6 +39,20 @@ def scontrol(tmp_path, monkeypatch) -> Path:
     return log
 
 
+def at_the_third_update(number: signal.Signals) -> None:
+    """The process sends itself a signal when its third update is done."""
+    from dpo_sd.callbacks.checkpoint import Checkpoint
+
+    ends = Checkpoint.on_update
+
+    def at_the_third(self, run):
+        if run.step == 3:
+            os.kill(os.getpid(), number)
+        ends(self, run)
+
+    Checkpoint.on_update = at_the_third  # type: ignore[method-assign]
+
+
 def test_outside_of_a_job_nothing_is_shared_and_nothing_restarts():
     assert cluster.run_id() is None
     assert not cluster.restarted() and not cluster.launched() and not cluster.in_slurm()
@@ -97,17 +111,8 @@ def test_a_preempted_job_goes_back_into_the_queue_and_its_next_start_ends_as_if_
         os.environ |= {"SLURM_JOB_ID": "4711", "SLURM_RESTART_COUNT": str(restarts)}
 
     def preempted() -> None:
-        from dpo_sd.callbacks.checkpoint import Checkpoint
-
         slurm(0)
-        ends = Checkpoint.on_update
-
-        def at_the_third(self, run):
-            if run.step == 3:
-                os.kill(os.getpid(), signal.SIGUSR1)
-            ends(self, run)
-
-        Checkpoint.on_update = at_the_third  # type: ignore[method-assign]
+        at_the_third_update(signal.SIGUSR1)
 
     first = train(job, patch=preempted)
     assert first.code == 130 and "4711 is in the queue again" in first.out
@@ -120,17 +125,8 @@ def test_a_preempted_job_goes_back_into_the_queue_and_its_next_start_ends_as_if_
 
 def test_a_closed_terminal_saves_and_stops_but_not_a_run_that_nohup_started(train, tmp_path):
     def closed(ignored: bool) -> None:
-        from dpo_sd.callbacks.checkpoint import Checkpoint
-
         signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
-        ends = Checkpoint.on_update
-
-        def at_the_third(self, run):
-            if run.step == 3:
-                os.kill(os.getpid(), signal.SIGHUP)
-            ends(self, run)
-
-        Checkpoint.on_update = at_the_third  # type: ignore[method-assign]
+        at_the_third_update(signal.SIGHUP)
 
     stopped = train(tmp_path / "run", patch=lambda: closed(ignored=False))
     assert stopped.code == 130 and "stopped; continue with" in stopped.out

@@ -30,21 +30,19 @@ class Export(Watcher):
         self.name = name
 
     def on_checkpoint(self, run: Run) -> None:
-        self.write(run)
-        if run.is_global_zero:
-            self._save_kohya(run, f"{self.name}-{run.step:06d}")
-            self._prune(run)
+        self.write(run, self.name, f"{self.name}-{run.step:06d}")
 
     def on_end(self, run: Run) -> None:
-        self.write(run)
-        if run.is_global_zero:
-            self._prune(run)
+        self.write(run, self.name)
 
-    def write(self, run: Run) -> None:
-        """Writes both files as the policy is now."""
-        if run.is_global_zero:
-            save_diffusers(weights_of(run.module.model), run.folder / "lora" / WEIGHTS_NAME)
-            self._save_kohya(run, self.name)
+    def write(self, run: Run, *names: str) -> None:
+        """Writes the policy as it is now in diffusers' form, and in Kohya's under each of the names."""
+        if not run.is_global_zero:
+            return
+        save_diffusers(weights_of(run.module.model), run.folder / "lora" / WEIGHTS_NAME)
+        for name in names:
+            self._save_kohya(run, name)
+        self._prune(run)
 
     def _save_kohya(self, run: Run, name: str) -> None:
         model, settings = run.module.model, run.module.identity["settings"]

@@ -88,17 +88,22 @@ def entry_point(
                 _report(error if explain(error) else UserError(error))
                 sys.exit(1)
             except Exception as error:
-                unread = UserError(
-                    f"these settings cannot be composed ({type(error).__name__}: {str(error).partition(chr(10))[0]}); "
-                    "HYDRA_FULL_ERROR=1 in the environment shows where"
-                )
                 if error not in reported:
-                    _report(error if explain(error) or wants_all else unread)
+                    _report(error if explain(error) or wants_all else _uncomposed(error))
                 sys.exit(1)
 
         return run
 
     return decorate
+
+
+def _uncomposed(error: Exception) -> UserError:
+    """One line for what Hydra says of settings that it cannot compose, whatever it raises."""
+    reason = str(error).partition("\n")[0]
+    return UserError(
+        f"these settings cannot be composed ({type(error).__name__}: {reason}); HYDRA_FULL_ERROR=1 in the environment "
+        "shows where"
+    )
 
 
 def _remove_empty_folder() -> None:

@@ -21,7 +21,7 @@ from dpo_sd.composition.messages import (
 from dpo_sd.composition.options import chosen, options, targets
 from dpo_sd.composition.schema import CONF_DIR, class_attribute
 from dpo_sd.errors import UserError, check_range
-from dpo_sd.files.names import is_text
+from dpo_sd.files.texts import is_text
 from dpo_sd.training.cluster import launched
 from dpo_sd.training.hardware import accumulation
 

@@ -16,8 +16,8 @@ from dpo_sd.data.tables import check_columns, read_rows
 from dpo_sd.errors import UserError
 from dpo_sd.files.images import ENDINGS
 from dpo_sd.files.json_lines import read_records
-from dpo_sd.files.names import composed, is_text, printable, spelt
-from dpo_sd.files.texts import read_text
+from dpo_sd.files.names import composed, printable, spelt
+from dpo_sd.files.texts import is_text, read_text
 
 IMAGE_COLUMNS, TEXT_COLUMNS = ("image", "file_name"), ("text", "caption")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -79,7 +79,7 @@ def listing(folder: Path) -> Listing:
     files = Listing([], [], [], Counter(), [])
     texts: list[str] = []
     for path in _walk(folder, files.passed_over):
-        name, ending = os.path.basename(path), _ending(path)
+        name, ending = os.path.basename(path), ending_of(path)
         if ending in ENDINGS:
             files.images.append(path)
         elif ending in TEXT_ENDINGS:
@@ -89,11 +89,11 @@ def listing(folder: Path) -> Listing:
         else:
             files.others[ending or name] += 1
     ruled = tuple(path[: path.rindex("/") + 1] if "/" in path else "" for path in files.metadata)
-    first = {_stem(path) for path in texts if _ending(path) == TEXT_ENDINGS[0]}
+    first = {_stem(path) for path in texts if ending_of(path) == TEXT_ENDINGS[0]}
     for path in texts:
-        second = _ending(path) != TEXT_ENDINGS[0] and _stem(path) in first
+        second = ending_of(path) != TEXT_ENDINGS[0] and _stem(path) in first
         if second or path.startswith(ruled):
-            files.others[_ending(path)] += 1
+            files.others[ending_of(path)] += 1
         else:
             files.texts.append(path)
     return files
@@ -157,7 +157,8 @@ def from_texts(folder: Path, files: Listing) -> list[Caption]:
     return captions
 
 
-def _ending(path: str) -> str:
+def ending_of(path: str) -> str:
+    """The ending of a path in small letters, with its dot; empty where it has none."""
     return os.path.splitext(path)[1].lower()
 
 

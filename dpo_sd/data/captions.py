@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from dpo_sd.data.caption_folder import (
     TEXT_ENDINGS,
     Caption,
     Listing,
+    ending_of,
     from_metadata,
     from_texts,
     listing,
@@ -185,7 +185,7 @@ class Captions(FileSource):
                 "name a column of"
             )
         captions = [*from_metadata(folder, files.metadata, self._needed), *from_texts(folder, files)]
-        endings = dict.fromkeys(os.path.splitext(path)[1].lower() for path in files.texts)
+        endings = dict.fromkeys(map(ending_of, files.texts))
         texts = f"{' and '.join(endings or TEXT_ENDINGS[:1])} files"
         return captions, ", ".join([*files.metadata[:5], *([texts] if files.texts or not files.metadata else [])])
 

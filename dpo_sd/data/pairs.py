@@ -15,7 +15,8 @@ from dpo_sd.data.source import checked_dropout
 from dpo_sd.data.splitting import Split, check_validation, split
 from dpo_sd.data.usable import left_out, some, usable
 from dpo_sd.errors import UserError
-from dpo_sd.files.names import is_text, spelt
+from dpo_sd.files.names import spelt
+from dpo_sd.files.texts import is_text
 from dpo_sd.preferences.drawn_with import drawn_with
 from dpo_sd.preferences.outcome import SIDES, Preference, merged
 from dpo_sd.preferences.pair_folder import image_file, is_uid

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_sd.errors import UserError
-from dpo_sd.files.texts import read_text, whole
+from dpo_sd.files.texts import is_text, read_text
 from dpo_sd.shapes.captions import split_prompts
 
 
@@ -43,7 +43,7 @@ def read_prompts(prompts: str | Sequence[str], seed: int = 0) -> list[str]:
         if others := [prompt for prompt in prompts if type(prompt) not in (str, int, float)]:
             raise UserError(f"prompts: {others[0]!r:.100} is no prompt: give texts, in quotes where they hold a comma")
         found = [str(prompt).strip() for prompt in prompts]
-        if cut := [prompt for prompt in found if whole(prompt) != prompt]:
+        if cut := [prompt for prompt in found if not is_text(prompt)]:
             raise UserError(
                 f"prompts: {cut[0]!r:.100} holds half of a character, or bytes that are not UTF-8: write it anew"
             )

@@ -34,10 +34,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Raises:
         OSError: if the folder cannot be made or written, or the disk is full.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path.parent.absolute())
-    temporary = path.with_name(f".{_HOST}-{os.getpid()}-{next(_NUMBERS)}.partial")
+    temporary = _temporary(Path(path))
     mode = _mode_of_new_files(temporary)
     try:
         yield temporary
@@ -59,9 +56,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: if `path` is there and not an empty folder, or cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path.parent.absolute())
-    temporary = path.with_name(f".{_HOST}-{os.getpid()}-{next(_NUMBERS)}.partial")
+    temporary = _temporary(path)
     temporary.mkdir()
     try:
         yield temporary
@@ -80,6 +75,13 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, record: dict[str, Any]) -> None:
     """Writes a record as indented JSON by `replacing`."""
     write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def _temporary(path: Path) -> Path:
+    """A new name beside `path`, in its folder, which is made and cleared of what killed programs left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path.parent.absolute())
+    return path.with_name(f".{_HOST}-{os.getpid()}-{next(_NUMBERS)}.partial")
 
 
 @functools.cache  # once is enough

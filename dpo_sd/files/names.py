@@ -64,11 +64,6 @@ def _names(folder: str, changed: int) -> tuple[dict[str, str], dict[str, str]]:
     return names, {key: name for whole, name in names.items() if folded[key := whole.casefold()] == 1}
 
 
-def is_text(name: str) -> bool:
-    """Whether a name is text; Linux takes any bytes, and those that are not UTF-8 reach Python as lone surrogates."""
-    return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
-
-
 def printable(text: str) -> str:
     """The text on one line, with escapes for what cannot be printed: line ends, controls, bytes that are not UTF-8."""
     if text.isprintable():

@@ -39,6 +39,11 @@ def read_text(file: Path) -> str:
     return text
 
 
+def is_text(text: str) -> bool:
+    """Whether UTF-8 has bytes for it: not for half of a surrogate pair, as which bytes in a name reach Python too."""
+    return _HALF.search(text) is None
+
+
 def whole(text: str) -> str:
     """The text with � for each half of a surrogate pair, as a cut emoji leaves it; UTF-8 has no bytes for one."""
     return _HALF.sub("\ufffd", text)

@@ -18,7 +18,8 @@ from dpo_sd.files import images
 from dpo_sd.files.atomic import write_text
 from dpo_sd.files.hashes import read_sha256
 from dpo_sd.files.json_lines import json_line, read_records
-from dpo_sd.files.names import is_text, spelt
+from dpo_sd.files.names import spelt
+from dpo_sd.files.texts import is_text
 
 PAIRS = "pairs.jsonl"
 SHOWN = ("PNG", "JPEG", "WEBP")  # formats that every browser shows and that hold no script
