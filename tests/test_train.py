@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -237,8 +238,9 @@ def small_gpu(monkeypatch):
 
 
 def test_a_run_that_its_plan_says_the_gpu_does_not_hold_is_refused_before_data_is_looked_for(
-    command, small_gpu, tmp_path
+    command, small_gpu, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     settings = ("experiment=style_dpo", "model=sd15", "data.pairs=nowhere", "hardware.gradient_checkpointing=false")
     folder = f"hydra.run.dir={tmp_path / 'run'}"
     ended = command(*settings, folder)
