@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -17,7 +19,7 @@ from dpo_sd.composition.presets import overrides, preset, say_choice
 from dpo_sd.errors import UserError
 
 if TYPE_CHECKING:
-    from dpo_sd.forecast.side_by_side import Bench, Case
+    from dpo_sd.forecast.side_by_side import Case
 
 
 @entry_point("benchmark")
@@ -33,7 +35,58 @@ def main(cfg: DictConfig) -> None:
         "cpu": [Case("tiny", 64, 16, 8, 6), Case("sd15", 256, 4, 1, 3)],
         "cuda": [Case("sd15", 512, 4, 5, 5), Case("sdxl", 1024, 1, 5, 5)],
     }
-    run(cfg, cases[instantiate(cfg.hardware).accelerator])
+    check(cfg)
+    if cfg.card:
+        run_card(held_by_the_card(cfg), ["sd15", "sd21", "sdxl"], (5, 5))
+    else:
+        run(cfg, cases[instantiate(cfg.hardware).accelerator])
+
+
+def held_by_the_card(cfg: DictConfig) -> list[str]:
+    """The presets that the card holds, the largest last.
+
+    Raises:
+        UserError: if there is no card, or it holds none.
+    """
+    import torch
+
+    from dpo_sd.forecast.card import held_presets
+
+    if not torch.cuda.is_available():
+        raise UserError("card=true measures a CUDA GPU, and this machine has none: leave card out")
+    gpu = torch.cuda.get_device_properties(0)
+    presets = held_presets(gpu.total_memory)
+    if not presets:
+        raise UserError(f"card=true measures presets, and {gpu.name} is too small for all of them: leave card out")
+    return presets
+
+
+def run_card(presets: Sequence[str], families: Sequence[str], case: tuple[int, int]) -> None:
+    """Measures the presets on this machine; benchmark.json in the run's folder grows, README.md there is the record.
+
+    Args:
+        presets, families, case: as in `dpo_sd.forecast.card.measurements`.
+    """
+    from dpo_sd.files.atomic import write_json, write_text
+    from dpo_sd.forecast.card import fitted, lines, measurements, page
+    from dpo_sd.training.provenance import device_name, versions
+
+    given = [each for each in overrides() if not each.startswith(("hardware=", "model=", "card="))]
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    machine = device_name("cpu" if "cpu" in presets else "cuda")
+    results: dict[str, Any] = {**versions(), "overrides": given, "device": machine, "peaks": {}, "speeds": {}}
+    for kind, name, result in measurements(partial(composed, given), presets, families, case):
+        print("\n".join(lines(kind, name, result)), flush=True)
+        results[kind][name] = result
+        results["fitted"] = fitted(results["peaks"].values())
+        write_json(folder / "benchmark.json", results)
+    write_text(folder / "README.md", page(" ".join(["python -m dpo_sd.benchmark card=true", *given]), results))
+    print(folder / "README.md")
+
+
+def composed(given: Sequence[str], settings: Sequence[str]) -> DictConfig:
+    """The benchmark with the settings of this command line and further ones."""
+    return compose("benchmark", [*given, *settings])
 
 
 def run(cfg: DictConfig, cases: Sequence[Case]) -> None:
@@ -46,9 +99,8 @@ def run(cfg: DictConfig, cases: Sequence[Case]) -> None:
         UserError: if the machine lacks what the composition asks for, or the loss is not that of Diffusion-DPO.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler of `measured` talks
-    check(cfg)
     from dpo_sd.files.atomic import write_json
-    from dpo_sd.forecast.side_by_side import CLAIMS, loading_rate, table
+    from dpo_sd.forecast.side_by_side import CLAIMS, bench, loading_rate, table
     from dpo_sd.training.provenance import device_name, versions
 
     results: dict[str, Any] = {
@@ -87,28 +139,10 @@ def check(cfg: DictConfig) -> None:
     instantiate(cfg.optimizer).check(1)
 
 
-def adapted(cfg: DictConfig, case: Case) -> Any:
-    """The composition with the model of a case, so that its preset sets what it has for that model."""
-    return OmegaConf.merge(cfg, {"model": {"name": case.family}, "trainer": {"max_steps": case.updates, "devices": 1}})
-
-
-def bench(cfg: DictConfig, case: Case) -> Bench:
-    """Networks and ways to train of a case, with the hardware that the preset has for its model."""
-    from dpo_sd.forecast.side_by_side import Bench
-    from dpo_sd.forecast.workload import Workload
-    from dpo_sd.models.sampling import Sampler
-    from dpo_sd.training.trainer import make_trainer
-
-    cfg = adapted(cfg, case)
-    lora, loss, optimizer, hardware = (instantiate(cfg[group]) for group in ("lora", "loss", "optimizer", "hardware"))
-    hardware.micro_batch = case.pairs
-    parts = (case.family, lora, loss, optimizer, hardware, Sampler(), case.resolution)
-    workload = Workload(*parts, pairs=case.pairs, draws=False)
-    return Bench(case, workload, lambda run, callbacks: make_trainer(cfg, hardware, run, 1, callbacks), cfg.seed)
-
-
 def cost(cfg: DictConfig, basis: Case) -> dict[str, float]:
     """Seconds per update of a case as one thing changes: pairs, resolution, rank."""
+    from dpo_sd.forecast.side_by_side import bench
+
     rank = cfg.lora.rank
     changed: dict[str, tuple[Case, int]] = {
         f"{basis}, rank {rank}": (basis, rank),

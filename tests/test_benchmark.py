@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -11,11 +12,14 @@ import torch
 from conftest import run_forked
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from dpo_sd import benchmark
 from dpo_sd.composition.application import entry_point
 from dpo_sd.composition.schema import CONF_DIR
-from dpo_sd.forecast.side_by_side import Case, PublicWay, table
+from dpo_sd.forecast import card
+from dpo_sd.forecast.side_by_side import Case, PublicWay, of_case, table
+from dpo_sd.forecast.side_by_side import bench as bench_of
 from dpo_sd.lora.adapters import adapter_state
 
 SMALL = Case("tiny", 64, 2, 2, 1)
@@ -26,7 +30,7 @@ def bench() -> Any:
     """`bench()`: a fresh one, always with the same weights."""
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         cfg = compose("benchmark", ["lora.rank=2"])
-    return lambda: benchmark.bench(cfg, SMALL)
+    return lambda: bench_of(cfg, SMALL)
 
 
 def test_ours_and_the_bare_loop_train_to_the_same_weights(bench):
@@ -61,7 +65,7 @@ def test_a_way_that_runs_out_of_memory_is_none_and_the_others_are_told(bench):
 def test_a_case_takes_what_the_preset_says_of_its_model():
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         cfg = compose("benchmark", ["hardware=1x8gb", "model=tiny"])
-    hardware = instantiate(benchmark.adapted(cfg, Case("sdxl", 1024, 1, 1, 1)).hardware)
+    hardware = instantiate(of_case(cfg, Case("sdxl", 1024, 1, 1, 1)).hardware)
     assert (hardware.weights, hardware.gradient_checkpointing, hardware.micro_batch) == ("int8", True, 1)
 
 
@@ -85,3 +89,62 @@ def test_the_table_holds_what_is_claimed_from_it(tmp_path):
     memory = case["memory_gib"]
     assert memory["planned"] == pytest.approx(memory["measured"], rel=0.1)
     assert results["data loading, pairs/s"] > 0 and len(results["cost"]) == 4
+
+
+def test_a_whole_card_is_measured_only_where_one_is(command, tmp_path):
+    ended = command("card=true", "hardware=cpu", f"hydra.run.dir={tmp_path}", program="benchmark")
+    assert (
+        ended.code == 1
+        and ended.err == "error: card=true measures a CUDA GPU, and this machine has none: leave card out\n"
+    )
+
+
+def test_a_whole_card_leaves_a_table_and_a_page_of_every_preset_and_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(card, "CHANGES", {name: card.CHANGES[name] for name in ("checkpointing", "int8")})
+    monkeypatch.setattr(card, "_apart", in_this_process)
+
+    def whole() -> None:
+        sys.argv = ["benchmark", f"hydra.run.dir={tmp_path}/run", "lora.rank=2", "card=true"]
+        entry_point("benchmark")(lambda cfg: benchmark.run_card(["cpu"], ["tiny"], (1, 1)))()
+
+    ended = run_forked(whole, tmp_path)
+    assert ended.code == 0, ended.err
+    results = json.loads((tmp_path / "run" / "benchmark.json").read_text())
+    phases = results["peaks"]["tiny, cpu"]["phases"]
+    assert list(phases)[:3] == ["encoding pictures", "encoding prompts", "update"] and len(phases) == 7
+    for row in phases.values():
+        assert row["planned"] == pytest.approx(row["allocated"], rel=0.05)
+    assert 0.1 < results["speeds"]["tiny, checkpointing"]["speedup"]["median"] < 1.1  # computes activations twice
+    assert results["speeds"]["tiny, int8"].startswith("UserError: weights int8 need a mixed precision")
+    page = (tmp_path / "run" / "README.md").read_text()
+    assert "`python -m dpo_sd.benchmark card=true lora.rank=2`" in page and "| tiny, cpu | update |" in page
+
+
+def in_this_process(work: Any, *arguments: Any) -> Any:
+    return card._told(
+        work, *(OmegaConf.to_container(each) if OmegaConf.is_config(each) else each for each in arguments)
+    )
+
+
+def test_a_measurement_whose_process_is_killed_says_so_and_the_next_is_made():
+    assert card._apart(os.abort) == "its process was killed"
+    assert card._apart(os.strerror, 12) == os.strerror(12)
+
+
+def test_the_plans_constants_are_fitted_from_the_worst_that_was_seen():
+    def seen(context: float, reserved: float) -> dict[str, Any]:
+        row = {"planned": 4.0, "passes": 2.0, "allocated": 4.0, "reserved": reserved}
+        small = {"planned": 1.0, "passes": 0.01, "allocated": 1.0, "reserved": 2.0}  # whose gaps say nothing
+        return {
+            "phases": {"update": row, "prompts": small, "full": {**row, "allocated": None}},
+            "context": context,
+            "owned": 0.98,
+        }
+
+    fitted = card.fitted([seen(0.4, 4.1), "UserError: no such card", seen(0.5, 4.3)])
+    assert fitted == {"CONTEXT": 0.5, "SPARE": pytest.approx(0.15), "OWNED": 0.98}
+
+
+def test_a_card_holds_the_presets_of_the_cards_that_are_no_larger():
+    assert card.held_presets(int(23.6 * 2**30)) == ["1x8gb", "1x12gb", "1x16gb", "1x24gb"]
+    assert card.held_presets(6 * 2**30) == []

@@ -6,7 +6,7 @@ import pytest
 import torch
 from workloads import on_card, workload
 
-from dpo_sd.forecast.measuring import measured
+from dpo_sd.forecast.measuring import measured, measured_phases
 from dpo_sd.forecast.phases import Forecast
 from dpo_sd.lora.attaching import LoRA
 from dpo_sd.losses import SFTLoss
@@ -25,6 +25,14 @@ from dpo_sd.losses import SFTLoss
 def test_the_plan_is_within_a_tenth_of_what_the_allocator_is_asked_for(settings):
     takes = workload(**settings)
     assert 0.9 < Forecast(takes).peak_of_update / measured(takes, torch.device("cpu")) < 1.1
+
+
+def test_every_phase_of_a_run_is_planned_within_a_twentieth():
+    takes = workload(micro_batch=2, cache="off")
+    forecast = Forecast(takes)
+    planned = {phase.name: phase.peak for phase in forecast.phases} | {"update": forecast.peak_of_update}
+    for name, peak in measured_phases(takes, torch.device("cpu")):
+        assert peak is not None and planned[name] == pytest.approx(peak.allocated, rel=0.05), name
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dpo_sd.composition.messages import settings_of
 from dpo_sd.composition.options import groups, options, register_files
-from dpo_sd.composition.roots import Annotate, Export, Generate, Plan, Train, Trainer
+from dpo_sd.composition.roots import Annotate, Benchmark, Export, Generate, Plan, Train, Trainer
 from dpo_sd.composition.schema import class_attribute, schema
 from dpo_sd.errors import UserError
 from dpo_sd.models.families import FAMILIES, SHIPPED
@@ -70,6 +70,7 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(group="schema", name="train", node=Train)
     store.store(group="schema", name="plan", node=Plan)
+    store.store(group="schema", name="benchmark", node=Benchmark)
     store.store(group="schema", name="generate", node=Generate)
     store.store(group="schema", name="annotate", node=Annotate)
     store.store(group="schema", name="export", node=Export)

@@ -41,6 +41,13 @@ class Plan(Train):
 
 
 @dataclass
+class Benchmark(Train):
+    """Types of the top level of benchmark.yaml."""
+
+    card: bool = MISSING
+
+
+@dataclass
 class Generate:
     """Types of the top level of generate.yaml."""
 

@@ -1,12 +1,12 @@
-"""Phases of a run: each does on the `meta` device what the run does on the card, and counts what that takes."""
+"""Phases of a run: each does what the run does on the card, on `meta` to be counted, or on a device to be measured."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,35 +21,41 @@ from dpo_sd.training.step import needed_networks
 
 @dataclass(frozen=True)
 class OnCard:
-    """The model of a workload without weights, and the tensors that stay on the card while the run trains.
+    """The model of a workload, and the tensors that stay on the card while the run trains.
 
     Args:
-        model: with its adapters, on `meta`.
+        model: with its adapters and their gradients, on `meta`, or on the CPU with random weights.
         parts: the tensors by what they are, in the order in which the plan names them.
+        networks: those that an update needs.
+        device: where inputs are made: `meta`, or the device that is measured.
     """
 
     model: StableDiffusion
     parts: Mapping[str, list[Tensor]]
+    networks: Sequence[nn.Module]
+    device: torch.device
 
     @classmethod
-    def of(cls, workload: Workload) -> OnCard:
-        model = workload.build()
+    def of(cls, workload: Workload, device: torch.device | str = "meta") -> OnCard:
+        model = workload.build(device)
         unet, adapters = [], []
         for name, tensor in itertools.chain(model.unet.named_parameters(), model.unet.named_buffers()):
             (adapters if "lora_" in name else unet).append(tensor)
-        encoders = list(_tensors(*needed_networks(model, workload.cache)))
+        encoders = needed_networks(model, workload.cache)
         trained = list(itertools.chain(*policy_parameters(model).values()))
-        gradients = [torch.empty_like(parameter) for parameter in trained]
+        gradients = [torch.zeros_like(parameter) for parameter in trained]
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
         sizes = (workload.optimizer.state_bytes(parameter.numel()) for parameter in trained)
-        state = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes]
-        parts = {"UNet": unet, "encoders of the step": encoders, "adapters": adapters}
-        return cls(model, parts | {"gradients": gradients, "optimiser": state})
+        state = [torch.empty(size, dtype=torch.uint8, device=model.unet.device) for size in sizes]
+        parts = {"UNet": unet, "encoders of the step": list(_tensors(*encoders)), "adapters": adapters}
+        parts |= {"gradients": gradients, "optimiser": state}
+        return cls(model, parts, (model.unet, *encoders), torch.device(device))
 
     @property
-    def tensors(self) -> list[Tensor]:
-        return list(itertools.chain(*self.parts.values()))
+    def state(self) -> list[Tensor]:
+        """Tensors of the optimiser."""
+        return self.parts["optimiser"]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -83,8 +89,27 @@ class Forecast:
     def of(self, work: str) -> list[Phase]:
         """Phases of one work, a key of `WORKS`."""
         if work not in self.known:
-            self.known[work] = list(WORKS[work](self.workload, self.card))
+            if work == "update":
+                self.known[work] = _counted_update(self.workload, self.card)
+            else:
+                accelerator = self.workload.hardware.accelerator
+                self.known[work] = [job.counted(accelerator) for job in self.jobs(work, self.card)]
         return self.known[work]
+
+    def jobs(self, work: str, card: OnCard) -> list[Job]:
+        """What that work does, on `meta` or on the device of a card that is measured."""
+        if work == "decoding":
+            return _decoding(self.workload, card, self.decodes_beside)
+        return WORKS[work](self.workload, card)
+
+    @cached_property
+    def decodes_beside(self) -> bool:
+        """Whether images are decoded with the UNet on the card, which otherwise makes room."""
+        limit = self.workload.limit
+        if limit is None:
+            return True
+        (beside,) = _decoding(self.workload, self.card)
+        return beside.counted(self.workload.hardware.accelerator).needs <= limit
 
     @property
     def works(self) -> list[str]:
@@ -133,27 +158,67 @@ class Forecast:
 # ----------------------------------------------------------------------------------------------------------- the works
 
 
-def _encoding_images(workload: Workload, card: OnCard) -> Iterator[Phase]:
-    images = _images(workload, encoded_together(workload.resolution**2))
-    encode = partial(card.model.encode_pixels, images)
-    yield _counted("encoding pictures", _tensors(card.model.vae), encode, workload)
+class Job(NamedTuple):
+    """One piece of work of a run.
+
+    Args:
+        name: of its phase.
+        networks: on the card while it lasts, with their gradients.
+        stays: other tensors on the card meanwhile.
+        work: the work itself.
+        half: precision of autocast; None computes in the precision of the inputs.
+    """
+
+    name: str
+    networks: Sequence[nn.Module]
+    stays: Sequence[Tensor]
+    work: Callable[[], Any]
+    half: torch.dtype | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that is on the card while it lasts, but for what it makes."""
+        return [*_tensors(*self.networks), *self.stays]
+
+    def counted(self, accelerator: str) -> Phase:
+        """Its phase on a card of that kind; for networks on `meta`."""
+        with Alive(self.tensors) as alive, torch.no_grad(), kernels(self.half, accelerator):
+            self.work()
+            return alive.phase(self.name)
 
 
-def _encoding_prompts(workload: Workload, card: OnCard) -> Iterator[Phase]:
-    embed = partial(card.model.embed, [""] * PROMPTS)
-    yield _counted("encoding prompts", _tensors(*card.model.text_encoders), embed, workload)
+def _encoding_images(workload: Workload, card: OnCard) -> list[Job]:
+    images = _images(workload, card, encoded_together(workload.resolution**2))
+    return [Job("encoding pictures", [card.model.vae], [], partial(card.model.encode_pixels, images))]
 
 
-def _encoding_in_step(workload: Workload, card: OnCard) -> Iterator[Phase]:
-    encode = partial(card.model.encode_pixels, _images(workload, workload.hardware.micro_batch))
-    yield _counted("update: pictures", card.tensors, encode, workload)
+def _encoding_prompts(workload: Workload, card: OnCard) -> list[Job]:
+    return [Job("encoding prompts", card.model.text_encoders, [], partial(card.model.embed, [""] * PROMPTS))]
 
 
-def _update(workload: Workload, card: OnCard) -> Iterator[Phase]:
+def _encoding_in_step(workload: Workload, card: OnCard) -> list[Job]:
+    encode = partial(card.model.encode_pixels, _images(workload, card, workload.hardware.micro_batch))
+    return [Job("update: pictures", card.networks, card.state, encode)]
+
+
+def update(workload: Workload, card: OnCard) -> Job:
     """The last micro-batch of an update: the gradients of earlier ones are there."""
+    module, batch = workload.module(card.model), workload.batch(card.model, workload.hardware.micro_batch, card.device)
+    module.set_training(True)
+
+    def step() -> None:
+        with torch.enable_grad():
+            torch.autograd.backward(micro_step(module, batch))
+
+    return Job("update", card.networks, card.state, step, workload.hardware.half)
+
+
+def _counted_update(workload: Workload, card: OnCard) -> list[Phase]:
+    """`update` in its parts, and the optimiser's step."""
     module, hardware = workload.module(card.model), workload.hardware
     module.set_training(True)
-    with Alive(card.tensors) as alive, kernels(hardware.half, hardware.accelerator):
+    job = update(workload, card)
+    with Alive(job.tensors) as alive, kernels(hardware.half, hardware.accelerator):
         loss = micro_step(module, workload.batch(card.model, hardware.micro_batch))
         forward = alive.phase("update: forward")
         torch.autograd.backward(loss)
@@ -161,73 +226,61 @@ def _update(workload: Workload, card: OnCard) -> Iterator[Phase]:
         copies = [torch.empty_like(gradient) for gradient in card.parts["gradients"] for _ in range(2)]
         optimiser = alive.phase("update: optimiser")
         del loss, copies
-    return iter((forward, backward, optimiser))
+    return [forward, backward, optimiser]
 
 
-def _validation(workload: Workload, card: OnCard) -> Iterator[Phase]:
+def _validation(workload: Workload, card: OnCard) -> list[Job]:
     module, size = workload.module(card.model), grid_batch(workload.hardware.micro_batch)
-    batch = workload.batch(card.model, size)
+    losses = partial(module.losses, workload.batch(card.model, size, card.device))
+    jobs = [Job("validation", card.networks, card.state, losses, workload.hardware.half)]
     if workload.cache == "off":
-        encode = partial(card.model.encode_pixels, _images(workload, size))
-        yield _counted("validation: pictures", card.tensors, encode, workload)
-    yield _counted("validation", card.tensors, partial(module.losses, batch), workload, workload.hardware.half)
+        encode = partial(card.model.encode_pixels, _images(workload, card, size))
+        jobs.insert(0, Job("validation: pictures", card.networks, card.state, encode))
+    return jobs
 
 
-def _captions_of_samples(workload: Workload, card: OnCard) -> Iterator[Phase]:
-    model = card.model
-    tensors = [*card.tensors, *_tensors(*model.text_encoders)]
-    yield _counted("samples: prompts", tensors, partial(model.embed, [""] * PROMPTS), workload, model.text_dtype)
+def _captions_of_samples(workload: Workload, card: OnCard) -> list[Job]:
+    networks = [*card.networks, *card.model.text_encoders]
+    embed = partial(card.model.embed, [""] * PROMPTS)
+    return [Job("samples: prompts", networks, card.state, embed, card.model.text_dtype)]
 
 
-def _denoising(workload: Workload, card: OnCard) -> Iterator[Phase]:
+def _denoising(workload: Workload, card: OnCard) -> list[Job]:
     unet, sampler = card.model.unet, workload.sampler
-    empty = partial(torch.empty, sampler.batch_size * (2 if sampler.guidance > 1 else 1), device="meta")
-    hidden, timesteps = empty(*card.model.hidden_shape), empty(dtype=torch.int64)
-    pooled = None if card.model.pooled_width is None else empty(card.model.pooled_width)
-    added, latents = card.model.added(pooled, empty(6)), empty(4, *_drawn(workload, card.model))
+    zeros = partial(torch.zeros, sampler.batch_size * (2 if sampler.guidance > 1 else 1), device=card.device)
+    hidden, timesteps = zeros(*card.model.hidden_shape), zeros(dtype=torch.int64)
+    pooled = None if card.model.pooled_width is None else zeros(card.model.pooled_width)
+    added, latents = card.model.added(pooled, zeros(6)), zeros(4, *_drawn(workload, card.model))
     half = None if unet.dtype == torch.float32 else unet.dtype
     draw = partial(unet, latents, timesteps, hidden, added_cond_kwargs=added)
-    stays = [*card.tensors, *_tensors(card.model.vae)]  # which stays on the card between two batches
-    yield _counted("samples: denoising", stays, draw, workload, half)
+    # the VAE stays on the card between two batches
+    return [Job("samples: denoising", [*card.networks, card.model.vae], card.state, draw, half)]
 
 
-def _decoding(workload: Workload, card: OnCard) -> Iterator[Phase]:
+def _decoding(workload: Workload, card: OnCard, beside: bool = True) -> list[Job]:
+    # beside: whether the UNet stays on the card, with its gradients
     height, width = _drawn(workload, card.model)
-    area = height * width * card.model.factor**2
-    latents = torch.empty(min(decoded_together(area), workload.sampler.batch_size), 4, height, width, device="meta")
+    n = min(decoded_together(height * width * card.model.factor**2), workload.sampler.batch_size)
     vae: Any = card.model.vae
-
-    def decoding(*resting: str) -> Phase:
-        stays = itertools.chain(*(part for name, part in card.parts.items() if name not in resting))
-        return _counted("samples: decoding", [*stays, *_tensors(vae)], partial(vae.decode, latents), workload)
-
-    beside = decoding()
-    fits = workload.limit is None or beside.needs <= workload.limit
-    yield beside if fits else decoding("UNet", "adapters", "gradients")  # on the CPU, to make room
+    decode = partial(vae.decode, torch.zeros(n, 4, height, width, device=card.device))
+    networks = [network for network in card.networks if beside or network is not card.model.unet]
+    return [Job("samples: decoding", [*networks, vae], card.state, decode)]
 
 
-WORKS: dict[str, Callable[[Workload, OnCard], Iterable[Phase]]] = {  # the cheapest to count first
+WORKS: dict[str, Callable[[Workload, OnCard], list[Job]]] = {  # the cheapest to count first
     "captions": _captions_of_samples,
     "decoding": _decoding,
     "images": _encoding_images,
     "images of a step": _encoding_in_step,
     "prompts": _encoding_prompts,
     "denoising": _denoising,
-    "update": _update,
+    "update": lambda workload, card: [update(workload, card)],
     "validation": _validation,
 }
 
 
-def _counted(
-    name: str, stays: Iterable[Tensor], work: Callable[[], Any], workload: Workload, half: torch.dtype | None = None
-) -> Phase:
-    with Alive(stays) as alive, torch.no_grad(), kernels(half, workload.hardware.accelerator):
-        work()
-        return alive.phase(name)
-
-
-def _images(workload: Workload, n: int) -> Tensor:
-    return torch.empty(n, 3, workload.resolution, workload.resolution, device="meta")
+def _images(workload: Workload, card: OnCard, n: int) -> Tensor:
+    return torch.zeros(n, 3, workload.resolution, workload.resolution, device=card.device)
 
 
 def _drawn(workload: Workload, model: StableDiffusion) -> tuple[int, int]:
@@ -237,4 +290,10 @@ def _drawn(workload: Workload, model: StableDiffusion) -> tuple[int, int]:
 
 
 def _tensors(*networks: nn.Module) -> Iterator[Tensor]:
-    return itertools.chain.from_iterable((*network.parameters(), *network.buffers()) for network in networks)
+    """Parameters, buffers and gradients."""
+    for network in networks:
+        yield from network.buffers()
+        for parameter in network.parameters():
+            yield parameter
+            if parameter.grad is not None:
+                yield parameter.grad

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import lightning as L
 import numpy as np
 import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from dpo_sd.callbacks.metrics import Metrics
@@ -33,9 +35,11 @@ from dpo_sd.lora.adapters import policy_parameters, reference
 from dpo_sd.losses import DiffusionDPOLoss, PairErrors
 from dpo_sd.models import compilation
 from dpo_sd.models.families import FamilyName
+from dpo_sd.models.sampling import Sampler
 from dpo_sd.models.stable_diffusion import StableDiffusion
 from dpo_sd.training.reference_cache import ReferenceErrors
 from dpo_sd.training.step import DiffusionModule
+from dpo_sd.training.trainer import make_trainer
 
 CLAIMS = ("step_over_bare_loop", "speedup_over_public", "speedup_cached_reference")
 TIMESTEPS = 1000  # length of the noise schedule
@@ -163,6 +167,25 @@ class Bench:
         visits, pairs = Visits(self.samples, self.seed, TIMESTEPS, self.model.factor), self.case.pairs
         order = UpdateOrder(len(self.samples), self.seed, range(self.case.updates), pairs, pairs)
         return [stack([visits[visit] for visit in update])[0] for update in order]
+
+
+def bench(cfg: DictConfig, case: Case) -> Bench:
+    """Networks and ways to train of a case, with the hardware that the preset has for its model.
+
+    Args:
+        cfg: composed from benchmark.yaml.
+    """
+    cfg = of_case(cfg, case)
+    lora, loss, optimizer, hardware = (instantiate(cfg[group]) for group in ("lora", "loss", "optimizer", "hardware"))
+    hardware.micro_batch = case.pairs
+    parts = (case.family, lora, loss, optimizer, hardware, Sampler(), case.resolution)
+    workload = Workload(*parts, pairs=case.pairs, draws=False)
+    return Bench(case, workload, lambda run, callbacks: make_trainer(cfg, hardware, run, 1, callbacks), cfg.seed)
+
+
+def of_case(cfg: DictConfig, case: Case) -> Any:
+    """The composition with the model of a case, so that its preset sets what it has for that model."""
+    return OmegaConf.merge(cfg, {"model": {"name": case.family}, "trainer": {"max_steps": case.updates, "devices": 1}})
 
 
 class Clock(L.Callback):
