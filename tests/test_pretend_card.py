@@ -6,6 +6,7 @@ among them. The first one draws its pairs, which others find in the cache.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -35,6 +36,8 @@ SMALL = (
 )
 PAIRS = ("data.n_pairs=8",)
 QUIET = ("~callbacks.samples", "~callbacks.verdict")
+NF4 = ("model=sdxl", "model.path={sdxl}", "hardware.weights=nf4", "optimizer=adamw8bit")
+HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 # words beside those of every training, and trips of text encoders, VAE and UNet: two for the parts of the data that are
 # drawn, two (the VAE four, for both sides of the pairs) for their encoding, three for two sheets and the verdict
 TRAININGS: dict[str, tuple[tuple[str, ...], tuple[int, int, int]]] = {
@@ -45,6 +48,7 @@ TRAININGS: dict[str, tuple[tuple[str, ...], tuple[int, int, int]]] = {
         (4, 6, 2),
     ),
     "int8": ((*PAIRS, "model=sdxl", "model.path={sdxl}", "hardware.weights=int8", "trainer.max_steps=1"), (7, 9, 2)),
+    "nf4": ((*PAIRS, *QUIET, *NF4, "trainer.max_steps=1"), (4, 6, 2)),
     "text": ((*PAIRS, "lora.text_encoder=true", "cache=latents", "trainer.max_steps=1"), (0, 7, 0)),
     "off": (
         ("data=renders", "loss=sft", "cache=off", "data.n_pictures=8", *QUIET[1:], "trainer.max_steps=1"),
@@ -52,6 +56,10 @@ TRAININGS: dict[str, tuple[tuple[str, ...], tuple[int, int, int]]] = {
     ),
     "cached": ((*PAIRS, *QUIET, "loss.reference=cached", "loss.draws_per_pair=2", "trainer.max_steps=2"), (2, 4, 0)),
 }
+LEARNING = [
+    pytest.param(name, marks=pytest.mark.skipif("nf4" in name and not HAS_BITSANDBYTES, reason="needs bitsandbytes"))
+    for name in TRAININGS
+]
 GENERATE = ("hardware=1x24gb", "prompts=[a star,a circle]", "num_sets=2", "sampler.steps=1", "sampler.batch_size=2")
 
 
@@ -62,6 +70,8 @@ def ended(twin: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory)
     device, torch_folder = _built(folder), Path(torch.__file__).parent
     commands = {"generate": ["generate", *GENERATE, f"out={folder / 'pairs'}"]}
     for name, (words, _) in TRAININGS.items():
+        if name == "nf4" and not HAS_BITSANDBYTES:
+            continue
         own = [word.format(sdxl=twin("sdxl")) for word in words]
         commands[name] = ["train", *SMALL, f"cache_dir={folder / 'cache'}", f"hydra.run.dir={folder / name}", *own]
     commands["resume"] = ["train", f"resume={folder / 'bf16'}", "trainer.max_steps=3"]
@@ -103,7 +113,7 @@ def brought(copies: dict[str, int]) -> int:
     return copies["to card: models/stable_diffusion.py _placed"]
 
 
-@pytest.mark.parametrize("name", ["generate", *TRAININGS, "resume"])
+@pytest.mark.parametrize("name", ["generate", *LEARNING, "resume"])
 def test_a_command_ends_well_on_a_card_that_refuses_mixed_places(ended, name):
     assert ended[name]["code"] == 0, ended[name]["said"]
 
@@ -113,9 +123,9 @@ def test_generate_brings_each_weight_to_the_card_once(ended):
     assert brought(ended["generate"]["copies"]) == sum(map(tensors, (model.unet, model.vae, *model.text_encoders)))
 
 
-@pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.parametrize("name", LEARNING)
 def test_a_training_keeps_to_its_budget_of_trips_to_the_card(ended, twin, name):
-    model = Base("sdxl", str(twin("sdxl"))).load("int8") if name == "int8" else Base().load()
+    model = Base("sdxl", str(twin("sdxl"))).load(name) if name in ("int8", "nf4") else Base().load()
     LoRA().attach(model)
     text, vae, unet = TRAININGS[name][1]
     budget = text * sum(map(tensors, model.text_encoders)) + vae * tensors(model.vae) + unet * tensors(model.unet)

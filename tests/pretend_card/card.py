@@ -192,6 +192,7 @@ def insert(gib: float = 24) -> None:
     }
     for name, value in values.items():
         setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+    torch._C._cuda_getCurrentRawStream = lambda *_: 0  # which bitsandbytes imports
     torch.autograd.set_multithreading_enabled(False)  # the engine would start a thread for the card
     torch.__future__.set_swap_module_params_on_conversion(True)  # `param.data =` cannot change a tensor's class
     torch._C._set_only_lift_cpu_tensors(True)
