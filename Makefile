@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo loop test clean
+.PHONY: demo loop test slow clean
 
 demo: $(VENV)/.installed  ## trains a LoRA with Diffusion-DPO, shows before and after, prints a win rate
 	$(RUN) -m dpo_sd.train experiment=quickstart
@@ -20,7 +20,10 @@ test: $(VENV)/.installed-dev  ## what CI runs
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile -m "not slow"
+
+slow: $(VENV)/.installed-dev  ## the larger twins of tests that make test runs small
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile -m slow
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "dpo_sd needs Python 3.11 to 3.13: make PYTHON=python3.11 ...")'

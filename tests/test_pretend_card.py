@@ -41,8 +41,8 @@ HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 # words beside those of every training, and trips of text encoders, VAE and UNet: two for the parts of the data that are
 # drawn, two (the VAE four, for both sides of the pairs) for their encoding, three for two sheets and the verdict
 TRAININGS: dict[str, tuple[tuple[str, ...], tuple[int, int, int]]] = {
-    "bf16": ((*PAIRS, "trainer.max_steps=2"), (7, 9, 2)),
-    "six": ((*PAIRS, "trainer.max_steps=6"), (5, 7, 0)),
+    "bf16": ((*PAIRS, *QUIET, "trainer.max_steps=2"), (4, 6, 2)),
+    "six": ((*PAIRS, *QUIET, "trainer.max_steps=6"), (2, 4, 0)),
     "16-mixed": (
         (*PAIRS, *QUIET, "hardware.precision=16-mixed", "hardware.weights=float16", "trainer.max_steps=2"),
         (4, 6, 2),
