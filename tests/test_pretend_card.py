@@ -36,7 +36,8 @@ SMALL = (
 )
 PAIRS = ("data.n_pairs=8",)
 QUIET = ("~callbacks.samples", "~callbacks.verdict")
-NF4 = ("model=sdxl", "model.path={sdxl}", "hardware.weights=nf4", "optimizer=adamw8bit")
+SDXL = ("model=sdxl", "model.path={sdxl}")
+NF4 = (*SDXL, "hardware.weights=nf4", "optimizer=adamw8bit")
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 # words beside those of every training, and trips of text encoders, VAE and UNet: two for the parts of the data that are
 # drawn, two (the VAE four, for both sides of the pairs) for their encoding, three for two sheets and the verdict
@@ -47,7 +48,7 @@ TRAININGS: dict[str, tuple[tuple[str, ...], tuple[int, int, int]]] = {
         (*PAIRS, *QUIET, "hardware.precision=16-mixed", "hardware.weights=float16", "trainer.max_steps=2"),
         (4, 6, 2),
     ),
-    "int8": ((*PAIRS, "model=sdxl", "model.path={sdxl}", "hardware.weights=int8", "trainer.max_steps=1"), (7, 9, 2)),
+    "int8": ((*PAIRS, *QUIET, *SDXL, "hardware.weights=int8", "trainer.max_steps=1"), (4, 6, 2)),
     "nf4": ((*PAIRS, *QUIET, *NF4, "trainer.max_steps=1"), (4, 6, 2)),
     "text": ((*PAIRS, "lora.text_encoder=true", "cache=latents", "trainer.max_steps=1"), (0, 7, 0)),
     "off": (
