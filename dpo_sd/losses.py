@@ -94,6 +94,21 @@ def squared_error(residuals: Tensor) -> Tensor:
     return residuals.square().flatten(1).mean(1)
 
 
+def pseudo_huber_error(residuals: Tensor, c: float) -> Tensor:
+    """Mean pseudo-Huber loss of each sample's residual, 2c(√(r² + c²) − c): (batch,).
+
+    For small residuals it is the square, for large ones it grows linearly, so that outliers pull less (Charbonnier et
+    al. 1997; for diffusion models Khrapov et al. 2024, arXiv:2403.16728).
+
+    Args:
+        residuals: (batch, C, H, W), as `residual` gives them.
+        c: residual between the two, positive.
+    """
+    # r² / (√(r² + c²) + c) is √(r² + c²) − c without its rounding where r is small
+    squares = residuals.square()
+    return (2 * c * squares / ((squares + c * c).sqrt() + c)).flatten(1).mean(1)
+
+
 def reward_margin(policy: PairErrors, reference: PairErrors) -> Tensor:
     """Improvement of the policy on the reference for the chosen image, less that for the rejected one.
 
@@ -127,6 +142,8 @@ class Loss:
         reference: "live" runs the reference at every visit, "cached" once for each of a sample's draws.
         draws_per_pair: noises and timesteps of a sample, taken in turns, in [1, 1000]; None makes every visit a new
             one.
+        huber_c: makes the errors of policy and reference pseudo-Huber ones, linear in residuals far above it, positive,
+            0.1 for example; None leaves them squares.
 
     Raises:
         UserError: if a value is out of range, or if a cached reference would never be read.
@@ -141,8 +158,12 @@ class Loss:
         min_snr_gamma: float | None = None,
         reference: Literal["live", "cached"] = "live",
         draws_per_pair: int | None = None,
+        huber_c: float | None = None,
     ) -> None:
         self.min_snr_gamma = _checked_gamma(min_snr_gamma)
+        if huber_c is not None and not 0 < huber_c < math.inf:
+            raise UserError(f"huber_c must be positive and finite, or null for squared errors, got {huber_c}")
+        self.huber_c = huber_c
         if draws_per_pair is not None and not 1 <= draws_per_pair <= 1000:
             raise UserError(
                 f"draws_per_pair must be between 1 and 1000, or null for a new one at each visit, got {draws_per_pair}"
@@ -165,7 +186,7 @@ class SFTLoss(Loss):
     """Denoising loss of supervised fine-tuning: the error itself (Ho et al. 2020, arXiv:2006.11239, eq. 14).
 
     Args:
-        min_snr_gamma: cap on the signal-to-noise ratio, as in `Loss`.
+        min_snr_gamma, huber_c: as in `Loss`.
 
     Raises:
         UserError: if a value is out of range.
@@ -174,8 +195,8 @@ class SFTLoss(Loss):
     needs_pairs = False
     needs_reference = False
 
-    def __init__(self, min_snr_gamma: float | None = None) -> None:
-        super().__init__(min_snr_gamma)
+    def __init__(self, min_snr_gamma: float | None = None, huber_c: float | None = None) -> None:
+        super().__init__(min_snr_gamma, huber_c=huber_c)
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         """The errors on the chosen or single images: (n,)."""
@@ -200,7 +221,7 @@ class DiffusionDPOLoss(Loss):
     Args:
         beta: strength of the tie to the reference, positive.
         label_smoothing: assumed share of wrong labels, in [0, 0.5) (cDPO).
-        min_snr_gamma, reference, draws_per_pair: as in `Loss`.
+        min_snr_gamma, reference, draws_per_pair, huber_c: as in `Loss`.
         beta_convention: the code base whose beta this is. "diffusion-dpo", the paper's released code, with which InPO,
             SafetyDPO and SDPO agree, and "diffusers-sdxl" multiply the margin by beta/2; "diffusers-sd15",
             "onetrainer", "diffusion-npo", "diffusion-kto" and "invoke-training" by beta, so that half the number means
@@ -220,6 +241,7 @@ class DiffusionDPOLoss(Loss):
         reference: Literal["live", "cached"] = "live",
         draws_per_pair: int | None = None,
         beta_convention: BetaConvention = "diffusion-dpo",
+        huber_c: float | None = None,
     ) -> None:
         if not 0 < beta < math.inf:
             raise UserError(f"beta must be positive and finite, got {beta}")
@@ -229,7 +251,7 @@ class DiffusionDPOLoss(Loss):
             raise UserError(
                 f"unknown beta_convention {beta_convention!r}: use one of {', '.join(get_args(BetaConvention))}"
             )
-        super().__init__(min_snr_gamma, reference, draws_per_pair)
+        super().__init__(min_snr_gamma, reference, draws_per_pair, huber_c)
         self.beta = beta if beta_convention in _HALVED else 2 * beta
         self.label_smoothing = label_smoothing
 

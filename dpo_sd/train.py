@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from dpo_sd.models.base import Base
     from dpo_sd.models.sampling import Sampler
     from dpo_sd.models.stable_diffusion import StableDiffusion
+    from dpo_sd.noise import Noising
     from dpo_sd.training.hardware import Hardware
     from dpo_sd.training.optimizers import AdamW
     from dpo_sd.training.reference_cache import ReferenceErrors
@@ -56,6 +57,7 @@ class Parts(NamedTuple):
     lora: LoRA
     sampler: Sampler
     framing: Framing
+    noising: Noising
     optimizer: AdamW
     source: Source
     base: Base
@@ -124,7 +126,7 @@ def composed(cfg: DictConfig) -> Parts:
     """
     hardware = instantiate(cfg.hardware)
     hardware.check(cfg.trainer.devices, preset=preset())
-    groups = ("loss", "lora", "sampler", "framing", "optimizer", "data", "model")
+    groups = ("loss", "lora", "sampler", "framing", "noising", "optimizer", "data", "model")
     judge = instantiate(cfg.judge) if cfg.judge else None
     cache = Cache(Path(cfg.cache_dir).expanduser(), cfg.cache, half=hardware.weights != "float32")
     parts = Parts._make([hardware, *(instantiate(cfg[group]) for group in groups), judge, cache])
@@ -264,6 +266,7 @@ def step(
         factor=model.factor,
         draws_per_pair=parts.loss.draws_per_pair,
         num_workers=parts.hardware.num_workers,
+        noising=parts.noising,
     )
 
 
@@ -317,8 +320,13 @@ def reference_cache(
         return None
     from dpo_sd.files.tensors import content_key
     from dpo_sd.lora.adapters import adapter_key
+    from dpo_sd.noise import Noising
     from dpo_sd.training.reference_cache import ReferenceErrors
 
+    # absent where they are as ever, so that errors of runs that knew no other are read
+    further = {} if vars(parts.noising) == vars(Noising()) else {"noising": vars(parts.noising)}
+    if parts.loss.huber_c is not None:
+        further["huber_c"] = parts.loss.huber_c
     key = content_key(
         kind="reference errors 1",
         model=model.fingerprint,
@@ -329,12 +337,14 @@ def reference_cache(
         caption_dropout=parts.source.caption_dropout,
         framing=OmegaConf.to_container(cfg.framing, resolve=True),
         cache=[parts.cache.keep, parts.cache.half],
+        **further,
     )
     folder = parts.cache.folder / "reference" / key
     images = 2 if parts.loss.needs_pairs else 1
     kept = ReferenceErrors(folder, data.train.contents, parts.loss.draws_per_pair, rank, resumed, images)
     others = sum(other != folder for other in folder.parent.glob("*"))
-    unread = f"; {others} kept of another base, reference, seed, precision or framing: not read" if others else ""
+    of = "base, reference, seed, precision, noise or framing"
+    unread = f"; {others} kept of another {of}: not read" if others else ""
     say(f"loss    {kept.filled:.0%} of the reference's errors are known from earlier runs{unread}")
     return kept
 

@@ -262,7 +262,11 @@ def test_errors_of_another_reference_or_seed_are_not_read(go, plain, tmp_path):
     cache = f"cache_dir={tmp_path / 'cache'}"
     for number, change in enumerate(([], [f"lora.init_from={plain}"], ["seed=1"])):
         out = done(go(tmp_path / str(number), *KEPT, cache, *change, "trainer.max_steps=3"))
-        others = f"; {number} kept of another base, reference, seed, precision or framing: not read" if number else "\n"
+        others = (
+            f"; {number} kept of another base, reference, seed, precision, noise or framing: not read"
+            if number
+            else "\n"
+        )
         assert f"0% of the reference's errors are known from earlier runs{others}" in out
 
 

@@ -16,6 +16,7 @@ from dpo_sd.losses import (
     PairErrors,
     SFTLoss,
     min_snr_weights,
+    pseudo_huber_error,
     residual,
     reward_margin,
     squared_error,
@@ -45,6 +46,19 @@ def test_squared_error_is_the_mean_square_of_each_sample():
     target = torch.zeros(2, 1, 2, 2)
     model_pred = torch.tensor([[[[1.0, -1.0], [3.0, 1.0]]], [[[2.0, 2.0], [-2.0, 2.0]]]])
     assert_close(squared_error(residual(model_pred, target)), torch.tensor([3.0, 4.0]))
+
+
+def test_a_pseudo_huber_error_is_a_square_where_residuals_are_small_and_linear_where_they_are_large():
+    small, large = torch.full((1, 4, 2, 2), 1e-3), torch.full((1, 4, 2, 2), 100.0)
+    assert_close(pseudo_huber_error(small, 0.1), squared_error(small), rtol=1e-4, atol=0)
+    assert_close(pseudo_huber_error(large, 0.1), torch.tensor([2 * 0.1 * (100 - 0.1)]), rtol=1e-4, atol=0)
+    assert_close(pseudo_huber_error(large, 1e6), squared_error(large), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("c", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_huber_c_out_of_range_is_refused(c: float):
+    with pytest.raises(UserError, match="huber_c must be positive and finite, or null"):
+        SFTLoss(huber_c=c)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

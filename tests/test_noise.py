@@ -185,3 +185,61 @@ def test_a_latent_of_noise_costs_well_under_a_millisecond():
         noise.noise(0, sample, 0, SHAPE)
         times.append(time.perf_counter() - start)
     assert min(times) < 1e-3  # the best of many, so that a busy machine does not fail it
+
+
+# noise and timesteps of a training
+
+
+def draws(noising: noise.Noising, n: int = 2000, length: int = 1000) -> np.ndarray:
+    return np.array([noising.timestep(0, 7, draw, length) for draw in range(n)])
+
+
+def test_without_settings_noise_and_timesteps_are_those_of_the_functions():
+    noising = noise.Noising()
+    np.testing.assert_array_equal(noising.noise(1, 2, 3, SHAPE), noise.noise(1, 2, 3, SHAPE))
+    assert noising.timestep(1, 2, 3, 1000) == noise.timestep(1, 2, 3, 1000)
+
+
+def test_an_offset_moves_every_channel_as_a_whole_and_is_the_same_at_every_asking():
+    noising = noise.Noising(offset=0.1)
+    moved = noising.noise(1, 2, 3, SHAPE) - noise.noise(1, 2, 3, SHAPE)
+    assert moved.dtype == np.float32 and np.ptp(moved, axis=(1, 2)).max() < 1e-6
+    np.testing.assert_array_equal(noising.noise(1, 2, 3, SHAPE), noising.noise(1, 2, 3, SHAPE))
+    every = [noising.noise(0, 0, draw, (4, 2, 2)) - noise.noise(0, 0, draw, (4, 2, 2)) for draw in range(500)]
+    assert np.std([each[:, 0, 0] for each in every]) == pytest.approx(0.1, rel=0.1)
+
+
+def test_timesteps_of_a_range_are_all_of_it():
+    assert set(draws(noise.Noising(min_timestep=3, max_timestep=7))) == {3, 4, 5, 6}
+    assert set(draws(noise.Noising(min_timestep=8), length=10)) == {8, 9}
+
+
+@pytest.mark.parametrize(("bias", "often"), [("later", (750, 1000)), ("earlier", (0, 250))])
+def test_a_bias_draws_its_portion_so_many_times_as_often(bias, often):
+    """Weights 3 on a quarter and 1 on the rest: half of all draws."""
+    drawn = draws(noise.Noising(bias=bias, bias_multiplier=3.0), 4000)
+    assert 0 <= drawn.min() < 20 and 980 < drawn.max() < 1000
+    assert np.mean((often[0] <= drawn) & (drawn < often[1])) == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"offset": -0.1}, "offset must be in"),
+        ({"offset": float("nan")}, "offset must be in"),
+        ({"min_timestep": -1}, "min_timestep must be at least 0"),
+        ({"min_timestep": 5, "max_timestep": 5}, "max_timestep must be at least 6"),
+        ({"bias": "late"}, "unknown bias 'late': use earlier or later"),
+        ({"bias": "later", "bias_multiplier": 0.0}, "bias_multiplier must be positive"),
+        ({"bias": "later", "bias_portion": 1.0}, "bias_portion must be in"),
+    ],
+)
+def test_noising_out_of_range_is_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        noise.Noising(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"min_timestep": 1000}, {"max_timestep": 1001}])
+def test_timesteps_that_the_schedule_does_not_have_are_refused(settings):
+    with pytest.raises(UserError, match=rf"noising.{next(iter(settings))} lies outside of the model's schedule"):
+        noise.Noising(**settings).check(1000)

@@ -246,6 +246,17 @@ def test_min_snr_weighs_the_errors_of_policy_and_reference_alike(build):
             assert_close(value, unweighted * weights)
 
 
+def test_a_huber_loss_takes_the_place_of_the_square_for_policy_and_reference_alike(build):
+    plain, huber = RecordingLoss(50.0), RecordingLoss(50.0, huber_c=0.1)
+    module, batch = build(plain, moved=True), make_batch()
+    module.losses(batch)
+    module.loss = huber
+    module.losses(batch)
+    for mine, its in ((plain.of_policy, huber.of_policy), (plain.of_reference, huber.of_reference)):
+        for square, value in zip(mine, its, strict=True):
+            assert (value < square).all() and (value > 0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_latents_in_half_precision_give_errors_in_float32(build, dtype):
     module, batch = build(), make_batch(dtype)

@@ -58,6 +58,7 @@ class Export(Watcher):
                 "ss_steps": str(run.step),
                 "ss_learning_rate": str(run.module.optimizer.lr),
                 "ss_training_comment": type(run.module.loss).__name__,
+                "ss_noise_offset": str(settings["noising"]["offset"] or None),
             },
         )
 

@@ -29,6 +29,7 @@ class Train:
     logger: Any = field(default_factory=dict)
     sampler: Any = MISSING
     framing: Any = MISSING
+    noising: Any = MISSING
     hardware: Any = MISSING
 
 

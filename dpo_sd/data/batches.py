@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, Sampler
 from dpo_sd import noise
 from dpo_sd.errors import UserError
 from dpo_sd.models.stable_diffusion import TextEmbeds
+from dpo_sd.noise import Noising
 
 
 class Tensors(Protocol):
@@ -202,7 +203,11 @@ class Visits(Dataset):
         draws_per_pair: number of visits after which those of a sample repeat, noise, timestep and all; None makes
             every visit a new one.
         timesteps: fixed grid, whose entry k visit k takes, with captions, crops and flips left as they are; None draws
-            timesteps uniformly from the schedule.
+            timesteps from the schedule.
+        noising: how noise and timesteps are drawn; None draws them as in the paper.
+
+    Raises:
+        UserError: if the data makes other texts than a cache holds, or the schedule has no such timesteps.
     """
 
     def __init__(
@@ -214,6 +219,7 @@ class Visits(Dataset):
         caption_dropout: float = 0.0,
         draws_per_pair: int | None = None,
         timesteps: list[int] | None = None,
+        noising: Noising | None = None,
     ):
         still = timesteps is not None
         if samples.vary is not None and samples.prompts.hidden is not None and not still:
@@ -223,6 +229,8 @@ class Visits(Dataset):
         self.samples = replace(samples, flip=False, random_crop=False, vary=None) if still else samples
         self.seed, self.num_train_timesteps, self.factor = seed, num_train_timesteps, factor
         self.caption_dropout, self.draws_per_pair, self.timesteps = caption_dropout, draws_per_pair, timesteps
+        self.noising = Noising() if noising is None else noising
+        self.noising.check(num_train_timesteps)
 
     def __getitem__(self, visit: tuple[int, int]) -> Visit:
         index, draw = visit
@@ -248,9 +256,11 @@ class Visits(Dataset):
             rejected_time_ids=rejected_time_ids,
             prompt=prompt,
             embeds=samples.prompts.embeds(index, dropped),
-            noise=torch.from_numpy(noise.noise(*key, shape)),
+            noise=torch.from_numpy(self.noising.noise(*key, shape)),
             timestep=(
-                noise.timestep(*key, self.num_train_timesteps) if self.timesteps is None else self.timesteps[draw]
+                self.noising.timestep(*key, self.num_train_timesteps)
+                if self.timesteps is None
+                else self.timesteps[draw]
             ),
             label=float(samples.label[index]),
             weight=float(samples.weight[index]),

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 from dpo_sd.data.batches import Batch, UpdateOrder, Visits, stack
 from dpo_sd.data.source import PreparedData, Source
 from dpo_sd.models.sampling import Sampler
+from dpo_sd.noise import Noising
 
 GRID = 4  # noises and timesteps per sample in the fixed validation grid, spread evenly over the schedule
 
@@ -29,6 +30,7 @@ class DataModule(L.LightningDataModule):
         factor: pixels along one side of a latent pixel.
         draws_per_pair: as in `Loss`, see `Visits`.
         num_workers: processes that prepare batches; 0 prepares them in the training process.
+        noising: how noise and timesteps of the training samples are drawn, as in `Visits`.
     """
 
     def __init__(
@@ -43,11 +45,13 @@ class DataModule(L.LightningDataModule):
         factor: int = 8,
         draws_per_pair: int | None = None,
         num_workers: int = 0,
+        noising: Noising | None = None,
     ):
         super().__init__()
         self.data, self.source, self.sampler, self.num_workers = data, source, sampler, num_workers
         self.pairs_per_update, self.micro_batch, self.seed = pairs_per_update, micro_batch, seed
-        self.visits = Visits(data.train, seed, num_train_timesteps, factor, source.caption_dropout, draws_per_pair)
+        drawn = (source.caption_dropout, draws_per_pair)
+        self.visits = Visits(data.train, seed, num_train_timesteps, factor, *drawn, noising=noising)
         self.grid = [round((k + 0.5) * num_train_timesteps / GRID) for k in range(GRID)]
         self.validation_visits = Visits(data.validation, seed, num_train_timesteps, factor, timesteps=self.grid)
 

@@ -27,6 +27,7 @@ from dpo_sd.losses import (
     PairErrors,
     Residuals,
     min_snr_weights,
+    pseudo_huber_error,
     residual,
     squared_error,
 )
@@ -109,13 +110,14 @@ class DiffusionModule(L.LightningModule):
         return residual(model_pred, target)
 
     def errors(self, residuals: Tensor, timesteps: Tensor) -> Tensor:
-        """Mean square of each residual, min-SNR weighted if the loss says so: (n,).
+        """Mean square of each residual, or what the loss has in its place, min-SNR weighted if it says so: (n,).
 
         Args:
             residuals: (n, 4, h, w).
             timesteps: (n,), int64.
         """
-        errors = squared_error(residuals)
+        huber_c = self.loss.huber_c
+        errors = squared_error(residuals) if huber_c is None else pseudo_huber_error(residuals, huber_c)
         if self.loss.min_snr_gamma is None:
             return errors
         snr = compute_snr(self.model.noise_scheduler, timesteps)
