@@ -460,3 +460,49 @@ def test_modules_that_the_model_does_not_have_are_counted_and_named(start: Path,
 def test_a_rank_above_every_width_is_refused() -> None:
     with pytest.raises(UserError, match="rank 1000000 is above the width of every module"):
         LoRA(rank=1_000_000).attach(make_model())
+
+
+# ranks of parts, and the strength of rank-stabilised adapters
+
+
+def strengths(model: StableDiffusion) -> dict[str, float]:
+    """What peft multiplies the policy's output by, by module of the UNet."""
+    layers = ((name, module) for name, module in model.unet.named_modules() if isinstance(module, LoraLayer))
+    return {name: module.scaling["policy"] for name, module in layers}
+
+
+def test_parts_of_the_unet_have_ranks_of_their_own_at_the_same_strength() -> None:
+    model = make_model()
+    LoRA(rank=4, alpha=2.0, ranks={"mid_block": 8, "mid_block.attentions.0.transformer_blocks.0.attn1": 2}).attach(
+        model
+    )
+    ranks = weights_of(model).ranks
+    assert {rank for name, rank in ranks.items() if "mid_block" in name and "attn1" not in name} == {8}
+    assert {rank for name, rank in ranks.items() if "mid_block" in name and "attn1" in name} == {2}
+    assert {rank for name, rank in ranks.items() if "mid_block" not in name} == {4}
+    assert set(strengths(model).values()) == {0.5}
+
+
+def test_a_rank_stabilised_adapter_is_as_strong_as_alpha_over_the_root_of_its_rank() -> None:
+    model = make_model()
+    LoRA(rank=4, alpha=2.0, rslora=True, ranks={"mid_block": 16}).attach(model)
+    for name, strength in strengths(model).items():
+        assert strength == pytest.approx(8.0 / 16**0.5 if "mid_block" in name else 2.0 / 4**0.5)
+
+
+@pytest.mark.parametrize("form", ["kohya", "diffusers"])
+def test_other_programs_read_the_strength_of_such_adapters(form: str, tmp_path: Path) -> None:
+    model = make_model()
+    LoRA(rank=4, rslora=True, ranks={"mid_block": 16}).attach(model)
+    train(model)
+    expected = predict(model).detach()
+    fresh = make_model()
+    load_for_drawing(fresh, [(save(form, model, tmp_path), 1.0)])
+    torch.testing.assert_close(predict(fresh).detach(), expected)
+
+
+def test_a_part_that_no_adapted_module_has_is_refused_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="ranks: 'midblock' is part of no adapted module's name; nearest: mid_block"):
+        LoRA(ranks={"midblock": 2}).attach(make_model())
+    with pytest.raises(UserError, match="ranks.mid_block must be at least 1, got 0"):
+        LoRA(ranks={"mid_block": 0})

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
@@ -37,6 +38,10 @@ class LoRA:
     Args:
         rank: inner width r of every adapted module, at least 1.
         alpha: the adapter's output is multiplied by alpha / rank; above 0; None means alpha = rank.
+        rslora: multiplies it by alpha / √rank instead, so that wide adapters learn as fast as narrow ones
+            (Kalajdzievski 2023, arXiv:2312.03732). Files carry the alpha that gives this strength in every program.
+        ranks: other ranks for parts of the UNet by dotted parts of their names, such as {mid_block: 16, attn1: 4}; of
+            several that fit, the last counts. Their alphas grow and shrink alike.
         dropout: share of an adapter's inputs dropped while training, in [0, 1).
         target_modules: names or dotted ends of names of the UNet's linear and convolution modules.
         text_encoder: whether the attention of the text encoders is trained too.
@@ -57,8 +62,12 @@ class LoRA:
         target_modules: list[str] = ATTENTION,
         text_encoder: bool = False,
         init_from: str | None = None,
+        rslora: bool = False,
+        ranks: dict[str, int] | None = None,
     ) -> None:
         check_range("rank", rank, 1)
+        for part, its_rank in (ranks or {}).items():
+            check_range(f"ranks.{part}", its_rank, 1)
         if alpha is not None and not 0 < alpha < math.inf:
             raise UserError(f"alpha must be positive, got {alpha}; leave it out (null) for alpha = rank")
         if not 0 <= dropout < 1:
@@ -73,6 +82,8 @@ class LoRA:
         self.target_modules = list(target_modules)
         self.text_encoder = text_encoder
         self.init_from = init_from
+        self.rslora = rslora
+        self.ranks = dict(ranks or {})
 
     def check(self) -> None:
         """Reads the header of `init_from`, so that an unusable file fails before any weights load.
@@ -101,8 +112,9 @@ class LoRA:
         """
         matched = _match(model.unet, self.target_modules)
         widest = max(max(module.weight.shape[:2]) for name, module in adaptable(model.unet).items() if name in matched)
-        if self.rank > widest:
-            raise UserError(f"rank {self.rank} is above the width of every module: use lora.rank={widest} at most")
+        if (largest := max(self.rank, *self.ranks.values(), 0)) > widest:
+            raise UserError(f"rank {largest} is above the width of every module: use {widest} at most")
+        ranks = _ranks(matched, self.rank, self.ranks)
         file = None if self.init_from is None else read_lora(self.init_from)
         if file is not None:
             file = check_base(model, file)
@@ -114,30 +126,42 @@ class LoRA:
                     _add_adapter(network, "reference", settings)
                     _add_adapter(network, "policy", settings, dropout)  # the one added last is active
                 elif trained:
-                    _add_adapter(network, "policy", self._settings(name), self.dropout)
+                    settings = self._settings(ranks if name == "unet" else dict.fromkeys(TEXT_ATTENTION, self.rank))
+                    _add_adapter(network, "policy", settings, self.dropout)
         if file is not None:
             for adapter in ("reference", "policy"):
                 copy_into(model, adapter, file.state)
-            self._say_what_differs(model, file, matched)
+            self._say_what_differs(model, file, ranks)
         for network in model.family.encoders:
             for name, parameter in adapter_tensors(model.networks[network], "policy").items():
                 if not self.text_encoder or model.unread(network, name):  # DDP would wait for its gradient
                     parameter.requires_grad_(False)
         return summary(model)
 
-    def _settings(self, network: str) -> dict[str, Any]:
-        targets = self.target_modules if network == "unet" else TEXT_ATTENTION
-        return {"r": self.rank, "lora_alpha": self.alpha, "target_modules": targets}
+    def _alpha(self, rank: int) -> float:
+        """The alpha whose quotient by a module's rank is the strength of its adapter."""
+        alpha = self.alpha * rank / self.rank
+        return alpha * math.sqrt(rank) if self.rslora else alpha
 
-    def _say_what_differs(self, model: StableDiffusion, file: LoRAFile, matched: set[str]) -> None:
+    def _settings(self, ranks: Mapping[str, int]) -> dict[str, Any]:
+        others = {module: rank for module, rank in ranks.items() if rank != self.rank}
+        return {
+            "r": self.rank,
+            "lora_alpha": self._alpha(self.rank),
+            "target_modules": sorted(ranks),
+            "rank_pattern": {re.escape(module): rank for module, rank in others.items()},
+            "alpha_pattern": {re.escape(module): self._alpha(rank) for module, rank in others.items()},
+        }
+
+    def _say_what_differs(self, model: StableDiffusion, file: LoRAFile, ranks: Mapping[str, int]) -> None:
         unet = file.of("unet")
-        asked = ({self.rank}, {self.alpha}, {f"unet.{name}" for name in matched})
+        asked = (set(ranks.values()), {*map(self._alpha, ranks.values())}, {f"unet.{name}" for name in ranks})
         if "unet" in file.networks and asked != (
             set(unet.ranks.values()),
             set(unet.alphas.values()),
             set(unet.modules),
         ):
-            settings_say = f"rank {self.rank}, alpha {self.alpha:g}, {len(matched)} modules"
+            settings_say = f"rank {self.rank}, alpha {self.alpha:g}, {len(ranks)} modules"
             log.warning("%s decides: %s; not the settings: %s", file.path, summary(model), settings_say)
 
 
@@ -257,6 +281,24 @@ def _match(unet: nn.Module, targets: list[str]) -> set[str]:
             raise UserError(f"target_modules: '{target}' {problem} of this UNet; nearest: {', '.join(nearest)}")
         matched |= names
     return matched
+
+
+def _ranks(modules: set[str], rank: int, others: Mapping[str, int]) -> dict[str, int]:
+    """Ranks of the modules by their names.
+
+    Raises:
+        UserError: if a name of `others` is part of none.
+    """
+    ranks = dict.fromkeys(sorted(modules), rank)
+    for part, its_rank in others.items():
+        fitting = [module for module in ranks if f".{part}." in f".{module}."]
+        if not fitting:
+            parts = {".".join(path[:n]) for path in (m.split(".") for m in modules) for n in range(1, 4)}
+            parts |= {piece for module in modules for piece in module.split(".") if not piece.isdigit()}
+            nearest = get_close_matches(part, sorted(parts), 3, 0.3) or sorted(parts)[:3]
+            raise UserError(f"ranks: '{part}' is part of no adapted module's name; nearest: {', '.join(nearest)}")
+        ranks |= dict.fromkeys(fitting, its_rank)
+    return ranks
 
 
 def _family(file: LoRAWeights) -> FamilyName | None:
