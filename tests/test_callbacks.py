@@ -62,7 +62,7 @@ def build(init_from: str | None = None) -> DiffusionModule:
 @pytest.fixture(scope="module")
 def module() -> DiffusionModule:
     module = build()
-    module.identity = {"settings": {"framing": {"resolution": None}}}
+    module.identity = {"settings": {"framing": {"resolution": None}, "noising": {"offset": 0.0}}}
     return module
 
 
@@ -352,6 +352,48 @@ def test_a_first_signal_saves_and_stops_a_second_one_ends_at_once(tmp_path, caps
     finally:
         callback.teardown(run.trainer, run.module, "fit")
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_run_that_is_over_its_hours_saves_and_stops_unless_it_is_done(tmp_path, capsys):
+    saved: list[str] = []
+    callback = Checkpoint(max_hours=1e-9)
+    run = make_run(tmp_path, is_global_zero=False, save_checkpoint=lambda file: saved.append(file.name))
+    with pytest.raises(KeyboardInterrupt):
+        callback.on_update(at(run, 3))
+    callback.on_update(at(run, 10))
+    assert saved == ["step=000003.ckpt", "step=000010.ckpt"]
+    with pytest.raises(UserError, match="max_hours must be positive, or null for no limit, got 0"):
+        Checkpoint(max_hours=0)
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "best"),
+    [("val/reward_accuracy", [0.5, 0.7, 0.6, 0.7, 0.4], 4), ("val/loss", [3.0, 2.0, 1.0, 1.5, 2.5], 6)],
+)
+def test_the_best_checkpoint_stays_beside_the_newest_also_where_a_run_goes_on(tmp_path, metric, values, best):
+    def save_checkpoint(file: Path) -> None:
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+
+    callback = Checkpoint(every=2, keep=1, best=metric)
+    run = make_run(tmp_path, save_checkpoint=save_checkpoint)
+    for step, value in zip(range(2, 12, 2), values, strict=True):
+        run.metrics[metric] = value
+        callback.on_update(at(run, step))
+        going_on = Checkpoint(every=2, keep=1, best=metric)
+        going_on.load_state_dict(callback.state_dict())
+        callback = going_on
+    there = sorted(file.name for file in (tmp_path / "checkpoints").iterdir())
+    assert there == sorted({"last.ckpt", f"step={best:06d}.ckpt", "step=000010.ckpt"})
+    assert callback.summary() == {"best_checkpoint": {"step": best, metric: values[best // 2 - 1]}}
+    assert f"update {best}, {metric}" in callback.report()
+
+
+def test_a_best_by_a_value_that_the_validation_lacks_is_refused_before_the_first_update(tmp_path):
+    run = make_run(tmp_path)
+    run.metrics["val/loss"] = 1.0
+    with pytest.raises(UserError, match=r"best=val/win_rate: the validation has no such value; it has val/loss"):
+        Checkpoint(best="val/win_rate").on_start(run)
 
 
 # ----------------------------------------------------------------------------------------------------------------- heal

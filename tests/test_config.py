@@ -288,7 +288,8 @@ def test_a_mistake_is_one_message_before_anything_is_written(run, tmp_path, argu
         (["loss.beta=-1"], "loss: beta must be positive and finite, got -1.0"),
         (
             ["optimizer.schedule=cosin"],
-            "optimizer.schedule must be one of constant, cosine, linear, got 'cosin'; did you mean cosine?",
+            "optimizer.schedule must be one of constant, cosine, linear, cosine_with_restarts, polynomial, "
+            "got 'cosin'; did you mean cosine?",
         ),
         (["trainer.strategy=dpp"], "trainer.strategy must be one of auto, ddp, got 'dpp'; did you mean ddp?"),
         (
@@ -298,6 +299,16 @@ def test_a_mistake_is_one_message_before_anything_is_written(run, tmp_path, argu
             "use pairs_per_update=16 or 32, or another hardware.micro_batch",
         ),
         (["trainer.max_steps=0"], "trainer.max_steps must be at least 1, got 0"),
+        (["trainer.max_hours=0"], "trainer.max_hours must be positive, or null for no limit, got 0.0"),
+        (
+            ["trainer.max_hours=1", "~callbacks.checkpoint"],
+            "trainer.max_hours ends a run by saving it, for which the checkpoint callback is: leave it in",
+        ),
+        (
+            ["callbacks.checkpoint.best=val/loss", "callbacks.checkpoint.every=30"],
+            "callbacks.checkpoint.best compares validations: callbacks.checkpoint.every=30 must be a multiple of "
+            "trainer.validate_every=50",
+        ),
         (["seed=-1"], "seed must be at least 0 and below 2^32, got -1"),
         (
             ["logger=wandb", "logger.wandb.offline=no"],

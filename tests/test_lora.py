@@ -502,7 +502,7 @@ def test_other_programs_read_the_strength_of_such_adapters(form: str, tmp_path: 
 
 
 def test_a_part_that_no_adapted_module_has_is_refused_with_the_nearest() -> None:
-    with pytest.raises(UserError, match="ranks: 'midblock' is part of no adapted module's name; nearest: mid_block"):
+    with pytest.raises(UserError, match=r"ranks: 'midblock' is part of no adapted module's name; nearest: mid_block"):
         LoRA(ranks={"midblock": 2}).attach(make_model())
-    with pytest.raises(UserError, match="ranks.mid_block must be at least 1, got 0"):
+    with pytest.raises(UserError, match=r"ranks\.mid_block must be at least 1, got 0"):
         LoRA(ranks={"mid_block": 0})

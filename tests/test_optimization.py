@@ -70,9 +70,20 @@ def test_a_cosine_schedule_is_half_way_down_in_the_middle():
     assert (rates[0], rates[2]) == pytest.approx((1, 0.5))
 
 
+def test_a_cosine_with_restarts_begins_anew_so_many_times():
+    rates = learning_rates("cosine_with_restarts", 0, 9)
+    assert [rates[k] for k in (0, 3, 6)] == pytest.approx([1, 1, 1]) and rates[2] == pytest.approx(0.25)
+
+
+def test_a_polynomial_falls_as_its_power_says():
+    assert learning_rates("polynomial", 0, 4)[2] == pytest.approx(0.25, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"cycles": 0}, "cycles must be at least 1, got 0"),
+        ({"power": 0.0}, "power must be positive and finite, got 0.0"),
         ({"lr": 0.0}, "lr must be positive and at most 1000, got 0.0"),
         ({"lr": float("nan")}, "lr must be positive and at most 1000, got nan"),
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \[0.9, 1.0\]"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -43,6 +44,9 @@ def check_composition(cfg: DictConfig) -> None:
     _check_names(cfg)
     _check_seed(cfg.seed)
     _check_trainer(cfg.trainer)
+    if cfg.trainer.max_hours is not None and "checkpoint" not in cfg.callbacks:
+        raise UserError("trainer.max_hours ends a run by saving it, for which the checkpoint callback is: leave it in")
+    _check_best(cfg)
     _check_data(cfg)
     _check_cache(cfg)
     if cfg.optimizer.get("text_encoder_lr") is not None and not cfg.lora.get("text_encoder"):
@@ -69,8 +73,20 @@ def _check_names(cfg: DictConfig) -> None:
 def _check_trainer(trainer: DictConfig) -> None:
     for key in ("max_steps", "validate_every", "log_every", "devices", "num_nodes"):
         check_range(f"trainer.{key}", trainer[key], 1, 2**31)
+    if trainer.max_hours is not None and not 0 < trainer.max_hours < math.inf:
+        raise UserError(f"trainer.max_hours must be positive, or null for no limit, got {trainer.max_hours}")
     if trainer.gradient_clip is not None and not trainer.gradient_clip > 0:
         raise UserError(f"trainer.gradient_clip must be positive, or null for none, got {trainer.gradient_clip}")
+
+
+def _check_best(cfg: DictConfig) -> None:
+    """Refuses a best checkpoint where some checkpoints have no validation to be compared by."""
+    checkpoint = cfg.callbacks.get("checkpoint")
+    if OmegaConf.is_config(checkpoint) and checkpoint.get("best") and checkpoint.every % cfg.trainer.validate_every:
+        raise UserError(
+            f"callbacks.checkpoint.best compares validations: callbacks.checkpoint.every={checkpoint.every} must be a "
+            f"multiple of trainer.validate_every={cfg.trainer.validate_every}"
+        )
 
 
 def _check_data(cfg: DictConfig) -> None:

@@ -7,14 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from dpo_sd.errors import UserError
+from dpo_sd.errors import UserError, check_range
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-Schedule = Literal["constant", "cosine", "linear"]
+Schedule = Literal["constant", "cosine", "linear", "cosine_with_restarts", "polynomial"]
 
 
 class AdamW:
@@ -28,9 +28,11 @@ class AdamW:
         betas: decay rates of the two running means, each in [0, 1).
         eps: added to the denominator, positive.
         weight_decay: decoupled from the gradient, at least 0.
-        schedule: course of lr after the warm-up; "cosine" and "linear" end at 0.
+        schedule: course of lr after the warm-up, as in `diffusers.optimization`; all but "constant" end near 0.
         warmup_steps: updates over which lr rises from 0, at least 0.
         text_encoder_lr: learning rate of text encoders where they are trained, positive; None takes lr.
+        cycles: how often "cosine_with_restarts" begins anew, at least 1.
+        power: exponent of "polynomial", positive; 1 is "linear".
 
     Raises:
         UserError: if a value is out of range.
@@ -47,6 +49,8 @@ class AdamW:
         schedule: Schedule = "constant",
         warmup_steps: int = 0,
         text_encoder_lr: float | None = None,
+        cycles: int = 3,
+        power: float = 2.0,
     ) -> None:
         if not 0 < lr <= 1000:
             raise UserError(f"lr must be positive and at most 1000, got {lr}")
@@ -64,6 +68,10 @@ class AdamW:
         self.weight_decay = weight_decay
         if text_encoder_lr is not None and not 0 < text_encoder_lr < math.inf:
             raise UserError(f"text_encoder_lr must be positive and finite, or null for lr, got {text_encoder_lr}")
+        check_range("cycles", cycles, 1)
+        if not 0 < power < math.inf:
+            raise UserError(f"power must be positive and finite, got {power}")
+        self.cycles, self.power = cycles, power
         self.schedule: Schedule = schedule
         self.warmup_steps = warmup_steps
         self.text_encoder_lr = text_encoder_lr
@@ -119,7 +127,8 @@ class AdamW:
         )
         # diffusers' "constant" overlooks the warm-up
         schedule = "constant_with_warmup" if self.schedule == "constant" else self.schedule
-        scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=max_steps)
+        steps = {"num_warmup_steps": self.warmup_steps, "num_training_steps": max_steps}
+        scheduler = get_scheduler(schedule, optimizer, **steps, num_cycles=self.cycles, power=self.power)
         return optimizer, scheduler
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
@@ -132,7 +141,7 @@ class AdamW8bit(AdamW):
     """AdamW with its state in 8 bit (Dettmers et al. 2022, arXiv:2110.02861), by bitsandbytes.
 
     Args:
-        lr, betas, eps, weight_decay, schedule, warmup_steps, text_encoder_lr: as in `AdamW`.
+        lr, betas, eps, weight_decay, schedule, warmup_steps, text_encoder_lr, cycles, power: as in `AdamW`.
 
     Raises:
         UserError: if a value is out of range.

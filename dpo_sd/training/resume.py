@@ -11,7 +11,7 @@ from dpo_sd.files.checksums import is_whole
 # Settings that may change when a run is continued: where and how it runs and who watches it, but not what it learns.
 FREE = ("resume", "name", "cache_dir", "hardware", "judge", "callbacks", "logger")
 _PARTS = {"global_step": int, "adapters": dict, "optimizer_states": list, "loops": dict}  # of a checkpoint
-FREE_TRAINER = ("max_steps", "validate_every", "log_every", "devices", "num_nodes", "strategy")
+FREE_TRAINER = ("max_steps", "max_hours", "validate_every", "log_every", "devices", "num_nodes", "strategy")
 
 
 def newest_checkpoint(resume: str | None) -> Path | None:
