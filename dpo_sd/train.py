@@ -408,11 +408,13 @@ def conclude(run: Run, watchers: Sequence[Watcher], record: RunRecord) -> float 
 
 
 def say_counts(run: Run) -> None:
-    """Says how often the reference was read and not computed, and how many graphs were compiled; all processes call."""
+    """Says what was left out, read and not computed, or compiled, and how often; all processes call."""
     import torch
 
     from dpo_sd.models import compilation
 
+    if run.module.skipped:
+        say(f"update  {run.module.skipped} of {run.step} were left out: their gradients overflowed float16")
     kept, strategy = run.module.reference_cache, run.trainer.strategy
     if kept is not None:
         counts = torch.tensor([kept.hits, kept.asked], device=strategy.root_device)

@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from lightning.pytorch.plugins.precision import MixedPrecision
 from small_model import make_model, trained
 from steps import PAIRS, TIMESTEPS, error, hidden, listen, make_batch, move
 from torch.testing import assert_close
@@ -590,3 +592,40 @@ def test_what_is_kept_is_on_disk_with_every_checkpoint(build, tmp_path):
     module.training_step([make_batch()], 0)
     module.on_save_checkpoint({})
     assert ReferenceErrors(tmp_path, np.arange(PAIRS), 1).filled == 1
+
+
+# -------------------------------------------------------------------------------------------- float16 that overflows
+
+
+def test_an_update_that_overflows_is_left_out_counted_and_no_step_of_the_schedule(build, tmp_path):
+    """Gradients times 2^127 are infinite in float32 too; the scaler lowers that to 2^7."""
+    module = build(moved=True)
+    module.optimizer = AdamW(schedule="linear")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-120)  # type: ignore[attr-defined]
+    before, rates = adapter_state(module.model), []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            same = all(torch.equal(value, before[name]) for name, value in adapter_state(module.model).items())
+            rates.append((trainer.optimizers[0].param_groups[0]["lr"], module.skipped, same))
+
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=3,
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+        callbacks=[Watch()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader([[make_batch()]] * 3, batch_size=None))
+    assert rates[0] == (1e-4, 1, True)
+    assert [skipped for _, skipped, _ in rates] == [1, 1, 1] and not rates[1][2]
+    assert [rate for rate, _, _ in rates[1:]] == pytest.approx([9e-5, 8e-5])
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    again = build()
+    again.on_load_checkpoint(checkpoint)
+    assert again.skipped == 1

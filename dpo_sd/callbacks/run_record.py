@@ -77,6 +77,7 @@ class RunRecord(Watcher):
         """Writes and returns the summary of a finished run, with what its watchers have to add."""
         summary: dict[str, Any] = {
             "steps": run.step,
+            "skipped_steps": run.module.skipped,
             "metrics": run.metrics,
             "wall_time_s": round(self.wall_time_s, 1),
             "peak_memory_gib": round(_peak_memory(), 2),

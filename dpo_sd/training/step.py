@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from diffusers.training_utils import compute_snr
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from dpo_sd.data.batches import Batch
@@ -79,6 +80,8 @@ class DiffusionModule(L.LightningModule):
         self.unet, self.reference_cache = model.unet, reference_cache
         self.encodes = nn.ModuleList(encodes)  # which Lightning takes to the device with the UNet
         self.strict_loading = False  # checkpoints leave the base out
+        self.skipped = 0  # updates that were left out because a gradient overflowed
+        self._just_skipped = False
         self.identity: dict[str, Any] = {}  # what the run is, kept in its checkpoints
         self._seen: list[dict[str, Tensor]] = []  # one entry per pass since the last update
         self._rows: list[int] = []  # of those passes' samples in the dataset
@@ -226,11 +229,25 @@ class DiffusionModule(L.LightningModule):
         optimizer, scheduler = self.optimizer.build(policy_parameters(self.model), self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        # in 16-mixed a GradScaler leaves out an update whose gradients overflow float16, and lowers its scale
+        plugin = self.trainer.precision_plugin
+        scaler = plugin.scaler if isinstance(plugin, MixedPrecision) else None
+        before = 0.0 if scaler is None else scaler.get_scale()
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self._just_skipped = scaler is not None and scaler.get_scale() < before
+        self.skipped += self._just_skipped
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        if not self._just_skipped:  # the schedule is that of the updates that were made
+            super().lr_scheduler_step(scheduler, metric)
+
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {}
         checkpoint["identity"] = self.identity
+        checkpoint["skipped"] = self.skipped
         if self.reference_cache is not None:
             self.reference_cache.save()
         checkpoint["adapters"] = {name: adapter_state(self.model, name) for name in adapter_names(self.model)}
@@ -241,6 +258,7 @@ class DiffusionModule(L.LightningModule):
             self.reference_cache.save()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.skipped = checkpoint.get("skipped", 0)  # which older checkpoints do not count
         for name, state in checkpoint["adapters"].items():
             load_adapter_state(self.model, name, state)
 
