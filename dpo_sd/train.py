@@ -23,7 +23,7 @@ from dpo_sd.composition.options import own_flags
 from dpo_sd.composition.presets import overrides, preset, say_choice
 from dpo_sd.data.cache import Cache
 from dpo_sd.errors import UserError, in_shell
-from dpo_sd.files.claims import held
+from dpo_sd.files.claims import held, in_turn
 from dpo_sd.training import cluster
 from dpo_sd.training.resume import check_same, check_same_run, newest_checkpoint
 
@@ -164,7 +164,10 @@ def prepared(
         check_same(checkpoint, "model", model.fingerprint)
     elif first:
         record.begin()
-    data = parts.source.prepare(model, parts.sampler, parts.framing, parts.cache)
+    # of processes that a launcher starts together, the first prepares what the others then find
+    turn = in_turn(parts.cache.folder / ".preparing") if cluster.launched() else nullcontext()
+    with turn:
+        data = parts.source.prepare(model, parts.sampler, parts.framing, parts.cache)
     for line in [*data.report, *reference_notes(parts.source, parts.lora.init_from)]:
         say(f"data    {line}")
     if checkpoint is not None:

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 
 from dpo_sd.errors import UserError
 from dpo_sd.files.atomic import replacing, write_text
-from dpo_sd.files.claims import LOCK, held, made_anew, take_turn
+from dpo_sd.files.claims import LOCK, held, in_turn, made_anew, take_turn
 
 HOLDER = """
 import sys, time
@@ -63,6 +64,20 @@ def test_a_killed_process_lets_go_at_once(tmp_path, holder):
 
 def lockless(*arguments: object) -> None:
     raise OSError(errno.ENOSYS, "Function not implemented")
+
+
+def test_of_many_that_take_turns_each_finds_what_the_one_before_has_left(tmp_path):
+    file = tmp_path / "folder" / ".preparing"
+
+    def add_one(_: int) -> int:
+        with in_turn(file):
+            n = int(file.read_text() or 0)
+            time.sleep(0.01)
+            file.write_text(str(n + 1))
+            return n
+
+    with ThreadPoolExecutor(8) as many:
+        assert sorted(many.map(add_one, range(8))) == list(range(8))
 
 
 def test_on_a_disk_without_locks_a_living_process_still_keeps_its_folder(tmp_path, monkeypatch, holder, caplog):

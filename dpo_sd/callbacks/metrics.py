@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
+from torch import distributed
+from torch.utils._pytree import tree_map
 
 from dpo_sd.callbacks.watcher import Run, Watcher
 from dpo_sd.models.compilation import eager
@@ -65,23 +68,33 @@ class Metrics(Watcher):
             images = 2 if module.loss.needs_pairs else 1
             self._reference = ReferenceErrors(None, data.data.validation.contents, len(data.grid), images=images)
         module.set_training(False)
-        values: dict[str, list[torch.Tensor]] = {}
-        timesteps = []
+        parts: list[list[dict[str, torch.Tensor]]] = []  # of each batch
         with torch.no_grad(), eager():
-            for batch in data.validation_batches():
+            for batch in data.validation_batches(trainer.global_rank, trainer.world_size):
+                parts.append([])
                 for part in trainer.strategy.batch_to_device(batch):
                     with trainer.precision_plugin.forward_context():
-                        for name, value in module.losses(part, self._reference).items():
-                            values.setdefault(name, []).append(value)
-                    timesteps.append(part.timesteps)
+                        values = module.losses(part, self._reference)
+                    parts[-1].append(values | {"timesteps": part.timesteps})
         module.set_training(True)
-        columns = {name: torch.cat(value) for name, value in values.items()}
+        rows = [part for batch in _of_all_devices(parts) for part in batch]
+        columns = {name: torch.cat([part[name] for part in rows]) for name in rows[0]}
+        timesteps = columns.pop("timesteps")
         metrics = {f"val/{name}": float(value.mean()) for name, value in columns.items()}
         if "reward_margin" in columns:
             # of a whole pair, not of one noise: what the annotator's choice was about
             by_pair = columns["reward_margin"].view(-1, len(data.grid)).mean(dim=1)
             metrics["val/reward_accuracy"] = float(torch.heaviside(by_pair, by_pair.new_tensor(0.5)).mean())
             for timestep in data.grid:
-                bin_ = columns["reward_margin"][torch.cat(timesteps) == timestep]
+                bin_ = columns["reward_margin"][timesteps == timestep]
                 metrics[f"val/reward_margin/t{timestep:03d}"] = float(bin_.mean())
         return metrics
+
+
+def _of_all_devices(mine: list[Any]) -> list[Any]:
+    """Results of all batches in their order, of which this device has its share, on the CPU where there are several."""
+    if not distributed.is_initialized():
+        return mine
+    of_ranks: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(of_ranks, tree_map(lambda tensor: tensor.cpu(), mine))
+    return [each for turn in itertools.zip_longest(*of_ranks) for each in turn if each is not None]

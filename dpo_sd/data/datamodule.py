@@ -76,9 +76,14 @@ class DataModule(L.LightningDataModule):
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )
 
-    def validation_batches(self) -> DataLoader[list[Batch]]:
-        """Every validation sample at each of its GRID noises and timesteps, sample by sample."""
+    def validation_batches(self, rank: int = 0, world_size: int = 1) -> DataLoader[list[Batch]]:
+        """Every validation sample at each of its GRID noises and timesteps, sample by sample.
+
+        Args:
+            rank, world_size: of the devices that share the batches out in turns.
+        """
         visits = [(index, k) for index in range(len(self.data.validation)) for k in range(GRID)]
         size = grid_batch(self.micro_batch)
         batches = [visits[start : start + size] for start in range(0, len(visits), size)]
-        return DataLoader(self.validation_visits, batch_sampler=batches, collate_fn=stack)  # type: ignore[arg-type]
+        mine = batches[rank::world_size]
+        return DataLoader(self.validation_visits, batch_sampler=mine, collate_fn=stack)  # type: ignore[arg-type]

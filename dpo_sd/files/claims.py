@@ -105,6 +105,22 @@ def _taken(place: Path, owner: dict[str, Any]) -> UserError:
     return UserError(f"{place} is in use by {who}: wait for its end, or choose another place")
 
 
+@contextmanager
+def in_turn(file: Path) -> Iterator[None]:
+    """Inside, this process is the only one of all that asked for a turn with the file, which is made and stays.
+
+    Raises:
+        OSError: if its folder cannot be written.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        take_turn(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def take_turn(descriptor: int, operation: int) -> None:
     """`fcntl.flock`, but a warning where the disk has no locks; the turn ends with the descriptor.
 

@@ -196,8 +196,10 @@ class DiffusionModule(L.LightningModule):
         return {"loss": values.pop("loss"), **rewards(inputs), **values}
 
     def on_train_batch_start(self, batch: list[Batch], batch_idx: int) -> None:
-        # dropout draws from the global generator: tying it to the micro-step keeps a resumed run exact
-        torch.manual_seed(self.seed * 1_000_003 + batch_idx)
+        # dropout draws from the global generator: tying it to the micro-batch keeps a resumed run exact, and lets
+        # every device draw what one device alone would draw for the same pairs
+        trainer = self.trainer
+        torch.manual_seed(self.seed * 1_000_003 + batch_idx * trainer.world_size + trainer.global_rank)
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> Tensor:
         """Mean loss of a micro-batch, with one pass for each size of image in it."""
