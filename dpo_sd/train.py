@@ -252,6 +252,10 @@ def step(
     from dpo_sd.data.datamodule import DataModule
     from dpo_sd.training.step import DiffusionModule, needed_networks
 
+    if parts.hardware.compile and data.train.sizes is not None:
+        from dpo_sd.models import compilation
+
+        compilation.compile_blocks(model.unet, sizes=len(set(data.train.sizes.tolist())))
     if cfg.cache != "all" and parts.hardware.half is not None:
         model.halve_text(parts.hardware.half)
     encodes = needed_networks(model, cfg.cache)

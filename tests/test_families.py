@@ -159,7 +159,12 @@ def test_two_processes_train_the_text_encoders_of_sdxl_as_one_does(go, arguments
     """
     text = ("model=sdxl", f"model.path={twin('sdxl')}", "lora.text_encoder=true", "cache=latents")
     micro = ("hardware.micro_batch=2", "lora.dropout=0.3")
-    settings = (*text, *UNWATCHED, *micro, "trainer.max_steps=2")  # it is the second update that would find some missing
+    settings = (
+        *text,
+        *UNWATCHED,
+        *micro,
+        "trainer.max_steps=2",
+    )  # it is the second update that would find some missing
     done(go(tmp_path / "one", *settings))
     two = arguments(tmp_path / "two", *settings, "trainer=ddp")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}

@@ -10,14 +10,24 @@ import torch
 MOST = 1024  # graphs: each block compiles for each shape, with and without gradients, with and without adapters
 
 
-def compile_blocks(unet: Any, backend: str = "inductor") -> None:
-    """Compiles the transformer blocks at their first call, and again for every other shape.
+def compile_blocks(unet: Any, backend: str = "inductor", sizes: int = 1) -> None:
+    """Compiles the transformer blocks at their first call.
 
-    Shapes stay constants of a graph, so that a resumed run computes the same as an uninterrupted one, in whatever order
-    the sizes of images come.
+    Shapes are constants of a graph, and another number of images compiles again; so a resumed run computes the same as
+    an uninterrupted one. Images of several sizes share their graphs instead, whose rounding may depend on the size that
+    comes first. Fused operations round where those of their own would, so that the policy and the reference, whose
+    graphs differ, still agree to the bit while they are the same network.
+
+    Args:
+        sizes: how many sizes the images have.
     """
+    import torch._inductor.config
+    from torch.fx.experimental import _config as shapes
+
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MOST
-    unet.compile_repeated_blocks(fullgraph=True, dynamic=False, backend=backend)
+    torch._inductor.config.emulate_precision_casts = True
+    shapes.use_duck_shape = False  # a square image has two sides that happen to be equal
+    unet.compile_repeated_blocks(fullgraph=True, dynamic=sizes > 1, backend=backend)
 
 
 def eager() -> AbstractContextManager[Any]:

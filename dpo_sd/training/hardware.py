@@ -40,8 +40,8 @@ class Hardware:
         gradient_checkpointing: computes activations again in the backward pass instead of keeping them.
         num_workers: processes that load data, at least 0.
         memory_gib: memory of the GPU that these values were chosen for, in GiB, positive; None asks for none.
-        compile: fuses operations in the UNet's transformer blocks with `torch.compile`. The first update waits for it,
-            and so does the first of every other size of images.
+        compile: fuses operations in the UNet's transformer blocks with `torch.compile`, for which the first update
+            waits. Where images have several sizes a resumed run may then round otherwise than an uninterrupted one.
 
     Raises:
         UserError: if a value is out of range.
