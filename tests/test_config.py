@@ -159,10 +159,12 @@ def test_an_experiments_rate_is_one_of_adamws_scale(experiment):
     def rate(*given: str) -> float:
         return composed(f"experiment={experiment}", *NEEDS.get(f"experiment={experiment}", []), *given).optimizer.lr
 
-    assert set(options("optimizer")) == {"adamw", "adamw8bit", "prodigy"}  # another one needs a line here
+    # another one needs a line here
+    assert set(options("optimizer")) == {"adafactor", "adamw", "adamw8bit", "lion", "prodigy"}
     recipe = rate()
     assert 1e-6 < recipe < 1e-2
-    assert rate("optimizer=adamw") == rate("optimizer=adamw8bit") == recipe
+    assert rate("optimizer=adamw") == rate("optimizer=adamw8bit") == rate("optimizer=adafactor") == recipe
+    assert rate("optimizer=lion") == pytest.approx(recipe / 5)
     assert rate("optimizer=prodigy") == 1
     for optimizer in options("optimizer"):
         assert rate(f"optimizer={optimizer}", "optimizer.lr=0.5") == 0.5

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from dpo_sd.errors import UserError
-from dpo_sd.training.optimizers import AdamW, AdamW8bit, Prodigy, Schedule
+from dpo_sd.training.optimizers import Adafactor, AdamW, AdamW8bit, Lion, Prodigy, Schedule
 
 
-def parameters(*networks: str) -> dict[str, list[torch.nn.Parameter]]:
-    return {name: [torch.nn.Parameter(torch.zeros(1))] for name in networks}
+def parameters(*networks: str) -> dict[str, dict[str, torch.nn.Parameter]]:
+    return {name: {"mid_block.to_q.lora_A.weight": torch.nn.Parameter(torch.zeros(1))} for name in networks}
 
 
 def learning_rates(schedule: Schedule, warmup_steps: int, max_steps: int) -> list[float]:
@@ -111,14 +111,85 @@ def test_prodigy_refuses_a_rate_of_adamws_scale_with_which_it_would_learn_nothin
     assert Prodigy().lr == 1 and Prodigy(lr=0.1).lr == 0.1
 
 
-@pytest.mark.parametrize(("kind", "package"), [(AdamW8bit, "bitsandbytes"), (Prodigy, "prodigyopt")])
+@pytest.mark.parametrize(
+    ("kind", "package"), [(AdamW8bit, "bitsandbytes"), (Prodigy, "prodigyopt"), (Lion, "lion_pytorch")]
+)
 def test_a_missing_package_is_named_with_the_command_that_installs_it_and_needed_for_no_plan(
     kind, package, monkeypatch
 ):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     optimizer = kind()
-    assert optimizer.state_bytes(10_000) > 0
+    assert optimizer.state_bytes((8, 1280)) > 0
     with pytest.raises(UserError, match=rf"needs {package}.*pip install -e '.\[gpu\]'"):
         optimizer.check(1)
     with pytest.raises(UserError, match=r"warmup_steps must be below trainer\.max_steps=10, got 10"):
         kind(warmup_steps=10).check(10)
+
+
+# rates of parts
+
+
+def rates(settings: AdamW) -> dict[str, float]:
+    """The learning rate of every parameter of a small UNet and text encoder, by name."""
+    modules = {"unet": ["down_blocks.0.attn1.to_q", "mid_block.attn1.to_q"], "text_encoder": ["layers.0.q_proj"]}
+    named = {
+        network: {
+            f"{module}.lora_{half}.weight": torch.nn.Parameter(torch.zeros(1)) for module in names for half in "AB"
+        }
+        for network, names in modules.items()
+    }
+    optimizer, _ = settings.build(named, 1)
+    of = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    return {f"{network}.{name}": of[id(p)] for network, own in named.items() for name, p in own.items()}
+
+
+def test_parts_of_the_networks_have_factors_on_the_rate_of_which_the_last_counts():
+    found = rates(AdamW(lr=1.0, text_encoder_lr=0.5, lr_factors={"attn1": 0.1, "mid_block": 0.2, "layers.0": 2.0}))
+    assert {name: rate for name, rate in found.items() if "_A" in name} == pytest.approx(
+        {
+            "unet.down_blocks.0.attn1.to_q.lora_A.weight": 0.1,
+            "unet.mid_block.attn1.to_q.lora_A.weight": 0.2,
+            "text_encoder.layers.0.q_proj.lora_A.weight": 1.0,
+        }
+    )
+
+
+def test_lora_plus_lets_b_learn_so_many_times_as_fast_as_a():
+    found = rates(AdamW(lr=1.0, loraplus_ratio=16.0, lr_factors={"mid_block": 0.5}))
+    assert {name[-8]: rate for name, rate in found.items() if "down_blocks" in name} == {"A": 1.0, "B": 16.0}
+    assert {name[-8]: rate for name, rate in found.items() if "mid_block" in name} == {"A": 0.5, "B": 8.0}
+
+
+def test_a_factor_on_a_part_that_is_not_there_is_refused_with_the_nearest():
+    with pytest.raises(UserError, match=r"'midblock' is part of no adapted module's name; nearest: mid_block"):
+        AdamW(lr_factors={"midblock": 0.5}).build(parameters("unet"), 1)
+    with pytest.raises(UserError, match=r"lr_factors\.mid_block must be at least 0 and finite, got -1"):
+        AdamW(lr_factors={"mid_block": -1.0})
+    with pytest.raises(UserError, match="loraplus_ratio must be positive and finite, got 0"):
+        AdamW(loraplus_ratio=0.0)
+
+
+# the others
+
+
+def stepped(settings: AdamW) -> tuple[torch.Tensor, int]:
+    """A matrix after one update with a gradient of ones, and the bytes of state."""
+    parameter = torch.nn.Parameter(torch.zeros(8, 32))
+    optimizer, _ = settings.build({"unet": {"mid_block.to_q.lora_B.weight": parameter}}, 1)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state = (value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor))
+    return parameter.detach(), sum(value.nbytes for value in state)
+
+
+def test_adafactor_makes_steps_of_the_size_that_its_rate_says_with_little_state():
+    moved, kept = stepped(Adafactor(lr=1e-2))
+    torch.testing.assert_close(moved, torch.full((8, 32), -1e-2), rtol=1e-3, atol=0)
+    assert kept == Adafactor().state_bytes((8, 32))
+
+
+def test_lion_makes_steps_of_one_size():
+    pytest.importorskip("lion_pytorch")
+    moved, kept = stepped(Lion(lr=1e-2))
+    torch.testing.assert_close(moved, torch.full((8, 32), -1e-2))
+    assert kept == Lion().state_bytes((8, 32))

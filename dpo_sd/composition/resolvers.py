@@ -37,9 +37,10 @@ def _for_model(name: str, values: Any) -> Any:
 
 
 def _adamw_rate(rate: float, _root_: DictConfig) -> Any:
-    """A recipe's learning rate for optimisers of AdamW's scale, their own for the others: `${adamw_rate:1e-3}`."""
+    """A recipe's learning rate for AdamW as the optimiser's own: `${adamw_rate:1e-3}`."""
     target = _root_.optimizer._target_
-    return settings_of(schema(target))["lr"].default if class_attribute(target, "finds_step_size") else rate
+    factor = class_attribute(target, "rate_to_adamws")
+    return rate * factor if factor else settings_of(schema(target))["lr"].default
 
 
 def _preset_of_auto(_root_: DictConfig) -> str:

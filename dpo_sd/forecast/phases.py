@@ -46,7 +46,7 @@ class OnCard:
         gradients = [torch.zeros_like(parameter) for parameter in trained]
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
-        sizes = (workload.optimizer.state_bytes(parameter.numel()) for parameter in trained)
+        sizes = (workload.optimizer.state_bytes(parameter.shape) for parameter in trained)
         state = [torch.empty(size, dtype=torch.uint8, device=model.unet.device) for size in sizes]
         parts = {"UNet": unet, "encoders of the step": list(_tensors(*encoders)), "adapters": adapters}
         parts |= {"gradients": gradients, "optimiser": state}

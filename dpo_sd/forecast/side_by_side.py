@@ -31,7 +31,7 @@ from dpo_sd.forecast.operations import per_sample
 from dpo_sd.forecast.phases import Forecast
 from dpo_sd.forecast.units import GIB
 from dpo_sd.forecast.workload import Workload
-from dpo_sd.lora.adapters import policy_parameters, reference
+from dpo_sd.lora.adapters import named_policy_parameters, reference
 from dpo_sd.losses import DiffusionDPOLoss, PairErrors
 from dpo_sd.models import compilation
 from dpo_sd.models.families import FamilyName
@@ -214,7 +214,7 @@ class BareLoop:
     def updates(self) -> list[float]:
         """Seconds per update, from a new optimiser on."""
         self.unet.to(self.device).train()
-        parameters = policy_parameters(self.model)
+        parameters = named_policy_parameters(self.model)
         adam, schedule = self.bench.optimizer.build(parameters, self.bench.case.updates)
         seconds, half = [], self.bench.hardware.half
         for batch in self.bench.batches():
@@ -225,7 +225,7 @@ class BareLoop:
             with torch.autocast(self.device.type, half, enabled=half is not None):
                 policy, frozen, noise = self.predictions(given)
             self.loss(policy, frozen, noise).backward()
-            torch.nn.utils.clip_grad_norm_([p for group in parameters.values() for p in group], 1.0)
+            torch.nn.utils.clip_grad_norm_([p for group in parameters.values() for p in group.values()], 1.0)
             adam.step()
             schedule.step()
             synchronise()

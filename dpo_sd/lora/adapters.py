@@ -82,9 +82,14 @@ def policy_parameters(model: StableDiffusion) -> dict[str, list[nn.Parameter]]:
 
     They include those of layers that are never read, which get no gradient and which optimisers pass over.
     """
+    return {name: list(parameters.values()) for name, parameters in named_policy_parameters(model).items()}
+
+
+def named_policy_parameters(model: StableDiffusion) -> dict[str, dict[str, nn.Parameter]]:
+    """`policy_parameters` by their names within their network, as of `adapter_tensors`."""
     _check_attached(model, "policy")
-    tensors = {name: list(adapter_tensors(network, "policy").values()) for name, network in model.networks.items()}
-    return {name: parameters for name, parameters in tensors.items() if _any_trains(parameters)}
+    tensors = {name: adapter_tensors(network, "policy") for name, network in model.networks.items()}
+    return {name: parameters for name, parameters in tensors.items() if _any_trains(parameters.values())}
 
 
 def adapter_state(model: StableDiffusion, adapter: str = "policy") -> dict[str, Tensor]:

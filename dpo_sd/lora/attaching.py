@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_sd.errors import UserError, check_range
 from dpo_sd.lora.adapters import adapter_tensors, copy_into, lora_layers, summary
 from dpo_sd.lora.finding import find_lora
-from dpo_sd.lora.names import adaptable, canonical
+from dpo_sd.lora.names import adaptable, canonical, having
 from dpo_sd.lora.reading import read_lora
 from dpo_sd.lora.weights import ATTENTION, LoRAFile, LoRAWeights
 from dpo_sd.models.families import family_of_lora
@@ -291,13 +291,7 @@ def _ranks(modules: set[str], rank: int, others: Mapping[str, int]) -> dict[str,
     """
     ranks = dict.fromkeys(sorted(modules), rank)
     for part, its_rank in others.items():
-        fitting = [module for module in ranks if f".{part}." in f".{module}."]
-        if not fitting:
-            parts = {".".join(path[:n]) for path in (m.split(".") for m in modules) for n in range(1, 4)}
-            parts |= {piece for module in modules for piece in module.split(".") if not piece.isdigit()}
-            nearest = get_close_matches(part, sorted(parts), 3, 0.3) or sorted(parts)[:3]
-            raise UserError(f"ranks: '{part}' is part of no adapted module's name; nearest: {', '.join(nearest)}")
-        ranks |= dict.fromkeys(fitting, its_rank)
+        ranks |= dict.fromkeys(having(part, ranks, "ranks"), its_rank)
     return ranks
 
 

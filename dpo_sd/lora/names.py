@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
+from dpo_sd.errors import UserError
 from dpo_sd.lora.weights import PEFT_PREFIX
 from dpo_sd.models.families import FAMILIES, NETWORKS
 from dpo_sd.models.stable_diffusion import StableDiffusion
@@ -193,3 +195,21 @@ def kohya_names(module: str, family: Family) -> list[str]:
         return [prefix + underscored(inside) for prefix in _PREFIXES[network]]
     sgm = [sgm_name(inside)] if family.sgm_names else []
     return [UNET + underscored(name) for name in [inside, *sgm]]
+
+
+def having(part: str, modules: Collection[str], setting: str) -> list[str]:
+    """The modules of whose dotted names `part` is a part: `mid_block`, `attn1` or `up_blocks.1` for example.
+
+    Args:
+        setting: what the message calls the setting that names the part.
+
+    Raises:
+        UserError: if there is none, with the nearest parts.
+    """
+    found = [module for module in modules if f".{part}." in f".{module}."]
+    if not found:
+        parts = {piece for module in modules for piece in module.split(".") if not piece.isdigit()}
+        parts |= {".".join(module.split(".")[:n]) for module in modules for n in (2, 3)}
+        nearest = get_close_matches(part, sorted(parts), 3, 0.3) or sorted(parts)[:3]
+        raise UserError(f"{setting}: '{part}' is part of no adapted module's name; nearest: {', '.join(nearest)}")
+    return found

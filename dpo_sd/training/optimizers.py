@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_sd.errors import UserError, check_range
+from dpo_sd.lora.names import having
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -20,8 +21,8 @@ Schedule = Literal["constant", "cosine", "linear", "cosine_with_restarts", "poly
 class AdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101).
 
-    `finds_step_size` says that lr is only a factor on a step size that the optimiser finds: a recipe's learning rate,
-    `${adamw_rate:1e-4}` in its file, is none of its settings then.
+    `rate_to_adamws` is the optimiser's learning rate as a share of AdamW's, which a recipe gives as
+    `${adamw_rate:1e-4}`; 0 for one whose rate has a scale of its own, which its default is on.
 
     Args:
         lr: learning rate after the warm-up, positive.
@@ -33,12 +34,16 @@ class AdamW:
         text_encoder_lr: learning rate of text encoders where they are trained, positive; None takes lr.
         cycles: how often "cosine_with_restarts" begins anew, at least 1.
         power: exponent of "polynomial", positive; 1 is "linear".
+        loraplus_ratio: how many times as fast the B of an adapter learns as its A, positive; 16 in LoRA+ (Hayou et al.
+            2024, arXiv:2402.12354), where lr is A's.
+        lr_factors: factors on lr for parts of the networks by dotted parts of their names, such as {mid_block: 0.5};
+            of several that fit, the last counts. 0 leaves a part as it is.
 
     Raises:
         UserError: if a value is out of range.
     """
 
-    finds_step_size = False
+    rate_to_adamws = 1.0
 
     def __init__(
         self,
@@ -51,6 +56,8 @@ class AdamW:
         text_encoder_lr: float | None = None,
         cycles: int = 3,
         power: float = 2.0,
+        loraplus_ratio: float = 1.0,
+        lr_factors: dict[str, float] | None = None,
     ) -> None:
         if not 0 < lr <= 1000:
             raise UserError(f"lr must be positive and at most 1000, got {lr}")
@@ -71,7 +78,13 @@ class AdamW:
         check_range("cycles", cycles, 1)
         if not 0 < power < math.inf:
             raise UserError(f"power must be positive and finite, got {power}")
+        if not 0 < loraplus_ratio < math.inf:
+            raise UserError(f"loraplus_ratio must be positive and finite, got {loraplus_ratio}")
+        for part, factor in (lr_factors or {}).items():
+            if not 0 <= factor < math.inf:
+                raise UserError(f"lr_factors.{part} must be at least 0 and finite, got {factor}")
         self.cycles, self.power = cycles, power
+        self.loraplus_ratio, self.lr_factors = loraplus_ratio, dict(lr_factors or {})
         self.schedule: Schedule = schedule
         self.warmup_steps = warmup_steps
         self.text_encoder_lr = text_encoder_lr
@@ -102,34 +115,49 @@ class AdamW:
                 f"a tenth, {max_steps // 10}, is usual"
             )
 
-    def state_bytes(self, n: int) -> int:
-        """Bytes of optimiser state for one parameter tensor of n numbers."""
-        return 8 * n
+    def state_bytes(self, shape: Sequence[int]) -> int:
+        """Bytes of optimiser state for one parameter tensor of that shape."""
+        return 8 * math.prod(shape)
 
-    def build(self, parameters: Mapping[str, Sequence[Parameter]], max_steps: int) -> tuple[Optimizer, LRScheduler]:
+    def build(self, parameters: Mapping[str, Mapping[str, Parameter]], max_steps: int) -> tuple[Optimizer, LRScheduler]:
         """Builds the optimiser and its schedule, which is stepped once per update.
 
         Args:
-            parameters: trained parameters by their network, one group each: `unet`, `text_encoder`, `text_encoder_2`.
+            parameters: trained parameters by their network, `unet`, `text_encoder` or `text_encoder_2`, and by their
+                name there, `….lora_A.weight` or `….lora_B.weight`. Those of one network and learning rate are a group.
             max_steps: updates until the schedule ends, at least 1.
 
         Raises:
-            UserError: as `check`, and if text_encoder_lr is given without a text encoder to train.
+            UserError: as `check`, if text_encoder_lr is given without a text encoder to train, or if a name of
+                lr_factors is part of none.
         """
         from diffusers.optimization import get_scheduler
 
         self.check(max_steps)
         if self.text_encoder_lr is not None and not set(parameters) - {"unet"}:
             raise UserError("text_encoder_lr is given, but no text encoder is trained: use lora.text_encoder=true")
-        text_lr = self.lr if self.text_encoder_lr is None else self.text_encoder_lr
-        optimizer = self._optimizer(
-            [{"params": list(own), "lr": self.lr if name == "unet" else text_lr} for name, own in parameters.items()]
-        )
+        optimizer = self._optimizer(list(self._groups(parameters)))
         # diffusers' "constant" overlooks the warm-up
         schedule = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         steps = {"num_warmup_steps": self.warmup_steps, "num_training_steps": max_steps}
         scheduler = get_scheduler(schedule, optimizer, **steps, num_cycles=self.cycles, power=self.power)
         return optimizer, scheduler
+
+    def _groups(self, parameters: Mapping[str, Mapping[str, Parameter]]) -> Iterator[dict[str, Any]]:
+        modules = {f"{network}.{name.rpartition('.lora_')[0]}" for network, own in parameters.items() for name in own}
+        fitting = {part: set(having(part, modules, "lr_factors")) for part in self.lr_factors}
+        text_lr = self.lr if self.text_encoder_lr is None else self.text_encoder_lr
+        for network, own in parameters.items():
+            groups: dict[float, list[Parameter]] = {}
+            for name, parameter in own.items():
+                module, _, half = name.rpartition(".lora_")
+                rate = self.lr if network == "unet" else text_lr
+                for part, factor in reversed(self.lr_factors.items()):
+                    if f"{network}.{module}" in fitting[part]:
+                        rate *= factor
+                        break
+                groups.setdefault(rate * self.loraplus_ratio if half.startswith("B") else rate, []).append(parameter)
+            yield from ({"params": group, "lr": rate} for rate, group in groups.items())
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         import torch
@@ -137,11 +165,95 @@ class AdamW:
         return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
 
 
+class Adafactor(AdamW):
+    """Adafactor (Shazeer and Stern 2018, arXiv:1804.04235), whose state of a matrix is a row and a column.
+
+    Its steps have the size that lr says, as AdamW's have, instead of one relative to the weights: those of an adapter's
+    B begin at 0.
+
+    Args:
+        lr, weight_decay, schedule, warmup_steps, text_encoder_lr, cycles, power, loraplus_ratio, lr_factors: as in
+            `AdamW`.
+
+    Raises:
+        UserError: if a value is out of range.
+    """
+
+    def __init__(
+        self,
+        lr: float = 1e-4,
+        weight_decay: float = 0.0,
+        schedule: Schedule = "constant",
+        warmup_steps: int = 0,
+        text_encoder_lr: float | None = None,
+        cycles: int = 3,
+        power: float = 2.0,
+        loraplus_ratio: float = 1.0,
+        lr_factors: dict[str, float] | None = None,
+    ) -> None:
+        course = (schedule, warmup_steps, text_encoder_lr, cycles, power, loraplus_ratio, lr_factors)
+        super().__init__(lr, (0.9, 0.999), 1e-8, weight_decay, *course)
+
+    def state_bytes(self, shape: Sequence[int]) -> int:
+        n = math.prod(shape)
+        return 4 * (n // shape[-1] + n // shape[-2]) + 4 if len(shape) > 1 else 4 * n + 4
+
+    def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
+        from transformers.optimization import Adafactor
+
+        absolute = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+        return Adafactor(groups, lr=self.lr, weight_decay=self.weight_decay, **absolute)
+
+
+class Lion(AdamW):
+    """Lion (Chen et al. 2023, arXiv:2302.06675), whose step has one size for all weights; by lion-pytorch.
+
+    Args:
+        lr: learning rate after the warm-up, positive.
+        betas, weight_decay, schedule, warmup_steps, text_encoder_lr, cycles, power, loraplus_ratio, lr_factors: as in
+            `AdamW`.
+
+    Raises:
+        UserError: if a value is out of range.
+    """
+
+    rate_to_adamws = 0.2  # the paper: a third to a tenth
+
+    def __init__(
+        self,
+        lr: float = 2e-5,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 5e-2,
+        schedule: Schedule = "constant",
+        warmup_steps: int = 0,
+        text_encoder_lr: float | None = None,
+        cycles: int = 3,
+        power: float = 2.0,
+        loraplus_ratio: float = 1.0,
+        lr_factors: dict[str, float] | None = None,
+    ) -> None:
+        course = (schedule, warmup_steps, text_encoder_lr, cycles, power, loraplus_ratio, lr_factors)
+        super().__init__(lr, betas, 1e-8, weight_decay, *course)
+
+    def check(self, max_steps: int) -> None:
+        super().check(max_steps)
+        _check_installed("lion_pytorch", "lion")
+
+    def state_bytes(self, shape: Sequence[int]) -> int:
+        return 4 * math.prod(shape)
+
+    def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
+        from lion_pytorch import Lion
+
+        return Lion(groups, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+
+
 class AdamW8bit(AdamW):
     """AdamW with its state in 8 bit (Dettmers et al. 2022, arXiv:2110.02861), by bitsandbytes.
 
     Args:
-        lr, betas, eps, weight_decay, schedule, warmup_steps, text_encoder_lr, cycles, power: as in `AdamW`.
+        lr, betas, eps, weight_decay, schedule, warmup_steps, text_encoder_lr, cycles, power, loraplus_ratio,
+            lr_factors: as in `AdamW`.
 
     Raises:
         UserError: if a value is out of range.
@@ -151,7 +263,8 @@ class AdamW8bit(AdamW):
         super().check(max_steps)
         _check_installed("bitsandbytes", "adamw8bit")
 
-    def state_bytes(self, n: int) -> int:
+    def state_bytes(self, shape: Sequence[int]) -> int:
+        n = math.prod(shape)
         # bitsandbytes leaves small parameters in 32 bit, and keeps a scale for each 256 numbers
         return 8 * n if n < 4096 else 2 * n + 8 * -(-n // 256)
 
@@ -172,7 +285,7 @@ class Prodigy(AdamW):
         UserError: if a value is out of range.
     """
 
-    finds_step_size = True
+    rate_to_adamws = 0.0
 
     def __init__(
         self,
@@ -194,8 +307,8 @@ class Prodigy(AdamW):
         super().check(max_steps)
         _check_installed("prodigyopt", "prodigy")
 
-    def state_bytes(self, n: int) -> int:
-        return 16 * n
+    def state_bytes(self, shape: Sequence[int]) -> int:
+        return 16 * math.prod(shape)
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         from prodigyopt import Prodigy  # pyright: ignore[reportMissingImports] - optional extra

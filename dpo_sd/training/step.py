@@ -17,7 +17,7 @@ from dpo_sd.lora.adapters import (
     adapter_names,
     adapter_state,
     load_adapter_state,
-    policy_parameters,
+    named_policy_parameters,
     reference,
     trains_text,
     weights_of,
@@ -228,7 +228,7 @@ class DiffusionModule(L.LightningModule):
             network.train(training)
 
     def configure_optimizers(self) -> Any:
-        optimizer, scheduler = self.optimizer.build(policy_parameters(self.model), self.max_steps)
+        optimizer, scheduler = self.optimizer.build(named_policy_parameters(self.model), self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
