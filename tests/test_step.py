@@ -6,6 +6,7 @@ import copy
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -318,7 +319,8 @@ def test_dropout_is_a_function_of_seed_and_micro_step(build):
     module, batch = build(SFTLoss(), LoRA(rank=2, dropout=0.5), moved=True), make_batch()
     module.train()
 
-    def loss(batch_idx: int) -> torch.Tensor:
+    def loss(batch_idx: int, rank: int = 0, world_size: int = 1) -> torch.Tensor:
+        module._trainer = SimpleNamespace(global_rank=rank, world_size=world_size)  # type: ignore[assignment]
         module.on_train_batch_start([batch], batch_idx)
         return module.losses(batch)["loss"].detach()
 
@@ -326,6 +328,7 @@ def test_dropout_is_a_function_of_seed_and_micro_step(build):
     torch.rand(3)
     assert torch.equal(loss(5), first)
     assert not torch.equal(loss(6), first)
+    assert torch.equal(loss(2, rank=1, world_size=2), first)  # the same micro-batch, on the second of two devices
     module.seed = 1
     assert not torch.equal(loss(5), first)
 
