@@ -260,7 +260,8 @@ def step(
         model.halve_text(parts.hardware.half)
     encodes = needed_networks(model, cfg.cache)
     kept = reference_cache(cfg, parts, model, data, rank, resumed)
-    module = DiffusionModule(model, parts.loss, parts.optimizer, cfg.trainer.max_steps, cfg.seed, encodes, kept)
+    taught = (parts.loss, parts.optimizer, cfg.trainer.max_steps, cfg.seed, encodes, kept)
+    module = DiffusionModule(model, *taught, ema_decay=cfg.trainer.ema_decay)
     module.set_training(True)  # the adapters' dropout; the base has none
     return module, DataModule(
         data,

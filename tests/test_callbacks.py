@@ -213,6 +213,8 @@ def run_on_five_pairs(module: DiffusionModule) -> Run:
     source: Any = SimpleNamespace(caption_dropout=0.0)
     data = DataModule(PreparedData(samples, samples, [], []), source, Sampler(), 8, 8, seed=0, num_train_timesteps=1000)
     trainer: Any = SimpleNamespace(
+        global_rank=0,
+        world_size=1,
         strategy=SimpleNamespace(batch_to_device=lambda batch: batch),
         precision_plugin=SimpleNamespace(forward_context=nullcontext),
     )

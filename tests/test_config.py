@@ -301,6 +301,7 @@ def test_a_mistake_is_one_message_before_anything_is_written(run, tmp_path, argu
             "use pairs_per_update=16 or 32, or another hardware.micro_batch",
         ),
         (["trainer.max_steps=0"], "trainer.max_steps must be at least 1, got 0"),
+        (["trainer.ema_decay=1"], "trainer.ema_decay must be in (0, 1), or null for no average, got 1.0"),
         (["trainer.max_hours=0"], "trainer.max_hours must be positive, or null for no limit, got 0.0"),
         (
             ["trainer.max_hours=1", "~callbacks.checkpoint"],

@@ -597,6 +597,59 @@ def test_what_is_kept_is_on_disk_with_every_checkpoint(build, tmp_path):
     assert ReferenceErrors(tmp_path, np.arange(PAIRS), 1).filled == 1
 
 
+# ------------------------------------------------------------------------------------------------- the moving average
+
+
+def test_inside_averaged_the_policy_is_the_moving_average_of_its_updates_and_outside_it_goes_on(build):
+    """diffusers' decay is at most (1 + n) / (10 + n) at update n + 1, and 0 at the first: 0.5 counts from the ninth."""
+    module = build()
+    module.ema_decay = 0.5
+    module.configure_optimizers()
+    assert module.average is not None
+    states = []
+    for _ in range(3):
+        move(module.model)
+        module.average.step(module._trained)
+        states.append(adapter_state(module.model))
+    with module.averaged():
+        averaged = adapter_state(module.model)
+    expected = {name: states[0][name] for name in averaged}
+    for n, state in enumerate(states[1:], start=1):
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = {name: decay * expected[name] + (1 - decay) * value for name, value in state.items()}
+    for name, value in averaged.items():
+        assert_close(value, expected[name])
+        assert torch.equal(adapter_state(module.model)[name], states[-1][name])
+    with pytest.raises(RuntimeError), module.averaged():
+        raise RuntimeError
+    assert torch.equal(adapter_state(module.model)[name], states[-1][name])
+
+
+def test_a_checkpoint_brings_policy_and_average_back(build):
+    module = build(moved=True)
+    module.ema_decay = 0.9
+    module.configure_optimizers()
+    assert module.average is not None
+    module.average.step(module._trained)
+    move(module.model)
+    module.average.step(module._trained)
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    again = build()
+    again.ema_decay = 0.9
+    again.on_load_checkpoint(checkpoint)
+    again.configure_optimizers()
+    for kept in (lambda module: adapter_state(module.model), its_average):
+        before, after = kept(module), kept(again)
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert again.average is not None and again.average.optimization_step == 2
+
+
+def its_average(module: DiffusionModule) -> dict[str, torch.Tensor]:
+    with module.averaged():
+        return adapter_state(module.model)
+
+
 # -------------------------------------------------------------------------------------------- float16 that overflows
 
 

@@ -39,9 +39,10 @@ class Export(Watcher):
         """Writes the policy as it is now in diffusers' form, and in Kohya's under each of the names."""
         if not run.is_global_zero:
             return
-        save_diffusers(weights_of(run.module.model), run.folder / "lora" / WEIGHTS_NAME)
-        for name in names:
-            self._save_kohya(run, name)
+        with run.module.averaged():
+            save_diffusers(weights_of(run.module.model), run.folder / "lora" / WEIGHTS_NAME)
+            for name in names:
+                self._save_kohya(run, name)
         self._prune(run)
 
     def _save_kohya(self, run: Run, name: str) -> None:

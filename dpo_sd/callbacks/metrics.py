@@ -69,7 +69,7 @@ class Metrics(Watcher):
             self._reference = ReferenceErrors(None, data.data.validation.contents, len(data.grid), images=images)
         module.set_training(False)
         parts: list[list[dict[str, torch.Tensor]]] = []  # of each batch
-        with torch.no_grad(), eager():
+        with torch.no_grad(), eager(), module.averaged():
             for batch in data.validation_batches(trainer.global_rank, trainer.world_size):
                 parts.append([])
                 for part in trainer.strategy.batch_to_device(batch):

@@ -54,7 +54,8 @@ class Samples(Watcher):
         known: tuple[Side, ...] = ("base", "reference", "policy")
         there = {"base", *adapter_names(model)}
         sides: list[Side] = [side for side in known if side in there and side not in self._fixed]
-        drawn = draw_sides(sides, model, sampler, prompts, seeds)
+        with run.module.averaged():
+            drawn = draw_sides(sides, model, sampler, prompts, seeds)
         rows = self._fixed | drawn
         self._fixed = {side: images for side, images in rows.items() if side != "policy"}
         file = run.folder / "samples" / f"step={run.step:06d}.png"

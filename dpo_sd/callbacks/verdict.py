@@ -9,7 +9,7 @@ from dpo_sd.callbacks.watcher import Run, Watcher
 from dpo_sd.data.prompts import read_prompts
 from dpo_sd.errors import UserError, check_range
 from dpo_sd.evaluation.comparison import Comparison, compare, power
-from dpo_sd.evaluation.drawing import draw_sides, questions
+from dpo_sd.evaluation.drawing import Side, draw_sides, questions
 from dpo_sd.judges.judge import Judge
 from dpo_sd.noise import check_uint64
 
@@ -81,7 +81,9 @@ class Verdict(Watcher):
         if run.judge is None or not run.is_last or not run.is_global_zero:
             return
         prompts, seeds = questions(self.held_out(run)[0], self.seeds_per_prompt, self.seed)
-        drawn = draw_sides(("reference", "policy"), run.module.model, run.data.sampler, prompts, seeds, "verdict")
+        sides: tuple[Side, ...] = ("reference", "policy")
+        with run.module.averaged():
+            drawn = draw_sides(sides, run.module.model, run.data.sampler, prompts, seeds, "verdict")
         try:
             self.result = compare(run.judge, prompts, drawn["reference"], drawn["policy"], run.data.source.labeller)
         except Exception as error:

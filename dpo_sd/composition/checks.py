@@ -75,6 +75,8 @@ def _check_trainer(trainer: DictConfig) -> None:
         check_range(f"trainer.{key}", trainer[key], 1, 2**31)
     if trainer.max_hours is not None and not 0 < trainer.max_hours < math.inf:
         raise UserError(f"trainer.max_hours must be positive, or null for no limit, got {trainer.max_hours}")
+    if trainer.ema_decay is not None and not 0 < trainer.ema_decay < 1:
+        raise UserError(f"trainer.ema_decay must be in (0, 1), or null for no average, got {trainer.ema_decay}")
     if trainer.gradient_clip is not None and not trainer.gradient_clip > 0:
         raise UserError(f"trainer.gradient_clip must be positive, or null for none, got {trainer.gradient_clip}")
 

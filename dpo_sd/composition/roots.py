@@ -97,6 +97,7 @@ class Trainer:
 
     max_steps: int = MISSING
     max_hours: float | None = MISSING
+    ema_decay: float | None = MISSING
     validate_every: int = MISSING
     log_every: int = MISSING
     devices: int = MISSING

@@ -47,6 +47,8 @@ class OnCard:
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
         sizes = (workload.optimizer.state_bytes(parameter.shape) for parameter in trained)
+        if workload.ema:
+            sizes = itertools.chain(sizes, (parameter.nbytes for parameter in trained))
         state = [torch.empty(size, dtype=torch.uint8, device=model.unet.device) for size in sizes]
         parts = {"UNet": unet, "encoders of the step": list(_tensors(*encoders)), "adapters": adapters}
         parts |= {"gradients": gradients, "optimiser": state}

@@ -36,6 +36,7 @@ class Workload:
         pairs: pairs behind one update on one device; the micro-batch divides them.
         draws: whether images are drawn while the run trains.
         flip: whether each image is encoded in both mirror images.
+        ema: whether a moving average of the policy is kept.
         card: bytes of the card that is there; None takes what the hardware's would have.
     """
 
@@ -50,6 +51,7 @@ class Workload:
     pairs: int = 16
     draws: bool = True
     flip: bool = False
+    ema: bool = False
     card: int | None = None
 
     @property
@@ -128,6 +130,7 @@ def of_composition(cfg: DictConfig, resolution: int, **parts: Any) -> Workload:
         pairs=cfg.pairs_per_update // (cfg.trainer.devices * cfg.trainer.num_nodes),
         draws=not cfg.callbacks.keys().isdisjoint(("samples", "verdict")),
         flip=cfg.framing.flip,
+        ema=cfg.trainer.ema_decay is not None,
     )
 
 

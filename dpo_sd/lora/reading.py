@@ -154,7 +154,8 @@ def _read_checkpoint(path: Path) -> LoRAFile:
     import torch
 
     content = torch.load(path, map_location="cpu", weights_only=True)
-    return LoRAFile(content["adapters"]["policy"], content["alphas"], path, "diffusers", {})
+    policy = content["average"]["weights"] if "average" in content else content["adapters"]["policy"]
+    return LoRAFile(policy, content["alphas"], path, "diffusers", {})
 
 
 def _read_peft(folder: Path) -> LoRAFile:

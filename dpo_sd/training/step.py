@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from diffusers.training_utils import compute_snr
+from diffusers.training_utils import EMAModel, compute_snr
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
@@ -18,6 +20,7 @@ from dpo_sd.lora.adapters import (
     adapter_state,
     load_adapter_state,
     named_policy_parameters,
+    policy_parameters,
     reference,
     trains_text,
     weights_of,
@@ -63,6 +66,7 @@ class DiffusionModule(L.LightningModule):
         seed: seed of the adapters' dropout.
         encodes: networks that steps need beside the UNet because the cache does not have their results.
         reference_cache: keeps the reference's errors on the training samples; None computes them at every visit.
+        ema_decay: keeps an exponential moving average of the policy, for `averaged`; in (0, 1), None keeps none.
     """
 
     def __init__(
@@ -74,12 +78,16 @@ class DiffusionModule(L.LightningModule):
         seed: int = 0,
         encodes: tuple[nn.Module, ...] = (),
         reference_cache: ReferenceErrors | None = None,
+        ema_decay: float | None = None,
     ):
         super().__init__()
         self.model, self.loss, self.optimizer, self.max_steps, self.seed = model, loss, optimizer, max_steps, seed
         self.unet, self.reference_cache = model.unet, reference_cache
         self.encodes = nn.ModuleList(encodes)  # which Lightning takes to the device with the UNet
         self.strict_loading = False  # checkpoints leave the base out
+        self.ema_decay = ema_decay
+        self.average: EMAModel | None = None  # from the first update on
+        self._average_state: dict[str, Any] | None = None  # of a checkpoint, until there are optimisers
         self.skipped = 0  # updates that were left out because a gradient overflowed
         self._just_skipped = False
         self.identity: dict[str, Any] = {}  # what the run is, kept in its checkpoints
@@ -228,6 +236,8 @@ class DiffusionModule(L.LightningModule):
             network.train(training)
 
     def configure_optimizers(self) -> Any:
+        if self.ema_decay is not None:
+            self.average = self._begun_average()
         optimizer, scheduler = self.optimizer.build(named_policy_parameters(self.model), self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -239,6 +249,37 @@ class DiffusionModule(L.LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self._just_skipped = scaler is not None and scaler.get_scale() < before
         self.skipped += self._just_skipped
+        if self.average is not None and not self._just_skipped:
+            self.average.step(self._trained)
+
+    @property
+    def _trained(self) -> list[nn.Parameter]:
+        return list(itertools.chain(*policy_parameters(self.model).values()))
+
+    def _begun_average(self) -> EMAModel:
+        """The average of the checkpoint, or one that begins with the policy."""
+        assert self.ema_decay is not None
+        if self._average_state is None:
+            return EMAModel(self._trained, self.ema_decay)
+        now = adapter_state(self.model, "policy")
+        load_adapter_state(self.model, "policy", self._average_state["weights"])
+        average = EMAModel(self._trained, self.ema_decay)  # of copies
+        load_adapter_state(self.model, "policy", now)
+        average.optimization_step = self._average_state["step"]
+        return average
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the policy is its moving average where one is kept: that is validated, drawn, judged and exported."""
+        if self.average is None:
+            yield
+            return
+        self.average.store(self._trained)
+        self.average.copy_to(self._trained)
+        try:
+            yield
+        finally:
+            self.average.restore(self._trained)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         if not self._just_skipped:  # the schedule is that of the updates that were made
@@ -250,6 +291,10 @@ class DiffusionModule(L.LightningModule):
         checkpoint["state_dict"] = {}
         checkpoint["identity"] = self.identity
         checkpoint["skipped"] = self.skipped
+        if self.average is not None:
+            with self.averaged():  # `lora.reading` takes it for the policy
+                weights = adapter_state(self.model, "policy")
+            checkpoint["average"] = {"weights": weights, "step": self.average.optimization_step}
         if self.reference_cache is not None:
             self.reference_cache.save()
         checkpoint["adapters"] = {name: adapter_state(self.model, name) for name in adapter_names(self.model)}
@@ -261,6 +306,7 @@ class DiffusionModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped = checkpoint.get("skipped", 0)  # which older checkpoints do not count
+        self._average_state = checkpoint.get("average")
         for name, state in checkpoint["adapters"].items():
             load_adapter_state(self.model, name, state)
 
