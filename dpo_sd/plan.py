@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from dpo_sd.composition.application import entry_point
-from dpo_sd.composition.checks import composes
+from dpo_sd.composition.checks import composes, with_epochs
 from dpo_sd.composition.presets import preset, say_choice
 from dpo_sd.data.cache import Cache
 from dpo_sd.data.source import Found
@@ -52,6 +52,8 @@ def main(cfg: DictConfig) -> None:
         mistake, found = None, foreseen(cfg, forecast.card.model)
     except Exception as error:  # raised again below
         mistake, found = error, Found(None, 0, 0, 0, [])
+    if mistake is None:
+        cfg = with_epochs(cfg, found.train)
     for line in (*found.report, *truncation(cfg, found)):
         print(f"data     {line}")
     for line in (*passes(cfg, found), *duration(cfg, forecast, found)):
@@ -72,7 +74,8 @@ def workload(cfg: DictConfig) -> Workload:
     from dpo_sd.models.families import FAMILIES
 
     parts = {group: instantiate(cfg[group]) for group in ("lora", "loss", "optimizer", "hardware", "sampler")}
-    parts["optimizer"].check_schedule(cfg.trainer.max_steps)
+    if cfg.trainer.max_epochs is None:
+        parts["optimizer"].check_schedule(cfg.trainer.max_steps)
     return of_composition(cfg, instantiate(cfg.framing).resolution or FAMILIES[cfg.model.name].resolution, **parts)
 
 

@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_sd.composition.application import entry_point
-from dpo_sd.composition.checks import composes
+from dpo_sd.composition.checks import composes, with_epochs
 from dpo_sd.composition.options import own_flags
 from dpo_sd.composition.presets import overrides, preset, say_choice
 from dpo_sd.data.cache import Cache
@@ -80,13 +80,15 @@ def trained(cfg: DictConfig, folder: Path) -> float | None:
     accumulation = parts.hardware.accumulation(cfg.pairs_per_update, processes(cfg))
     resume = resumed(cfg, folder)
     checkpoint = newest_checkpoint(resume)
-    settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    if checkpoint is not None:
-        check_same_run(checkpoint, settings)
     check_card(cfg, parts, resume)
     for line in parts.base.to_fetch():
         say(f"model   {line}")
     found = parts.source.find(parts.cache, fetch=True)  # data of no use is met before weights load
+    cfg = with_epochs(cfg, found.train)
+    parts.optimizer.check(cfg.trainer.max_steps)
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    if checkpoint is not None:
+        check_same_run(checkpoint, settings)
 
     from dpo_sd.callbacks.metrics import Metrics
     from dpo_sd.callbacks.run_record import RunRecord
@@ -132,7 +134,8 @@ def composed(cfg: DictConfig) -> Parts:
     parts = Parts._make([hardware, *(instantiate(cfg[group]) for group in groups), judge, cache])
     parts.base.check()
     parts.lora.check()
-    parts.optimizer.check(cfg.trainer.max_steps)
+    if cfg.trainer.max_epochs is None:
+        parts.optimizer.check(cfg.trainer.max_steps)
     return parts
 
 

@@ -302,6 +302,7 @@ def test_a_mistake_is_one_message_before_anything_is_written(run, tmp_path, argu
         ),
         (["trainer.max_steps=0"], "trainer.max_steps must be at least 1, got 0"),
         (["trainer.ema_decay=1"], "trainer.ema_decay must be in (0, 1), or null for no average, got 1.0"),
+        (["trainer.max_epochs=0"], "trainer.max_epochs must be above 0 and at most 10^6, got 0.0"),
         (["trainer.max_hours=0"], "trainer.max_hours must be positive, or null for no limit, got 0.0"),
         (
             ["trainer.max_hours=1", "~callbacks.checkpoint"],

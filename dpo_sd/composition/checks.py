@@ -75,10 +75,30 @@ def _check_trainer(trainer: DictConfig) -> None:
         check_range(f"trainer.{key}", trainer[key], 1, 2**31)
     if trainer.max_hours is not None and not 0 < trainer.max_hours < math.inf:
         raise UserError(f"trainer.max_hours must be positive, or null for no limit, got {trainer.max_hours}")
+    if trainer.max_epochs is not None and not 0 < trainer.max_epochs <= 10**6:
+        raise UserError(f"trainer.max_epochs must be above 0 and at most 10^6, got {trainer.max_epochs}")
     if trainer.ema_decay is not None and not 0 < trainer.ema_decay < 1:
         raise UserError(f"trainer.ema_decay must be in (0, 1), or null for no average, got {trainer.ema_decay}")
     if trainer.gradient_clip is not None and not trainer.gradient_clip > 0:
         raise UserError(f"trainer.gradient_clip must be positive, or null for none, got {trainer.gradient_clip}")
+
+
+def with_epochs(cfg: DictConfig, samples: int | None) -> DictConfig:
+    """The settings with the updates that `trainer.max_epochs` passes over the data take, where it is given.
+
+    Args:
+        samples: in the training data.
+
+    Raises:
+        UserError: if nobody knows how many there are.
+    """
+    epochs = cfg.trainer.max_epochs
+    if epochs is None:
+        return cfg
+    if samples is None:
+        raise UserError("trainer.max_epochs: how large this data is is not known yet: give trainer.max_steps instead")
+    steps = max(1, math.ceil(epochs * samples / cfg.pairs_per_update))
+    return OmegaConf.merge(cfg, {"trainer": {"max_steps": steps}})  # type: ignore[return-value]
 
 
 def _check_best(cfg: DictConfig) -> None:

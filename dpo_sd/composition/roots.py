@@ -96,6 +96,7 @@ class Trainer:
     """Types of the trainer group, whose values conf/trainer holds and the entry point reads."""
 
     max_steps: int = MISSING
+    max_epochs: float | None = MISSING
     max_hours: float | None = MISSING
     ema_decay: float | None = MISSING
     validate_every: int = MISSING

@@ -11,7 +11,16 @@ from dpo_sd.files.checksums import is_whole
 # Settings that may change when a run is continued: where and how it runs and who watches it, but not what it learns.
 FREE = ("resume", "name", "cache_dir", "hardware", "judge", "callbacks", "logger")
 _PARTS = {"global_step": int, "adapters": dict, "optimizer_states": list, "loops": dict}  # of a checkpoint
-FREE_TRAINER = ("max_steps", "max_hours", "validate_every", "log_every", "devices", "num_nodes", "strategy")
+FREE_TRAINER = (
+    "max_steps",
+    "max_epochs",
+    "max_hours",
+    "validate_every",
+    "log_every",
+    "devices",
+    "num_nodes",
+    "strategy",
+)
 
 
 def newest_checkpoint(resume: str | None) -> Path | None:
@@ -76,7 +85,7 @@ def check_same_run(checkpoint: Path, settings: dict[str, Any]) -> None:
         )
     free = {"sampler.batch_size", *(f"trainer.{name}" for name in FREE_TRAINER)}  # the first goes with the hardware
     if settings["optimizer"]["schedule"] != "constant":
-        free.remove("trainer.max_steps")  # the learning rate falls towards that update
+        free -= {"trainer.max_steps", "trainer.max_epochs"}  # the learning rate falls towards that update
     old, new = (
         {key: value for key, value in flat(tree).items() if key.split(".")[0] not in FREE and key not in free}
         for tree in (before, settings)
