@@ -329,6 +329,8 @@ def reference_cache(
         caption_dropout=parts.source.caption_dropout,
         framing=OmegaConf.to_container(cfg.framing, resolve=True),
         cache=[parts.cache.keep, parts.cache.half],
+        # errors from before SDXL was told the mirrored place of a crop are not read
+        **({"crop_place": "mirrored"} if model.family.pooled and parts.framing.flip else {}),
     )
     folder = parts.cache.folder / "reference" / key
     images = 2 if parts.loss.needs_pairs else 1

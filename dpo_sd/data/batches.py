@@ -47,15 +47,15 @@ class Latents:
 
     Args:
         latents: n latents, (4, h/8, w/8), scaled, in the order of the samples; or 2·n, the mirrored ones following.
-        time_ids: (n, 6), int32, one row per sample.
+        time_ids: (n, 6) or (2·n, 6), int32, one row per latent.
     """
 
     def __init__(self, latents: Tensors, time_ids: np.ndarray):
         self.latents, self.time_ids = latents, time_ids
 
     def read(self, row: int, flip: bool, where: tuple[float, float]) -> tuple[Tensor, Tensor]:
-        latents = self.latents[row + len(self.time_ids) * flip]  # the mirrored image of sample i is number n + i
-        return latents.float(), torch.from_numpy(self.time_ids[row]).float()
+        place = row + len(self.latents) // 2 * flip  # the mirrored image of sample i is number n + i
+        return self.latents[place].float(), torch.from_numpy(self.time_ids[place]).float()
 
 
 class Prompts:
