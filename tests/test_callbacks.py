@@ -470,6 +470,7 @@ def test_the_report_says_rate_interval_number_judge_scores_and_control(module):
     low, high = (f"{100 * result[name]:.0f}" for name in ("low", "high"))
     report = verdict.report()
     assert f"The policy wins 90 % [{low}, {high}] n=5 against its reference" in report
+    assert float(low) < 50 and "held-out prompts, which are too few to tell any win rate from chance." in report
     assert "a judge" in report
     assert "0.10 → 0.90" in report
     assert "0.750 → 0.250" in report

@@ -8,7 +8,7 @@ from typing import Any
 from dpo_sd.callbacks.watcher import Run, Watcher
 from dpo_sd.data.prompts import read_prompts
 from dpo_sd.errors import UserError, check_range
-from dpo_sd.evaluation.comparison import Comparison, compare, power
+from dpo_sd.evaluation.comparison import Comparison, compare, power, too_few
 from dpo_sd.evaluation.drawing import draw_sides, questions
 from dpo_sd.judges.judge import Judge
 from dpo_sd.noise import check_uint64
@@ -93,5 +93,6 @@ class Verdict(Watcher):
     def report(self) -> str:
         if self.result is None:
             return ""
-        first = f"The policy wins {self.result.win} against its reference on held-out prompts."
+        few = ", which are too few to tell any win rate from chance" if too_few(self.result.win.n) else ""
+        first = f"The policy wins {self.result.win} against its reference on held-out prompts{few}."
         return "\n".join([first, *self.result.lines()])
