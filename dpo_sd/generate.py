@@ -22,6 +22,7 @@ from dpo_sd.files.hashes import sha256
 from dpo_sd.files.images import decoding_problems, has_png_end, save_png
 from dpo_sd.lora.attaching import load_for_drawing
 from dpo_sd.lora.weighted import lora_name, parse_lora
+from dpo_sd.models.families import longer
 from dpo_sd.models.sampling import LEFT_OUT
 from dpo_sd.noise import image_seed
 from dpo_sd.preferences.drawn_with import read_record, write_record
@@ -177,7 +178,7 @@ def draw(
     for line in load_for_drawing(model, [(lora.path, lora.weight) for lora in loras]):
         print(f"lora    {line}")
     for prompt in model.truncated(list(dict.fromkeys(image.prompt for image in images)))[:5]:
-        print(f"cut at the text encoder's limit: {prompt!r}")
+        print(f"cut at the text encoder's limit: {prompt!r}{longer(model.family, model.reading)}")
     started = time.monotonic()
     drawn = sampler.stream(model, [image.prompt for image in images], [image.seed for image in images])
     for image, pixels in tqdm(zip(images, drawn, strict=True), "drawing", len(images), unit="picture"):

@@ -40,9 +40,10 @@ from dpo_sd.judges.judge import Judge
 from dpo_sd.lora.adapters import weights_of
 from dpo_sd.lora.attaching import LoRA
 from dpo_sd.lora.weights import WEIGHTS_NAME
-from dpo_sd.lora.writing import save_diffusers
+from dpo_sd.lora.writing import reading_metadata, save_diffusers
 from dpo_sd.losses import DiffusionDPOLoss, PairErrors
 from dpo_sd.models.base import Base
+from dpo_sd.models.families import FAMILIES
 from dpo_sd.models.sampling import Sampler
 from dpo_sd.shapes.captions import split_prompts
 from dpo_sd.training.checkpoints import AtomicCheckpointIO
@@ -595,6 +596,12 @@ def test_a_checkpoint_brings_both_lora_files(tmp_path, module):
         "ss_learning_rate": "0.002",
         "ss_resolution": "(64, 64)",
     }
+
+
+def test_a_lora_says_how_prompts_were_read_where_that_is_not_as_usual():
+    family = FAMILIES["sd15"]
+    assert reading_metadata(family, family.reading()) == {}
+    assert reading_metadata(family, family.reading(225, 2)) == {"ss_max_token_length": "225", "ss_clip_skip": "2"}
 
 
 def test_a_lora_says_the_resolution_that_it_was_trained_at(tmp_path, module):

@@ -21,7 +21,9 @@ def parts(prompts: Sequence[str], validation: float = 0.25, seed: int = 0) -> Sp
     return split(Samples(prompts, files, files, np.ones(n), np.ones(n)), validation, seed)
 
 
-@pytest.mark.parametrize("other", ["A red fox.", "red fox, a", " a  red\tfox ", "the Red-Fox!", "red_fox", "ｒｅｄ fox"])
+@pytest.mark.parametrize(
+    "other", ["A red fox.", "red fox, a", " a  red\tfox ", "the Red-Fox!", "red_fox", "ｒｅｄ fox"]
+)
 def test_another_spelling_is_the_same_prompt(other: str):
     assert essence(other) == essence("a red fox")
 

@@ -14,7 +14,7 @@ from dpo_sd.forecast.counting import OWNED
 from dpo_sd.forecast.units import GIB
 from dpo_sd.lora.attaching import LoRA
 from dpo_sd.losses import Loss
-from dpo_sd.models.families import FamilyName
+from dpo_sd.models.families import FAMILIES, FamilyName, Reading
 from dpo_sd.models.ready import ready
 from dpo_sd.models.sampling import Sampler
 from dpo_sd.models.skeletons import RandomWeights
@@ -37,6 +37,7 @@ class Workload:
         draws: whether images are drawn while the run trains.
         flip: whether each image is encoded in both mirror images.
         card: bytes of the card that is there; None takes what the hardware's would have.
+        reading: how prompts are read.
     """
 
     family: FamilyName
@@ -51,6 +52,7 @@ class Workload:
     draws: bool = True
     flip: bool = False
     card: int | None = None
+    reading: Reading = Reading()
 
     @property
     def limit(self) -> int | None:
@@ -77,7 +79,8 @@ class Workload:
     def build(self, device: torch.device | str = "meta", compile: bool = False) -> StableDiffusion:
         """The model with its adapters, as training has it; with random weights where the device is not `meta`."""
         hardware = self.hardware
-        model = ready(RandomWeights(self.family), device, hardware.weights, hardware.gradient_checkpointing, compile)
+        base = RandomWeights(self.family, self.reading)
+        model = ready(base, device, hardware.weights, hardware.gradient_checkpointing, compile)
         self.lora.attach(model)
         if self.cache != "all" and self.hardware.half is not None:
             model.halve_text(self.hardware.half)
@@ -128,6 +131,7 @@ def of_composition(cfg: DictConfig, resolution: int, **parts: Any) -> Workload:
         pairs=cfg.pairs_per_update // (cfg.trainer.devices * cfg.trainer.num_nodes),
         draws=not cfg.callbacks.keys().isdisjoint(("samples", "verdict")),
         flip=cfg.framing.flip,
+        reading=FAMILIES[cfg.model.name].reading(cfg.model.max_tokens, cfg.model.clip_skip),
     )
 
 
