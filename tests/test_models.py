@@ -200,7 +200,7 @@ def test_how_prompts_are_read_is_part_of_what_caches_and_runs_go_by(model):
         (lambda: Base("sd15", max_tokens=100), "sd15 reads prompts in chunks of 75 tokens, at most 10 of them: use 75"),
         (lambda: Base("sd15", max_tokens=0), "max_tokens=0: sd15 reads prompts in chunks of 75 tokens"),
         (lambda: Base("sdxl", max_tokens=7500), "at most 10 of them: use 750"),
-        (lambda: Base("sd15", clip_skip=0), "clip_skip must be between 1, which leaves out nothing, and 12, got 0"),
+        (lambda: Base("sd15", clip_skip=0), "clip_skip must be between 1 .the last layer. and 12, got 0"),
         (lambda: Base(clip_skip=3), "and 2, got 3"),
         (lambda: Base("sdxl", clip_skip=2), "sdxl was trained on the last layer but one, which is read already"),
         (lambda: Base("sd21", clip_skip=2), "sd21 was trained on the last layer but one"),

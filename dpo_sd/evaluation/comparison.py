@@ -134,4 +134,5 @@ def power(n: int, wanted: int) -> str:
     fewer = "" if n == wanted else f" (there are no {wanted})"
     if too_few(n):
         return f"{n} held-out prompts{fewer} cannot tell any win rate from chance"
-    return f"on {n} held-out prompts{fewer}, a win rate of {minimal_detectable_rate(n):.0%} is told from chance with 80 % power"
+    rate = minimal_detectable_rate(n)
+    return f"on {n} held-out prompts{fewer}, a win rate of {rate:.0%} is told from chance with 80 % power"

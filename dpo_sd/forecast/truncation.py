@@ -28,9 +28,10 @@ def truncation_line(base: Base, prompts: Sequence[str]) -> str:
     tokenizer = read_tokenizer(folder, CLIPTextConfig.from_pretrained(encoder), first.pad)
     most = base.reading.chunks * (tokenizer.model_max_length - 2) + 2  # with the marks of the ends
     long = [prompt for prompt in prompts if len(tokenizer(prompt).input_ids) > most]
-    named = f": {', '.join(repr(prompt[:60]) for prompt in long[:3])}" if long else ""
+    first_three = ", ".join(repr(prompt[:60]) for prompt in long[:3])
+    named = f": {first_three}{longer(base.family, base.reading)}" if long else ""
     are = "is" if len(long) == 1 else "are"
-    return f"{len(long)} of {counted(len(prompts), 'prompt')} {are} cut at the text encoder's limit{named}{longer(base.family, base.reading) if long else ''}"
+    return f"{len(long)} of {counted(len(prompts), 'prompt')} {are} cut at the text encoder's limit{named}"
 
 
 def vocabulary(base: Base) -> Path | None:

@@ -14,7 +14,7 @@ from dpo_sd.forecast.counting import OWNED
 from dpo_sd.forecast.units import GIB
 from dpo_sd.lora.attaching import LoRA
 from dpo_sd.losses import Loss
-from dpo_sd.models.families import FAMILIES, FamilyName, Reading
+from dpo_sd.models.families import AS_USUAL, FAMILIES, FamilyName, Reading
 from dpo_sd.models.ready import ready
 from dpo_sd.models.sampling import Sampler
 from dpo_sd.models.skeletons import RandomWeights
@@ -52,7 +52,7 @@ class Workload:
     draws: bool = True
     flip: bool = False
     card: int | None = None
-    reading: Reading = Reading()
+    reading: Reading = AS_USUAL
 
     @property
     def limit(self) -> int | None:

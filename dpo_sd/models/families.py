@@ -163,9 +163,10 @@ class Family:
         Raises:
             UserError: if they cannot.
         """
-        chunks, rest = divmod(max_tokens or self.chunk, self.chunk)
-        if rest or not 1 <= chunks <= MOST_CHUNKS or max_tokens == 0:
-            near = min(max(1, round((max_tokens or 0) / self.chunk)), MOST_CHUNKS) * self.chunk
+        tokens = self.chunk if max_tokens is None else max_tokens
+        chunks, rest = divmod(tokens, self.chunk)
+        if rest or not 1 <= chunks <= MOST_CHUNKS:
+            near = min(max(1, round(tokens / self.chunk)), MOST_CHUNKS) * self.chunk
             raise UserError(
                 f"model.max_tokens={max_tokens}: {self.name} reads prompts in chunks of {self.chunk} tokens, at most "
                 f"{MOST_CHUNKS} of them: use {near}"
@@ -173,13 +174,11 @@ class Family:
         layers = self.settings("text_encoder")["num_hidden_layers"]
         clip_skip = 1 if clip_skip is None else clip_skip
         if not 1 <= clip_skip <= layers:
-            raise UserError(
-                f"model.clip_skip must be between 1, which leaves out nothing, and {layers}, got {clip_skip}"
-            )
+            raise UserError(f"model.clip_skip must be between 1 (the last layer) and {layers}, got {clip_skip}")
         if clip_skip > 1 and not self.skips:
             raise UserError(
-                f"model.clip_skip={clip_skip}: {self.name} was trained on the last layer but one, which is read already: "
-                "leave it out"
+                f"model.clip_skip={clip_skip}: {self.name} was trained on the last layer but one, which is read "
+                "already: leave it out"
             )
         return Reading(chunks, clip_skip)
 

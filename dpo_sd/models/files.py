@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_sd.files.hashes import sha256
-from dpo_sd.models.families import Family, Reading, tokenizer_of
+from dpo_sd.models.families import AS_USUAL, Family, Reading, tokenizer_of
 from dpo_sd.models.stable_diffusion import Fingerprints
 
 _WEIGHTS = re.compile(  # names of their files in a diffusers folder; the group is the variant
@@ -95,7 +95,7 @@ def fingerprints(
 
     def together(*names: str) -> str:
         known: dict[str, Any] = {name: value for name, value in hashes.items() if name in names}
-        if reading != Reading() and not known.keys().isdisjoint(family.encoders):
+        if reading != AS_USUAL and not known.keys().isdisjoint(family.encoders):
             known |= reading._asdict()
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpo_sd.models.families import FAMILIES, FamilyName, Reading, tokenizer_of
+from dpo_sd.models.families import AS_USUAL, FAMILIES, FamilyName, Reading, tokenizer_of
 from dpo_sd.models.stable_diffusion import Fingerprints, StableDiffusion
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class RandomWeights:
         reading: how it reads prompts.
     """
 
-    def __init__(self, name: FamilyName, reading: Reading = Reading()):
+    def __init__(self, name: FamilyName, reading: Reading = AS_USUAL):
         self.name: FamilyName = name
         self.reading = reading
         self.notes: list[str] = []

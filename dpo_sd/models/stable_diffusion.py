@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_sd.errors import UserError
 from dpo_sd.files.texts import whole
-from dpo_sd.models.families import FAMILIES, Reading, tokenizer_of
+from dpo_sd.models.families import AS_USUAL, FAMILIES, Reading, tokenizer_of
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,7 @@ class StableDiffusion:
     noise_scheduler: DDPMScheduler
     fingerprints: Fingerprints
     device: torch.device | str
-    reading: Reading = Reading()
+    reading: Reading = AS_USUAL
     text_dtype: torch.dtype | None = field(default=None, init=False)  # set by `halve_text`
 
     @classmethod
@@ -98,7 +98,7 @@ class StableDiffusion:
         parts: Mapping[str, Any],
         fingerprints: Fingerprints,
         device: torch.device | str,
-        reading: Reading = Reading(),
+        reading: Reading = AS_USUAL,
     ) -> StableDiffusion:
         """The model of these parts, by the names of diffusers' layout; its networks are frozen, in evaluation mode.
 
