@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -368,7 +369,10 @@ def test_numbers_for_repeats_in_names_of_folders_are_said_not_to_count(tmp_path)
     folder = make(tmp_path / "photos", {"10_style/a.png": "a fox", "2_other/b.png": "a bear", "c_3/c.png": "a cat"})
     both = found(folder)
     assert len(captions(both)) == 3
-    assert "Kohya's repeats in names of folders do not count: 10_style, 2_other" in both.report
+    assert (
+        "Kohya's repeats in names of folders do not count: 10_style, 2_other; data.path=[<folder>:10] repeats"
+        in both.report
+    )
 
 
 @pytest.mark.parametrize(("on_disk", "written"), [("NFD", "NFC"), ("NFC", "NFD")])
@@ -520,6 +524,90 @@ def test_tags_are_shuffled_behind_the_trigger():
     assert {frozenset(text.split(", ")[2:]) for text in texts} == {frozenset({"a", "b c", "d"})}
     assert pickle.loads(pickle.dumps(shuffled)) == shuffled  # for the processes that prepare batches
     assert shuffled("", generator(0, 1, 0, "text")) == ""
+
+
+def test_tags_that_are_kept_stand_still_behind_the_trigger(tmp_path):
+    source = Captions(str(ten(tmp_path / "photos")), trigger="sks, style", shuffle_tags=True, keep_tokens=1)
+    data = source.prepare(Base().load(), Sampler(), Framing(), Cache(tmp_path / "cache", "latents"))
+    assert data.train.vary == ShuffledTags(kept=3)
+    texts = {ShuffledTags(3)("sks, style, a, b, c", generator(0, 1, draw, "text")) for draw in range(20)}
+    assert texts == {"sks, style, a, b, c", "sks, style, a, c, b"}
+
+
+# ------------------------------------------------------------------------------------------------------ several folders
+
+
+def several(tmp_path: Path) -> tuple[Path, Path]:
+    one = make(tmp_path / "one", {f"{i}.png": f"one {i}" for i in range(8)})
+    return one, make(tmp_path / "two", {f"{i}.png": f"two {i}" for i in range(4)}, first=8)
+
+
+def test_folders_stand_side_by_side_and_repeats_are_samples_with_noises_of_their_own(tmp_path):
+    one, two = several(tmp_path)
+    source = Captions([str(one), f"{two}:3"], trigger="sks", validation=3)
+    split = source.look(Cache(tmp_path / "cache"), fetch=True)
+    assert isinstance(split, Split)
+    counts = Counter(split.train.prompts)
+    assert {counts[prompt] for prompt in counts if "two" in prompt} == {3}
+    assert {counts[prompt] for prompt in counts if "one" in prompt} == {1}
+    assert len(split.validation) == 3 and len(counts) == 9 and all(prompt.startswith("sks, ") for prompt in counts)
+    data = source.prepare(Base().load(), Sampler(), Framing(), Cache(tmp_path / "cache"))
+    assert len(set(data.train.sample_ids.tolist())) == len(data.train) == len(split.train)
+    alone = Captions(str(one), trigger="sks", validation=0).prepare(
+        Base().load(), Sampler(), Framing(), Cache(tmp_path / "cache")
+    )
+    assert set(alone.train.sample_ids.tolist()) >= {
+        int(i) for row, i in enumerate(data.train.sample_ids) if "one" in data.train.prompts[row]
+    }
+
+
+def test_regularisation_pictures_have_a_weight_no_trigger_and_are_never_held_back(tmp_path):
+    one, two = several(tmp_path)
+    both = found(one, trigger="sks", regularisation=f"{two}:2", regularisation_weight=0.5, validation=4)
+    weights = {prompt: float(weight) for prompt, weight in zip(both.train.prompts, both.train.weight, strict=True)}
+    assert {weight for prompt, weight in weights.items() if prompt.startswith("two ")} == {0.5}
+    assert {weight for prompt, weight in weights.items() if prompt.startswith("sks, one")} == {1.0}
+    assert len(both.validation) == 4 and all("one" in prompt for prompt in both.validation.prompts)
+    assert len(both.train) == 4 + 2 * 4 and "regularisation: 8 pictures, weight 0.5" in both.report
+
+
+def test_regularisation_pictures_without_captions_have_their_own_phrase(tmp_path):
+    bare = make(tmp_path / "bare", {"a.png": None, "b.png": None}, first=20)
+    one, _ = several(tmp_path)
+    both = found(one, regularisation=str(bare), regularisation_trigger="a drawing")
+    assert Counter(both.train.prompts)["a drawing"] == 2
+    assert "bare have no caption" in refused(one, regularisation=str(bare))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"path": ["{one}", "{one}:2"]}, "names {one} twice"),
+        ({"path": ["{one}:0"]}, "repeats are between 1 and 10000"),
+        ({"path": []}, "path is empty"),
+        ({"path": ["{one}", 3]}, "path must be a folder, or a list of folders"),
+        ({"path": ["{one}", "some/set"]}, "some/set is no folder: of several sources, each is a folder of pictures"),
+        ({"regularisation": "{one}"}, "is both path and regularisation"),
+        ({"regularisation_weight": 0.5}, "are of pictures: add data.regularisation"),
+        ({"regularisation": "{two}", "regularisation_weight": 0.0}, "regularisation_weight must be positive"),
+        ({"keep_tokens": 1}, "keep_tokens=1 keeps tags from being shuffled: add data.shuffle_tags=true"),
+        ({"keep_tokens": -1, "shuffle_tags": True}, "keep_tokens must be at least 0"),
+    ],
+)
+def test_what_several_folders_cannot_be_is_refused(settings, message, tmp_path):
+    one, two = several(tmp_path)
+
+    def named(value: Any) -> Any:
+        return (
+            [named(each) for each in value]
+            if isinstance(value, list)
+            else (value.format(one=one, two=two) if isinstance(value, str) else value)
+        )
+
+    settings = {"path": str(one)} | {name: named(value) for name, value in settings.items()}
+    with pytest.raises(UserError) as caught:
+        Captions(**settings).find(Cache(Path("nowhere")), fetch=False)
+    assert message.format(one=one) in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------- datasets in parquet

@@ -89,4 +89,6 @@ def _sizes(frames: Frames, part: str) -> Iterator[str]:
 def _ids(samples: Samples, arranged: Callable[[Iterable[bytes]], list[bytes]]) -> Iterator[int]:
     """An id of each sample's prompt and images, the images arranged in that way."""
     for row, prompt in enumerate(samples.prompts):
-        yield sample_id(prompt, *arranged(bytes(side.sha256[row]) for side in samples.sides))
+        number = 0 if samples.copies is None else samples.copies[row]
+        copy = [b"copy %d" % number] if number else []
+        yield sample_id(prompt, *arranged(bytes(side.sha256[row]) for side in samples.sides), *copy)

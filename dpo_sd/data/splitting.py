@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -105,7 +105,7 @@ def split_images(samples: Samples, validation: float, seed: int, report: Sequenc
     images = np.unique(samples.chosen.sha256)
     shuffled = images[order(seed, 0, len(images))]
     if validation == 0 or len(images) == 1:
-        grid = samples.take(np.flatnonzero(np.isin(samples.chosen.sha256, shuffled[:GRID_IMAGES])))
+        grid = _held(samples, np.isin(samples.chosen.sha256, shuffled[:GRID_IMAGES]))
         line = (
             f"training: {len(samples)} pictures, none held back: the validation grid is of {len(grid)} of them, "
             "and does not show whether the training learns them by heart"
@@ -117,7 +117,12 @@ def split_images(samples: Samples, validation: float, seed: int, report: Sequenc
 
 
 def _parts(samples: Samples, is_held_back: np.ndarray) -> tuple[Samples, Samples]:
-    return samples.take(np.flatnonzero(~is_held_back)), samples.take(np.flatnonzero(is_held_back))
+    return samples.take(np.flatnonzero(~is_held_back)), _held(samples, is_held_back)
+
+
+def _held(samples: Samples, wanted: np.ndarray) -> Samples:
+    # a sample is validated once, however often it is trained on
+    return replace(samples.take(np.flatnonzero(wanted & samples.originals)), copies=None)
 
 
 def check_validation(validation: float, most: int | None = None) -> None:
