@@ -85,13 +85,15 @@ def residual(model_pred: Tensor, target: Tensor) -> Tensor:
     return model_pred.float() - target.float()
 
 
-def squared_error(residuals: Tensor) -> Tensor:
+def squared_error(residuals: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean square of each sample's residual: (batch,).
 
     Args:
         residuals: (batch, C, H, W), as `residual` gives them.
+        weights: (batch, 1, H, W), factor of each pixel's square; the mean is not divided by it; None is 1.
     """
-    return residuals.square().flatten(1).mean(1)
+    squares = residuals.square()
+    return (squares if weights is None else squares * weights).flatten(1).mean(1)
 
 
 def reward_margin(policy: PairErrors, reference: PairErrors) -> Tensor:

@@ -16,11 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from dpo_sd.data.batches import Visits
+from dpo_sd.data.batches import Visits, stack
 from dpo_sd.data.cache import Cache
 from dpo_sd.data.captions import Captions, ShuffledTags
 from dpo_sd.data.frames import Framing
@@ -550,7 +551,12 @@ def test_folders_stand_side_by_side_and_repeats_are_samples_with_noises_of_their
     counts = Counter(split.train.prompts)
     assert {counts[prompt] for prompt in counts if "two" in prompt} == {3}
     assert {counts[prompt] for prompt in counts if "one" in prompt} == {1}
-    assert len(split.validation) == 3 and len(counts) == 9 and all(prompt.startswith("sks, ") for prompt in counts)
+    assert (
+        split.found().both == 12
+        and len(split.validation) == 3
+        and len(counts) == 9
+        and all(prompt.startswith("sks, ") for prompt in counts)
+    )
     data = source.prepare(Base().load(), Sampler(), Framing(), Cache(tmp_path / "cache"))
     assert len(set(data.train.sample_ids.tolist())) == len(data.train) == len(split.train)
     alone = Captions(str(one), trigger="sks", validation=0).prepare(
@@ -608,6 +614,74 @@ def test_what_several_folders_cannot_be_is_refused(settings, message, tmp_path):
     with pytest.raises(UserError) as caught:
         Captions(**settings).find(Cache(Path("nowhere")), fetch=False)
     assert message.format(one=one) in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------- masks
+
+
+def masked(folder: Path, names: Mapping[str, tuple[int, int]]) -> Path:
+    """A mask for each of those pictures, of that size: white on its left half, black on the right one."""
+    for name, (width, height) in names.items():
+        mask = Image.new("L", (width, height))
+        mask.paste(255, (0, 0, width // 2, height))
+        mask.save(folder / f"{name}-masklabel.png")
+    return folder
+
+
+def test_masks_are_no_pictures_and_what_is_not_read_is_said(tmp_path):
+    folder = masked(ten(tmp_path / "photos"), {"3": (64, 64)})
+    both = found(folder)
+    assert len(captions(both)) == 10 and both.train.masks is None
+    assert "1 masks are not read: data.masks=0.1 weighs the error by them" in both.report
+
+
+@pytest.mark.parametrize("keep", ["all", "off"])
+def test_a_mask_weighs_latent_pixels_framed_and_mirrored_as_its_picture(keep, tmp_path):
+    folder = masked(ten(tmp_path / "photos"), {"3": (64, 64)})
+    source = Captions(str(folder), masks=0.25, validation=0)
+    framing = Framing(flip=True, random_crop=keep == "off")
+    data = source.prepare(Base().load(), Sampler(), framing, Cache(tmp_path / "cache", keep))
+    rows = {data.train.prompts[row]: row for row in range(10)}
+    visits = Visits(data.train, 0, 1000)
+    seen = [visits[rows["caption 3"], draw].mask for draw in range(12)]
+    left = torch.cat([torch.ones(1, 8, 4), torch.full((1, 8, 4), 0.25)], dim=2)
+    mirrored = left.flip(-1)
+    assert {torch.equal(mask, left) for mask in seen if mask is not None} == {True, False}
+    assert all(torch.equal(mask, left) or torch.equal(mask, mirrored) for mask in seen if mask is not None)
+    whole = visits[rows["caption 4"], 0].mask
+    assert whole is not None and torch.equal(whole, torch.ones(1, 8, 8))
+    (batch,) = stack([visits[0, 0], visits[1, 0]])
+    assert batch.mask is not None and batch.mask.shape == (2, 1, 8, 8)
+    assert any("1 of 10 pictures have a mask; the others count wholly: 0.png, 1.png" in line for line in data.report)
+
+
+def test_a_mask_is_part_of_what_the_data_goes_by(tmp_path):
+    folder, model = masked(ten(tmp_path / "photos"), {"3": (64, 64)}), Base().load()
+
+    def fingerprint() -> str:
+        source = Captions(str(folder), masks=0.0)
+        return source.prepare(model, Sampler(), Framing(), Cache(tmp_path / "cache")).fingerprint
+
+    before = fingerprint()
+    assert fingerprint() == before
+    Image.new("L", (64, 64), 9).save(folder / "3-masklabel.png")
+    assert fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("masks", "sizes", "message"),
+    [
+        (0.1, {"3": (32, 64)}, "3-masklabel.png has 32 × 64 pixels, not the 64 × 64 of its picture"),
+        (0.1, {}, "no picture has a mask: put <name>-masklabel.png beside <name>.png"),
+        (1.0, {"3": (64, 64)}, "masks is the weight of black pixels, at least 0 and below 1, got 1.0"),
+    ],
+)
+def test_masks_that_cannot_be_used_are_refused(masks, sizes, message, tmp_path):
+    assert message in refused(masked(ten(tmp_path / "photos"), sizes), masks=masks)
+
+
+def test_a_dataset_has_no_masks(tmp_path):
+    assert "only pictures in folders have masks" in refused(parquet(tmp_path / "a.parquet", ["a", "b"]), masks=0.1)
 
 
 # ------------------------------------------------------------------------------------------------- datasets in parquet

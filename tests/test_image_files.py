@@ -32,7 +32,7 @@ from dpo_sd.data.usable import usable
 from dpo_sd.errors import UserError
 from dpo_sd.files.tensors import TensorStore, read_header
 from dpo_sd.models.base import Base
-from dpo_sd.models.families import FAMILIES
+from dpo_sd.models.families import AS_USUAL, FAMILIES
 from dpo_sd.models.stable_diffusion import Fingerprints, StableDiffusion, TextEmbeds, encode_bytes
 
 MIDDLE = (0.5, 0.5)
@@ -487,6 +487,7 @@ class Pretender:
     """Stands for the model, with a VAE that does nothing."""
 
     factor, resolution, family, max_tokens, networks, text_encoders = 8, 64, FAMILIES["tiny"], 77, {}, []
+    reading = AS_USUAL
     fingerprints, device, working = Fingerprints("model", "vae", "text"), "cpu", StableDiffusion.working
 
     def __init__(self, model: StableDiffusion):

@@ -14,6 +14,7 @@ import numpy as np
 from dpo_sd.data.cache import Cache
 from dpo_sd.data.caption_folder import (
     IMAGE_COLUMNS,
+    MASK,
     METADATA,
     TEXT_COLUMNS,
     TEXT_ENDINGS,
@@ -28,6 +29,7 @@ from dpo_sd.data.caption_folder import (
 from dpo_sd.data.extract import Extract
 from dpo_sd.data.file_source import FileSource
 from dpo_sd.data.folders import read_folders
+from dpo_sd.data.masks import found_masks
 from dpo_sd.data.rows import Tally, image_bytes
 from dpo_sd.data.samples import Samples, joined
 from dpo_sd.data.source import Found, PreparedData, checked_dropout
@@ -65,6 +67,8 @@ class Captions(FileSource):
             everything in the style: without the trigger, and never held back.
         regularisation_weight: weight of each of them in the loss, where a picture of `path` has 1; positive.
         regularisation_trigger: text in front of their captions, and in the place of those that they have not.
+        masks: weight of the pixels where the mask of a picture is black, in [0, 1), where it is white having 1: masks
+            are files `<name>-masklabel.png` beside `<name>.png`, as in OneTrainer. None reads none.
         caption_dropout: share of visits that train on the empty prompt, in [0, 1].
         validation: share of the images held back for the validation grid, in (0, 0.5] and at most 128, or a number;
             with 0, or with a single image, all are trained on and the grid is of some of them.
@@ -90,6 +94,7 @@ class Captions(FileSource):
         regularisation: str | list[str] | None = None,
         regularisation_weight: float | None = None,
         regularisation_trigger: str | None = None,
+        masks: float | None = None,
         caption_dropout: float = 0.0,
         validation: float = 0.1,
         max_images: int | None = None,
@@ -111,6 +116,9 @@ class Captions(FileSource):
             raise UserError("regularisation_weight and regularisation_trigger are of pictures: add data.regularisation")
         if regularisation_weight is not None and not 0 < regularisation_weight < math.inf:
             raise UserError(f"regularisation_weight must be positive and finite, got {regularisation_weight}")
+        if masks is not None and not 0 <= masks < 1:
+            raise UserError(f"masks is the weight of black pixels, at least 0 and below 1, got {masks}")
+        self.masks = masks
         self.folders = read_folders("path", path)
         self.regularisation = [] if regularisation is None else read_folders("regularisation", regularisation)
         self.regularisation_weight = 1.0 if regularisation_weight is None else regularisation_weight
@@ -139,6 +147,8 @@ class Captions(FileSource):
             return self._in_folders({first: files})
         if self.folders[0].repeats > 1:
             raise UserError(f"path={self.folders[0].path}:{self.folders[0].repeats}: only folders have repeats")
+        if self.masks is not None:
+            raise UserError(f"data.masks={self.masks}: only pictures in folders have masks beside them")
         there = self.dataset.length(self._needed)
         settings = [self.image_column, self.text_column]
         extract = Extract(self.dataset, cache.folder / "captions", self._needed, [], self._pick, settings, self.seed)
@@ -184,7 +194,10 @@ class Captions(FileSource):
     def _in_folders(self, known: Mapping[Path, Listing]) -> Split:
         parts = [self._in_folder(folder.place, self.trigger, known.get(folder.place)) for folder in self.folders]
         found = joined([part.repeated(f.repeats) for (part, _), f in zip(parts, self.folders, strict=True)])
+        if found.masks is not None and not any(found.masks.paths):
+            raise UserError(f"data.masks={self.masks}: no picture has a mask: put <name>{MASK} beside <name>.png")
         split = split_images(found, self.validation, self.seed, [line for _, lines in parts for line in lines])
+        split = replace(split, outside=self.masks or 0.0)
         if not self.regularisation:
             return split
         parts = [self._in_folder(folder.place, self.regularisation_trigger) for folder in self.regularisation]
@@ -230,7 +243,16 @@ class Captions(FileSource):
         ]
         if self.max_images is not None:
             used = [used[row] for row in order(self.seed, 0, len(used))[: self.max_images]]
-        return self._samples_of(folder, used, report, trigger)
+        samples, report = self._samples_of(folder, used, report, trigger)
+        if self.masks is None:
+            if files.masks:
+                report.append(f"{len(files.masks)} masks are not read: data.masks=0.1 weighs the error by them")
+            return samples, report
+        paths = [files.masks.get(path, "") for path in samples.chosen.paths]
+        bare = [image for image, path in zip(samples.chosen.paths, paths, strict=True) if not path]
+        line = f"{len(paths) - len(bare)} of {len(paths)} pictures have a mask"
+        report.append(f"{line}; the others count wholly: {some(bare)}" if bare else line)
+        return replace(samples, masks=found_masks(folder, paths, samples.chosen)), report
 
     def _captions(self, folder: Path, files: Listing) -> tuple[list[Caption], str]:
         """The captions, and the names of the files that they are in."""

@@ -35,7 +35,8 @@ class ImageFiles:
     @property
     def absolute(self) -> ImageFiles:
         """The same images by their whole paths, so that those of other folders can stand beside them."""
-        return ImageFiles(Path(), [str(self.folder / path) for path in self.paths], self.sha256, self.sizes)
+        paths = [str(self.folder / path) if path else "" for path in self.paths]
+        return ImageFiles(Path(), paths, self.sha256, self.sizes)
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Samples:
         label: P(chosen is better), (n,), in [0.5, 1].
         weight: share of each sample in the loss, (n,), positive.
         copies: number of each sample among its repeats, from 0, (n,); None where there are no repeats.
+        masks: mask of each single image, with an empty path where there is none; None where none are read.
     """
 
     prompts: Sequence[str]
@@ -57,6 +59,7 @@ class Samples:
     label: np.ndarray
     weight: np.ndarray
     copies: np.ndarray | None = None
+    masks: ImageFiles | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -75,6 +78,7 @@ class Samples:
             self.label[rows],
             self.weight[rows],
             None if self.copies is None else self.copies[rows],
+            None if self.masks is None else self.masks.take(rows),
         )
 
     def repeated(self, times: int) -> Samples:
@@ -104,6 +108,7 @@ def joined(parts: Sequence[Samples]) -> Samples:
         return ImageFiles(Path(), paths, *(np.concatenate([getattr(s, name) for s in sides]) for name in _COLUMNS))
 
     rejected = [part.rejected for part in parts if part.rejected is not None]
+    masks = [part.masks for part in parts if part.masks is not None]
     copies = [np.zeros(len(part), int) if part.copies is None else part.copies for part in parts]
     return Samples(
         [prompt for part in parts for prompt in part.prompts],
@@ -112,6 +117,7 @@ def joined(parts: Sequence[Samples]) -> Samples:
         np.concatenate([part.label for part in parts]),
         np.concatenate([part.weight for part in parts]),
         None if all(part.copies is None for part in parts) else np.concatenate(copies),
+        together(masks) if masks else None,
     )
 
 

@@ -28,12 +28,14 @@ class Split:
         train, validation: samples with disjoint prompts or, of single images, with disjoint images.
         report: what is used and what is left out, one line each.
         held_back: whether the validation samples are kept from training; otherwise they are some of those of `train`.
+        outside: weight of a pixel where its mask is black, in [0, 1).
     """
 
     train: Samples
     validation: Samples
     report: list[str]
     held_back: bool = True
+    outside: float = 0.0
 
     @property
     def prompts(self) -> list[str]:
@@ -48,7 +50,7 @@ class Split:
 
     def found(self) -> Found:
         """Amount of the samples."""
-        both = len(self.train) + (len(self.validation) if self.held_back else 0)
+        both = int(self.train.originals.sum()) + (len(self.validation) if self.held_back else 0)
         return Found(len(self.train), len(self.validation), both, self.prompts, self.report, self.held_out)
 
 
