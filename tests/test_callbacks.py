@@ -404,6 +404,22 @@ def test_what_training_does_not_change_is_drawn_once(tmp_path, module):
     assert names == ["step=000000.png", "step=000005.png", "step=000010.png"]
 
 
+def test_prompts_of_a_file_are_drawn_in_their_order_with_their_own_seeds_and_sizes(tmp_path, module, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("one --w 32 --d 7\ntwo\nthree --w 32 --d 9\n")
+    asked: list[tuple[Any, list[str], list[int]]] = []
+
+    def sides(names: Any, model: Any, sampler: Sampler, prompts: list[str], seeds: list[int]) -> dict[str, Any]:
+        asked.append((sampler.width, prompts, seeds))
+        return {name: [Image.new("RGB", (32, 64), f"#{len(prompt):02x}0000") for prompt in prompts] for name in names}
+
+    monkeypatch.setattr("dpo_sd.callbacks.samples.draw_sides", sides)
+    Samples(prompts=str(tmp_path / "prompts.txt")).on_start(make_run(tmp_path, module=module))
+    assert asked[0] == (32, ["one", "three"], [7, 9]) and asked[1][:2] == (None, ["two"])
+    sheet = Image.open(tmp_path / "samples" / "step=000000.png").convert("RGB")
+    assert columns(sheet, 0, 3) == [(3, 0, 0), (3, 0, 0), (5, 0, 0)]
+    assert sheet.getpixel((74 + 5, 6 + 68)) == (255, 255, 255)  # beside a picture that is not square
+
+
 def test_a_lora_that_training_started_from_has_a_row_of_its_own(tmp_path, module):
     started = build(str(save_diffusers(weights_of(module.model), tmp_path / WEIGHTS_NAME)))
     Samples(n_prompts=2).on_start(make_run(tmp_path, module=started))

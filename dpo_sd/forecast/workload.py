@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from dpo_sd.data.batches import Batch
+from dpo_sd.data.prompts import Line, read_lines
 from dpo_sd.forecast.counting import OWNED
 from dpo_sd.forecast.units import GIB
 from dpo_sd.lora.attaching import LoRA
@@ -123,6 +125,9 @@ def of_composition(cfg: DictConfig, resolution: int, **parts: Any) -> Workload:
         resolution: side of the square that has the area of the training images, in pixels.
         parts: the objects of the groups lora, loss, optimizer, hardware and sampler, by these names.
     """
+    samples = cfg.callbacks.get("samples")
+    if samples is not None and samples.get("prompts") is not None:
+        parts["sampler"] = largest(parts["sampler"], read_lines(samples.prompts), FAMILIES[cfg.model.name].resolution)
     return Workload(
         family=cfg.model.name,
         **parts,
@@ -133,6 +138,22 @@ def of_composition(cfg: DictConfig, resolution: int, **parts: Any) -> Workload:
         flip=cfg.framing.flip,
         reading=FAMILIES[cfg.model.name].reading(cfg.model.max_tokens, cfg.model.clip_skip),
     )
+
+
+def largest(sampler: Sampler, lines: Sequence[Line], side: int) -> Sampler:
+    """The sampler of the prompt whose image takes the most memory.
+
+    Args:
+        side: of images whose size nobody sets, in pixels.
+
+    Raises:
+        UserError: if a prompt cannot be drawn with its settings.
+    """
+
+    def takes(own: Sampler) -> tuple[int, bool]:
+        return (own.width or side) * (own.height or side), own.guidance > 1
+
+    return max((line.drawn_by(sampler) for line in lines), key=takes, default=sampler)
 
 
 def micro_step(module: DiffusionModule, batch: Batch) -> Tensor:
