@@ -549,7 +549,7 @@ def test_folders_stand_side_by_side_and_repeats_are_samples_with_noises_of_their
     split = source.look(Cache(tmp_path / "cache"), fetch=True)
     assert isinstance(split, Split)
     counts = Counter(split.train.prompts)
-    assert {counts[prompt] for prompt in counts if "two" in prompt} == {3}
+    assert {counts[prompt] for prompt in counts if "two" in prompt} == {3} and f"{two}: 3 times each" in split.report
     assert {counts[prompt] for prompt in counts if "one" in prompt} == {1}
     assert (
         split.found().both == 12
@@ -610,9 +610,9 @@ def test_what_several_folders_cannot_be_is_refused(settings, message, tmp_path):
             else (value.format(one=one, two=two) if isinstance(value, str) else value)
         )
 
-    settings = {"path": str(one)} | {name: named(value) for name, value in settings.items()}
+    given: dict[str, Any] = {"path": str(one)} | {name: named(value) for name, value in settings.items()}
     with pytest.raises(UserError) as caught:
-        Captions(**settings).find(Cache(Path("nowhere")), fetch=False)
+        Captions(**given).find(Cache(Path("nowhere")), fetch=False)
     assert message.format(one=one) in str(caught.value)
 
 
@@ -678,6 +678,13 @@ def test_a_mask_is_part_of_what_the_data_goes_by(tmp_path):
 )
 def test_masks_that_cannot_be_used_are_refused(masks, sizes, message, tmp_path):
     assert message in refused(masked(ten(tmp_path / "photos"), sizes), masks=masks)
+
+
+def test_a_mask_that_cannot_be_read_to_its_end_is_refused_before_training(tmp_path):
+    folder = masked(ten(tmp_path / "photos"), {"3": (64, 64)})
+    file = folder / "3-masklabel.png"
+    file.write_bytes(file.read_bytes()[:-30])
+    assert "1 masks of" in (message := refused(folder, masks=0.1)) and "3-masklabel.png" in message
 
 
 def test_a_dataset_has_no_masks(tmp_path):

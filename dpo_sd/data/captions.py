@@ -28,7 +28,7 @@ from dpo_sd.data.caption_folder import (
 )
 from dpo_sd.data.extract import Extract
 from dpo_sd.data.file_source import FileSource
-from dpo_sd.data.folders import read_folders
+from dpo_sd.data.folders import read_folders, together
 from dpo_sd.data.masks import found_masks
 from dpo_sd.data.rows import Tally, image_bytes
 from dpo_sd.data.samples import Samples, joined
@@ -62,7 +62,8 @@ class Captions(FileSource):
         trigger: text put in front of every caption with a comma, `sks style` for example.
         shuffle_tags: shuffles the tags between the commas of a caption at every visit, the trigger apart. Texts are
             encoded at every step then, which needs cache=latents.
-        keep_tokens: number of tags behind the trigger that stay where they are, as in Kohya's trainer.
+        keep_tokens: number of tags behind the trigger that stay where they are, as in Kohya's trainer; of a
+            regularisation picture as many stay in all.
         regularisation: folders of pictures, as `path`, that are trained on as well and keep the model from drawing
             everything in the style: without the trigger, and never held back.
         regularisation_weight: weight of each of them in the loss, where a picture of `path` has 1; positive.
@@ -112,7 +113,7 @@ class Captions(FileSource):
             raise UserError(f"keep_tokens must be at least 0, got {keep_tokens}")
         if keep_tokens is not None and not shuffle_tags:
             raise UserError(f"keep_tokens={keep_tokens} keeps tags from being shuffled: add data.shuffle_tags=true")
-        if regularisation is None and not regularisation_weight is regularisation_trigger is None:
+        if regularisation is None and (regularisation_weight, regularisation_trigger) != (None, None):
             raise UserError("regularisation_weight and regularisation_trigger are of pictures: add data.regularisation")
         if regularisation_weight is not None and not 0 < regularisation_weight < math.inf:
             raise UserError(f"regularisation_weight must be positive and finite, got {regularisation_weight}")
@@ -130,8 +131,7 @@ class Captions(FileSource):
         self.validation, self.max_images, self.seed = validation, max_images, seed
         self.image_column, self.text_column = image_column, text_column
         self.caption_dropout = checked_dropout(caption_dropout)
-        self.datasets = [TabularDataset(folder.path, split, revision) for folder in self.folders]
-        self.dataset = self.datasets[0]
+        self.dataset = TabularDataset(self.folders[0].path, split, revision)
 
     def look(self, cache: Cache, fetch: bool) -> Split | Found:
         """The images of the folder, or those of a dataset, which are streamed into the cache folder.
@@ -193,18 +193,18 @@ class Captions(FileSource):
 
     def _in_folders(self, known: Mapping[Path, Listing]) -> Split:
         parts = [self._in_folder(folder.place, self.trigger, known.get(folder.place)) for folder in self.folders]
-        found = joined([part.repeated(f.repeats) for (part, _), f in zip(parts, self.folders, strict=True)])
+        found, report = together(self.folders, parts)
         if found.masks is not None and not any(found.masks.paths):
             raise UserError(f"data.masks={self.masks}: no picture has a mask: put <name>{MASK} beside <name>.png")
-        split = split_images(found, self.validation, self.seed, [line for _, lines in parts for line in lines])
+        split = split_images(found, self.validation, self.seed, report)
         split = replace(split, outside=self.masks or 0.0)
         if not self.regularisation:
             return split
         parts = [self._in_folder(folder.place, self.regularisation_trigger) for folder in self.regularisation]
-        kept = joined([part.repeated(f.repeats) for (part, _), f in zip(parts, self.regularisation, strict=True)])
+        kept, lines = together(self.regularisation, parts)
         kept = kept.take(np.flatnonzero(~np.isin(kept.chosen.sha256, split.validation.chosen.sha256)))
         kept = replace(kept, weight=kept.weight * np.float32(weight := self.regularisation_weight))
-        lines = [*(line for _, lines in parts for line in lines), f"{len(kept)} pictures, weight {weight:g}"]
+        lines.append(f"{len(kept)} pictures, weight {weight:g}")
         report = [*split.report, *(f"regularisation: {line}" for line in lines)]
         return replace(split, train=joined([split.train, kept]), report=report)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dpo_sd.data.samples import Samples, joined
 from dpo_sd.errors import UserError
 
 MOST = 10_000  # repeats
@@ -53,3 +54,15 @@ def read_folders(setting: str, given: str | Sequence[str]) -> list[Folder]:
     if twice := [folder.path for folder, place in zip(folders, places, strict=True) if places.count(place) > 1]:
         raise UserError(f"{setting} names {twice[0]} twice: name it once, with its repeats as {twice[0]}:2")
     return folders
+
+
+def together(folders: Sequence[Folder], parts: Sequence[tuple[Samples, list[str]]]) -> tuple[Samples, list[str]]:
+    """The samples of all folders with their repeats, and their lines for the report.
+
+    Args:
+        parts: samples and lines of each folder.
+    """
+    report = []
+    for folder, (_, lines) in zip(folders, parts, strict=True):
+        report += [*lines, *([f"{folder.path}: {folder.repeats} times each"] if folder.repeats > 1 else [])]
+    return joined([part.repeated(f.repeats) for (part, _), f in zip(parts, folders, strict=True)]), report

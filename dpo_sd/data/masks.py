@@ -12,7 +12,7 @@ from dpo_sd.data.frames import pixels
 from dpo_sd.data.samples import ImageFiles
 from dpo_sd.data.usable import some
 from dpo_sd.errors import UserError
-from dpo_sd.files.images import facts, load_image
+from dpo_sd.files.images import decoding_problems, facts, load_image
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ class Masks:
 
 
 def found_masks(folder: Path, paths: Sequence[str], images: ImageFiles) -> ImageFiles:
-    """The masks of images, whose files are there, whole by their headers, and of the images' sizes.
+    """The masks of images, which can be decoded to their end and have the images' sizes.
 
     Args:
         paths: one per image, below the folder; an empty one is none.
@@ -61,11 +61,12 @@ def found_masks(folder: Path, paths: Sequence[str], images: ImageFiles) -> Image
         UserError: if one cannot be used.
     """
     rows = [row for row, path in enumerate(paths) if path]
+    files = [folder / paths[row] for row in rows]
     sha256, problems = np.zeros(len(paths), "S64"), []
-    for row, known in zip(rows, facts(folder / paths[row] for row in rows), strict=True):
+    for row, known, undecodable in zip(rows, facts(files), decoding_problems(files), strict=True):
         sha256[row] = known.sha256.encode()
-        if known.problem:
-            problems.append(known.problem)
+        if problem := known.problem or undecodable:
+            problems.append(problem)
         elif (known.width, known.height) != tuple(images.sizes[row]):
             picture = "{} × {} of its picture".format(*images.sizes[row])
             problems.append(f"{paths[row]} has {known.width} × {known.height} pixels, not the {picture}")

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 from dpo_sd.data.cache import Cache
 from dpo_sd.data.file_source import FileSource
-from dpo_sd.data.folders import read_folders
-from dpo_sd.data.samples import Samples, by_prompt, joined
+from dpo_sd.data.folders import read_folders, together
+from dpo_sd.data.samples import Samples, by_prompt
 from dpo_sd.data.source import checked_dropout
 from dpo_sd.data.splitting import Split, check_validation, split
 from dpo_sd.data.usable import left_out, some, usable
@@ -66,8 +66,7 @@ class Pairs(FileSource):
             UserError: if a folder cannot be read, nothing in it is decided, or there is only one prompt.
         """
         parts = [self._of_folder(folder.place) for folder in self.folders]
-        report = [line for _, lines in parts for line in lines]
-        samples = joined([part.repeated(folder.repeats) for (part, _), folder in zip(parts, self.folders, strict=True)])
+        samples, report = together(self.folders, parts)
         if self.weight_by_prompt and len(parts) > 1:
             samples = replace(samples, weight=by_prompt(samples.prompts))
         first, *others = self._drawn_with()
