@@ -189,7 +189,9 @@ def loaded_by_its_library(base: Base, form: str, out: Path) -> StableDiffusion:
     from dpo_sd.models.base import Base
 
     if form == "merged":
-        return Base(base.name, path=str(out)).load()
+        merged = Base(base.name, path=str(out))
+        merged.reading = base.reading
+        return merged.load()
     model = base.load()
     if form == "peft":
         from peft import PeftModel

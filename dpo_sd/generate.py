@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,13 +15,14 @@ from omegaconf import DictConfig
 
 from dpo_sd.composition.application import entry_point
 from dpo_sd.composition.presets import preset, say_choice
-from dpo_sd.data.prompts import read_prompts
+from dpo_sd.data.prompts import Line, read_lines
 from dpo_sd.errors import UserError, in_shell
 from dpo_sd.files.claims import held
 from dpo_sd.files.hashes import sha256
 from dpo_sd.files.images import decoding_problems, has_png_end, save_png
 from dpo_sd.lora.attaching import load_for_drawing
 from dpo_sd.lora.weighted import lora_name, parse_lora
+from dpo_sd.models.families import longer
 from dpo_sd.models.sampling import LEFT_OUT
 from dpo_sd.noise import image_seed
 from dpo_sd.preferences.drawn_with import read_record, write_record
@@ -44,27 +45,34 @@ def main(cfg: DictConfig) -> None:
 
 def generate(cfg: DictConfig, folder: Path) -> None:
     """Draws into a folder that no other process has."""
-    prompts = read_prompts(cfg.prompts, cfg.seed)
+    lines = read_lines(cfg.prompts, cfg.seed)
     loras = [parse_lora(text) for text in ([cfg.loras] if isinstance(cfg.loras, str) else cfg.loras)]
     hardware, sampler, base = (instantiate(cfg[group]) for group in ("hardware", "sampler", "model"))
     hardware.check(preset=preset())
     base.check()
     for line in base.to_fetch():
         print(f"model   {line}")
-    made_by = {
+    about = {
         "model": base.name,
         "model_fingerprint": base.fingerprints(hardware.weights).model,
         "loras": [lora._asdict() for lora in loras],
         "weights": hardware.weights,
         "seed": cfg.seed,
         "set_size": cfg.set_size,
-        **sampler.settings(base.schedule()),
     }
+    schedule = base.schedule()
+
+    def made_for(line: Line) -> dict[str, Any]:
+        return about | line.drawn_by(sampler).settings(schedule)
+
+    made_by = about | sampler.settings(schedule)
     check_same_folder(folder, made_by)
-    images = planned(prompts, cfg.num_sets, cfg.set_size, cfg.seed)
+    for line in lines:
+        line.drawn_by(sampler)  # refused now, or it would be in the middle of the drawing
+    images = planned(lines, cfg.num_sets, cfg.set_size, cfg.seed)
     remove_broken(folder, images)
     missing = [image for image in images if not (folder / image.file).exists()]
-    print(f"{folder}: {len(prompts)} prompts, {len(images)} pictures, {len(images) - len(missing)} drawn before")
+    print(f"{folder}: {len(lines)} prompts, {len(images)} pictures, {len(images) - len(missing)} drawn before")
     write_record(folder, made_by)
     try:
         if missing:
@@ -72,35 +80,43 @@ def generate(cfg: DictConfig, folder: Path) -> None:
             from dpo_sd.models.ready import ready
 
             with drawing_explained(sampler, hardware):
-                draw(ready(base, hardware.device, hardware.weights), loras, sampler, missing, folder, made_by)
+                draw(ready(base, hardware.device, hardware.weights), loras, sampler, missing, folder, made_for)
     except KeyboardInterrupt:
         print("stopped; the same command goes on")
         raise
     finally:
-        pairs = list_pairs(folder, images, made_by)
+        pairs = list_pairs(folder, images, made_for)
     print(
         f"{len(pairs)} pairs; choose the better pictures with\n  python -m dpo_sd.annotate {in_shell('pairs', folder)}"
     )
+
+
+MadeFor = Callable[[Line], dict[str, Any]]  # the settings that draw a prompt, for records
 
 
 class SetImage(NamedTuple):
     """An image of a set, all of one prompt.
 
     Args:
-        prompt: the prompt.
+        line: the prompt, with settings of its own if it has some.
         set_index: number of the set among those of the prompt.
         k: number of the image in its set.
         seed: seed of its first noise.
     """
 
-    prompt: str
+    line: Line
     set_index: int
     k: int
     seed: int
 
     @property
+    def prompt(self) -> str:
+        return self.line.prompt
+
+    @property
     def set_id(self) -> str:
-        prompt_id = hashlib.sha256(self.prompt.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        own = json.dumps(self.line.settings, sort_keys=True) if self.line.settings else ""
+        prompt_id = hashlib.sha256((self.prompt + own).encode("utf-8", "surrogatepass")).hexdigest()[:12]
         return f"{prompt_id}/{self.set_index:03d}"
 
     @property
@@ -109,11 +125,17 @@ class SetImage(NamedTuple):
         return f"images/{self.set_id}-{self.k}.png"
 
 
-def planned(prompts: Sequence[str], num_sets: int, set_size: int, seed: int) -> list[SetImage]:
-    """All images of all sets, set by set."""
+def planned(lines: Sequence[Line], num_sets: int, set_size: int, seed: int) -> list[SetImage]:
+    """All images of all sets, set by set; those of a prompt with a seed of its own count up from it."""
+
+    def of(line: Line, set_index: int, k: int) -> int:
+        if line.seed is not None:
+            return line.seed + set_index * set_size + k
+        return image_seed(seed, line.prompt, set_index, k)
+
     return [
-        SetImage(prompt, set_index, k, image_seed(seed, prompt, set_index, k))
-        for prompt in prompts
+        SetImage(line, set_index, k, of(line, set_index, k))
+        for line in lines
         for set_index in range(num_sets)
         for k in range(set_size)
     ]
@@ -169,7 +191,7 @@ def draw(
     sampler: Sampler,
     images: Sequence[SetImage],
     folder: Path,
-    made_by: dict[str, Any],
+    made_for: MadeFor,
 ) -> None:
     """Draws the images, and writes each with the settings that drew it in its text chunk."""
     from tqdm import tqdm
@@ -177,19 +199,26 @@ def draw(
     for line in load_for_drawing(model, [(lora.path, lora.weight) for lora in loras]):
         print(f"lora    {line}")
     for prompt in model.truncated(list(dict.fromkeys(image.prompt for image in images)))[:5]:
-        print(f"cut at the text encoder's limit: {prompt!r}")
+        print(f"cut at the text encoder's limit: {prompt!r}{longer(model.family, model.reading)}")
     started = time.monotonic()
-    drawn = sampler.stream(model, [image.prompt for image in images], [image.seed for image in images])
-    for image, pixels in tqdm(zip(images, drawn, strict=True), "drawing", len(images), unit="picture"):
-        text = {"prompt": image.prompt, "seed": str(image.seed), "dpo_sd": json.dumps(made_by)}
-        save_png(pixels, folder / image.file, text)
+    alike: dict[Line, list[SetImage]] = {}
+    for image in images:
+        alike.setdefault(image.line._replace(prompt="", seed=None), []).append(image)
+    with tqdm(total=len(images), desc="drawing", unit="picture") as bar:
+        for settings, those in alike.items():
+            own, made_by = settings.drawn_by(sampler), json.dumps(made_for(settings))
+            drawn = own.stream(model, [image.prompt for image in those], [image.seed for image in those])
+            for image, pixels in zip(those, drawn, strict=True):
+                text = {"prompt": image.prompt, "seed": str(image.seed), "dpo_sd": made_by}
+                save_png(pixels, folder / image.file, text)
+                bar.update()
     print(f"{len(images) / (time.monotonic() - started):.1f} pictures a second")
 
 
-def list_pairs(folder: Path, images: Sequence[SetImage], made_by: dict[str, Any]) -> list[Pair]:
+def list_pairs(folder: Path, images: Sequence[SetImage], made_for: MadeFor) -> list[Pair]:
     """Adds the pairs of the complete sets to pairs.jsonl, and returns all that it lists."""
     earlier = read_pairs(folder) if (folder / PAIRS).exists() else []
-    pairs = list({pair.pair_id: pair for pair in [*earlier, *listed(folder, images, made_by)]}.values())
+    pairs = list({pair.pair_id: pair for pair in [*earlier, *listed(folder, images, made_for)]}.values())
     if outdated := len(pairs) - len(current(pairs)):
         are = "pairs are" if outdated > 1 else "pair is"
         print(f"{outdated} {are} of pictures that have changed since, and listed anew beside the former ones")
@@ -198,13 +227,13 @@ def list_pairs(folder: Path, images: Sequence[SetImage], made_by: dict[str, Any]
     return pairs
 
 
-def listed(folder: Path, images: Sequence[SetImage], made_by: dict[str, Any]) -> list[Pair]:
+def listed(folder: Path, images: Sequence[SetImage], made_for: MadeFor) -> list[Pair]:
     """All pairs of the sets that are complete on disk; those of a larger set share a `ranking_id`."""
     pairs = []
-    for _, group in itertools.groupby(images, key=lambda image: (image.prompt, image.set_index)):
+    for _, group in itertools.groupby(images, key=lambda image: (image.line, image.set_index)):
         members = list(group)
         if all((folder / member.file).exists() for member in members):
-            pairs += pairs_of_set(folder, members, made_by)
+            pairs += pairs_of_set(folder, members, made_for(members[0].line))
     return pairs
 
 

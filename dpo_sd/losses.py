@@ -85,16 +85,18 @@ def residual(model_pred: Tensor, target: Tensor) -> Tensor:
     return model_pred.float() - target.float()
 
 
-def squared_error(residuals: Tensor) -> Tensor:
+def squared_error(residuals: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean square of each sample's residual: (batch,).
 
     Args:
         residuals: (batch, C, H, W), as `residual` gives them.
+        weights: (batch, 1, H, W), factor of each pixel's square; the mean is not divided by it; None is 1.
     """
-    return residuals.square().flatten(1).mean(1)
+    squares = residuals.square()
+    return (squares if weights is None else squares * weights).flatten(1).mean(1)
 
 
-def pseudo_huber_error(residuals: Tensor, c: float) -> Tensor:
+def pseudo_huber_error(residuals: Tensor, c: float, weights: Tensor | None = None) -> Tensor:
     """Mean pseudo-Huber loss of each sample's residual, 2c(√(r² + c²) − c): (batch,).
 
     For small residuals it is the square, for large ones it grows linearly, so that outliers pull less (Charbonnier et
@@ -103,10 +105,12 @@ def pseudo_huber_error(residuals: Tensor, c: float) -> Tensor:
     Args:
         residuals: (batch, C, H, W), as `residual` gives them.
         c: residual between the two, positive.
+        weights: as in `squared_error`.
     """
     # r² / (√(r² + c²) + c) is √(r² + c²) − c without its rounding where r is small
     squares = residuals.square()
-    return (2 * c * squares / ((squares + c * c).sqrt() + c)).flatten(1).mean(1)
+    values = 2 * c * squares / ((squares + c * c).sqrt() + c)
+    return (values if weights is None else values * weights).flatten(1).mean(1)
 
 
 def reward_margin(policy: PairErrors, reference: PairErrors) -> Tensor:

@@ -11,6 +11,8 @@ from scipy import optimize, special, stats
 
 from dpo_sd.errors import UserError
 
+FEW = 8  # prompts; on fewer a bootstrap sees too little of the spread, and its 95 % cover the truth 87 % of the time
+
 
 class WinRate(NamedTuple):
     """A win rate with its interval.
@@ -66,8 +68,9 @@ def win_shares(challenger: ArrayLike, baseline: ArrayLike, tie_band: float = 0.0
 def win_rate(shares: ArrayLike, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0) -> WinRate:
     """Mean win share over prompts, with a BCa bootstrap interval over prompts (Efron 1987).
 
-    Where all prompts have the same share the bootstrap sees no spread at all, and the interval is Wilson's, which
-    errs on the wide side: a share within [0, 1] varies at most as a coin of the same mean does.
+    A share within [0, 1] varies at most as a coin of the same mean does. So below `FEW` prompts the interval is the
+    exact one of coins (Clopper & Pearson 1934), and where all prompts have the same share, and the bootstrap sees no
+    spread at all, Wilson's; both err on the wide side.
 
     Args:
         shares: (prompts,) or (prompts, seeds), in [0, 1], as `win_shares` gives them; averaged over seeds first.
@@ -85,6 +88,8 @@ def win_rate(shares: ArrayLike, confidence: float = 0.95, resamples: int = 10_00
     _check_resamples(resamples)
     per_prompt = _per_prompt(values)
     rate, n = float(per_prompt.mean()), len(per_prompt)
+    if n < FEW:
+        return WinRate(rate, *_exact_interval(rate, n, confidence), n)
     if _all_equal(per_prompt, scale=1.0):
         return WinRate(rate, *_wilson_interval(rate, n, confidence), n)
     return WinRate(rate, *_bootstrap_interval(per_prompt, confidence, resamples, seed), n)
@@ -114,8 +119,8 @@ def mean_difference(
 ) -> MeanDifference:
     """Mean of after - before over prompts, with a BCa bootstrap interval over prompts (Efron 1987).
 
-    One prompt says nothing about the spread: its interval is infinite. Differences that are all equal have an
-    interval of no width.
+    Below `FEW` prompts the interval is Student's. One prompt says nothing about the spread: its interval is infinite.
+    Differences that are all equal have an interval of no width.
 
     Args:
         before, after: (prompts,) or (prompts, seeds), paired, finite; averaged over seeds first.
@@ -135,13 +140,17 @@ def mean_difference(
         return MeanDifference(mean, -math.inf, math.inf, n)
     if _all_equal(per_prompt, scale=max(np.abs(first).max(), np.abs(second).max())):
         return MeanDifference(mean, mean, mean, n)
+    if n < FEW:
+        low, high = stats.t.interval(confidence, n - 1, mean, stats.sem(per_prompt))
+        return MeanDifference(mean, float(low), float(high), n)
     return MeanDifference(mean, *_bootstrap_interval(per_prompt, confidence, resamples, seed), n)
 
 
 def minimal_detectable_rate(n_prompts: int, confidence: float = 0.95, power: float = 0.8) -> float:
     """The true win rate above ½ that a two-sided test of n prompts finds with the given power; 1 if there is none.
 
-    It is for one vote a prompt without ties; ties and several seeds a prompt only sharpen the test.
+    It is for one vote a prompt without ties; ties and several seeds a prompt only sharpen the test. Below `FEW` prompts
+    only a win on every prompt is told from chance, if that is.
 
     Args:
         n_prompts: number of independent prompts, at least 1.
@@ -156,6 +165,8 @@ def minimal_detectable_rate(n_prompts: int, confidence: float = 0.95, power: flo
     if not 0.5 <= power < 1:
         raise UserError(f"power must be in [0.5, 1), got {power}")
     _check_confidence(confidence)
+    if n_prompts < FEW:
+        return power ** (1 / n_prompts) if _exact_interval(1.0, n_prompts, confidence)[0] > 0.5 else 1.0
     z_confidence, z_power = special.ndtri((1 + confidence) / 2), special.ndtri(power)
 
     def surplus(rate: float) -> float:
@@ -277,8 +288,16 @@ def _bootstrap_interval(values: np.ndarray, confidence: float, resamples: int, s
     return float(interval.low), float(interval.high)
 
 
-def _wilson_interval(rate: float, n: int, confidence: float) -> tuple[float, float]:
+def _exact_interval(rate: float, n: int, confidence: float) -> tuple[float, float]:
     # scipy's binomtest does the same for whole numbers of wins only, and ties are halves
+    wins, tail = rate * n, (1 - confidence) / 2
+    low = 0.0 if wins == 0 else stats.beta.ppf(tail, wins, n - wins + 1)
+    high = 1.0 if wins == n else stats.beta.isf(tail, wins + 1, n - wins)
+    return float(low), float(high)
+
+
+def _wilson_interval(rate: float, n: int, confidence: float) -> tuple[float, float]:
+    # scipy's binomtest has whole numbers of wins only, here too
     z = special.ndtri((1 + confidence) / 2)
     centre = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
     half_width = z / (1 + z**2 / n) * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))

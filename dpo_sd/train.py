@@ -349,6 +349,9 @@ def reference_cache(
         framing=OmegaConf.to_container(cfg.framing, resolve=True),
         cache=[parts.cache.keep, parts.cache.half],
         **further,
+        # errors from before SDXL was told the mirrored place of a crop are not read
+        **({"texts": repr(data.train.vary)} if data.train.vary is not None else {}),
+        **({"crop_place": "mirrored"} if model.family.pooled and parts.framing.flip else {}),
     )
     folder = parts.cache.folder / "reference" / key
     images = 2 if parts.loss.needs_pairs else 1

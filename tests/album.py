@@ -11,7 +11,7 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 from dpo_sd.data.batches import PreparedSamples
-from dpo_sd.models.families import FAMILIES
+from dpo_sd.models.families import AS_USUAL, FAMILIES
 from dpo_sd.models.stable_diffusion import Fingerprints, TextEmbeds
 
 
@@ -19,6 +19,7 @@ class Album:
     """Stands for a StableDiffusion; `encoded` keeps the pixels that it was asked to encode, (n, 3, h, w) in [-1, 1]."""
 
     name, family, resolution, factor, max_tokens, device = "tiny", FAMILIES["tiny"], 64, 8, 77, "cpu"
+    reading = AS_USUAL
 
     def __init__(self, fingerprint: str = "base", arithmetic: str = "float32", networks: Any = None):
         self.fingerprint, self.fingerprints = fingerprint, Fingerprints(fingerprint, "vae", "text")

@@ -40,9 +40,10 @@ from dpo_sd.judges.judge import Judge
 from dpo_sd.lora.adapters import weights_of
 from dpo_sd.lora.attaching import LoRA
 from dpo_sd.lora.weights import WEIGHTS_NAME
-from dpo_sd.lora.writing import save_diffusers
+from dpo_sd.lora.writing import reading_metadata, save_diffusers
 from dpo_sd.losses import DiffusionDPOLoss, PairErrors
 from dpo_sd.models.base import Base
+from dpo_sd.models.families import FAMILIES
 from dpo_sd.models.sampling import Sampler
 from dpo_sd.shapes.captions import split_prompts
 from dpo_sd.training.checkpoints import AtomicCheckpointIO
@@ -447,6 +448,22 @@ def test_what_training_does_not_change_is_drawn_once(tmp_path, module):
     assert names == ["step=000000.png", "step=000005.png", "step=000010.png"]
 
 
+def test_prompts_of_a_file_are_drawn_in_their_order_with_their_own_seeds_and_sizes(tmp_path, module, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("one --w 32 --d 7\ntwo\nthree --w 32 --d 9\n")
+    asked: list[tuple[Any, list[str], list[int]]] = []
+
+    def sides(names: Any, model: Any, sampler: Sampler, prompts: list[str], seeds: list[int]) -> dict[str, Any]:
+        asked.append((sampler.width, prompts, seeds))
+        return {name: [Image.new("RGB", (32, 64), f"#{len(prompt):02x}0000") for prompt in prompts] for name in names}
+
+    monkeypatch.setattr("dpo_sd.callbacks.samples.draw_sides", sides)
+    Samples(prompts=str(tmp_path / "prompts.txt")).on_start(make_run(tmp_path, module=module))
+    assert asked[0] == (32, ["one", "three"], [7, 9]) and asked[1][:2] == (None, ["two"])
+    sheet = Image.open(tmp_path / "samples" / "step=000000.png").convert("RGB")
+    assert columns(sheet, 0, 3) == [(3, 0, 0), (3, 0, 0), (5, 0, 0)]
+    assert sheet.getpixel((74 + 5, 6 + 68)) == (255, 255, 255)  # beside a picture that is not square
+
+
 def test_a_lora_that_training_started_from_has_a_row_of_its_own(tmp_path, module):
     started = build(str(save_diffusers(weights_of(module.model), tmp_path / WEIGHTS_NAME)))
     Samples(n_prompts=2).on_start(make_run(tmp_path, module=started))
@@ -514,6 +531,7 @@ def test_the_report_says_rate_interval_number_judge_scores_and_control(module):
     low, high = (f"{100 * result[name]:.0f}" for name in ("low", "high"))
     report = verdict.report()
     assert f"The policy wins 90 % [{low}, {high}] n=5 against its reference" in report
+    assert float(low) < 50 and "held-out prompts, which are too few to tell any win rate from chance." in report
     assert "a judge" in report
     assert "0.10 → 0.90" in report
     assert "0.750 → 0.250" in report
@@ -638,6 +656,12 @@ def test_a_checkpoint_brings_both_lora_files(tmp_path, module):
         "ss_learning_rate": "0.002",
         "ss_resolution": "(64, 64)",
     }
+
+
+def test_a_lora_says_how_prompts_were_read_where_that_is_not_as_usual():
+    family = FAMILIES["sd15"]
+    assert reading_metadata(family, family.reading()) == {}
+    assert reading_metadata(family, family.reading(225, 2)) == {"ss_max_token_length": "225", "ss_clip_skip": "2"}
 
 
 def test_a_lora_says_the_resolution_that_it_was_trained_at(tmp_path, module):

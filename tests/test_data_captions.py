@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from dpo_sd.data.batches import Visits
+from dpo_sd.data.batches import Visits, stack
 from dpo_sd.data.cache import Cache
 from dpo_sd.data.captions import Captions, ShuffledTags
 from dpo_sd.data.frames import Framing
@@ -368,7 +370,10 @@ def test_numbers_for_repeats_in_names_of_folders_are_said_not_to_count(tmp_path)
     folder = make(tmp_path / "photos", {"10_style/a.png": "a fox", "2_other/b.png": "a bear", "c_3/c.png": "a cat"})
     both = found(folder)
     assert len(captions(both)) == 3
-    assert "Kohya's repeats in names of folders do not count: 10_style, 2_other" in both.report
+    assert (
+        "Kohya's repeats in names of folders do not count: 10_style, 2_other; data.path=[<folder>:10] repeats"
+        in both.report
+    )
 
 
 @pytest.mark.parametrize(("on_disk", "written"), [("NFD", "NFC"), ("NFC", "NFD")])
@@ -520,6 +525,170 @@ def test_tags_are_shuffled_behind_the_trigger():
     assert {frozenset(text.split(", ")[2:]) for text in texts} == {frozenset({"a", "b c", "d"})}
     assert pickle.loads(pickle.dumps(shuffled)) == shuffled  # for the processes that prepare batches
     assert shuffled("", generator(0, 1, 0, "text")) == ""
+
+
+def test_tags_that_are_kept_stand_still_behind_the_trigger(tmp_path):
+    source = Captions(str(ten(tmp_path / "photos")), trigger="sks, style", shuffle_tags=True, keep_tokens=1)
+    data = source.prepare(Base().load(), Sampler(), Framing(), Cache(tmp_path / "cache", "latents"))
+    assert data.train.vary == ShuffledTags(kept=3)
+    texts = {ShuffledTags(3)("sks, style, a, b, c", generator(0, 1, draw, "text")) for draw in range(20)}
+    assert texts == {"sks, style, a, b, c", "sks, style, a, c, b"}
+
+
+# ------------------------------------------------------------------------------------------------------ several folders
+
+
+def several(tmp_path: Path) -> tuple[Path, Path]:
+    one = make(tmp_path / "one", {f"{i}.png": f"one {i}" for i in range(8)})
+    return one, make(tmp_path / "two", {f"{i}.png": f"two {i}" for i in range(4)}, first=8)
+
+
+def test_folders_stand_side_by_side_and_repeats_are_samples_with_noises_of_their_own(tmp_path):
+    one, two = several(tmp_path)
+    source = Captions([str(one), f"{two}:3"], trigger="sks", validation=3)
+    split = source.look(Cache(tmp_path / "cache"), fetch=True)
+    assert isinstance(split, Split)
+    counts = Counter(split.train.prompts)
+    assert {counts[prompt] for prompt in counts if "two" in prompt} == {3} and f"{two}: 3 times each" in split.report
+    assert {counts[prompt] for prompt in counts if "one" in prompt} == {1}
+    assert (
+        split.found().both == 12
+        and len(split.validation) == 3
+        and len(counts) == 9
+        and all(prompt.startswith("sks, ") for prompt in counts)
+    )
+    data = source.prepare(Base().load(), Sampler(), Framing(), Cache(tmp_path / "cache"))
+    assert len(set(data.train.sample_ids.tolist())) == len(data.train) == len(split.train)
+    alone = Captions(str(one), trigger="sks", validation=0).prepare(
+        Base().load(), Sampler(), Framing(), Cache(tmp_path / "cache")
+    )
+    assert set(alone.train.sample_ids.tolist()) >= {
+        int(i) for row, i in enumerate(data.train.sample_ids) if "one" in data.train.prompts[row]
+    }
+
+
+def test_regularisation_pictures_have_a_weight_no_trigger_and_are_never_held_back(tmp_path):
+    one, two = several(tmp_path)
+    both = found(one, trigger="sks", regularisation=f"{two}:2", regularisation_weight=0.5, validation=4)
+    weights = {prompt: float(weight) for prompt, weight in zip(both.train.prompts, both.train.weight, strict=True)}
+    assert {weight for prompt, weight in weights.items() if prompt.startswith("two ")} == {0.5}
+    assert {weight for prompt, weight in weights.items() if prompt.startswith("sks, one")} == {1.0}
+    assert len(both.validation) == 4 and all("one" in prompt for prompt in both.validation.prompts)
+    assert len(both.train) == 4 + 2 * 4 and "regularisation: 8 pictures, weight 0.5" in both.report
+
+
+def test_regularisation_pictures_without_captions_have_their_own_phrase(tmp_path):
+    bare = make(tmp_path / "bare", {"a.png": None, "b.png": None}, first=20)
+    one, _ = several(tmp_path)
+    both = found(one, regularisation=str(bare), regularisation_trigger="a drawing")
+    assert Counter(both.train.prompts)["a drawing"] == 2
+    assert "bare have no caption" in refused(one, regularisation=str(bare))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"path": ["{one}", "{one}:2"]}, "names {one} twice"),
+        ({"path": ["{one}:0"]}, "repeats are between 1 and 10000"),
+        ({"path": []}, "path is empty"),
+        ({"path": ["{one}", 3]}, "path must be a folder, or a list of folders"),
+        ({"path": ["{one}", "some/set"]}, "some/set is no folder: of several sources, each is a folder of pictures"),
+        ({"regularisation": "{one}"}, "is both path and regularisation"),
+        ({"regularisation_weight": 0.5}, "are of pictures: add data.regularisation"),
+        ({"regularisation": "{two}", "regularisation_weight": 0.0}, "regularisation_weight must be positive"),
+        ({"keep_tokens": 1}, "keep_tokens=1 keeps tags from being shuffled: add data.shuffle_tags=true"),
+        ({"keep_tokens": -1, "shuffle_tags": True}, "keep_tokens must be at least 0"),
+    ],
+)
+def test_what_several_folders_cannot_be_is_refused(settings, message, tmp_path):
+    one, two = several(tmp_path)
+
+    def named(value: Any) -> Any:
+        return (
+            [named(each) for each in value]
+            if isinstance(value, list)
+            else (value.format(one=one, two=two) if isinstance(value, str) else value)
+        )
+
+    given: dict[str, Any] = {"path": str(one)} | {name: named(value) for name, value in settings.items()}
+    with pytest.raises(UserError) as caught:
+        Captions(**given).find(Cache(Path("nowhere")), fetch=False)
+    assert message.format(one=one) in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------- masks
+
+
+def masked(folder: Path, names: Mapping[str, tuple[int, int]]) -> Path:
+    """A mask for each of those pictures, of that size: white on its left half, black on the right one."""
+    for name, (width, height) in names.items():
+        mask = Image.new("L", (width, height))
+        mask.paste(255, (0, 0, width // 2, height))
+        mask.save(folder / f"{name}-masklabel.png")
+    return folder
+
+
+def test_masks_are_no_pictures_and_what_is_not_read_is_said(tmp_path):
+    folder = masked(ten(tmp_path / "photos"), {"3": (64, 64)})
+    both = found(folder)
+    assert len(captions(both)) == 10 and both.train.masks is None
+    assert "1 masks are not read: data.masks=0.1 weighs the error by them" in both.report
+
+
+@pytest.mark.parametrize("keep", ["all", "off"])
+def test_a_mask_weighs_latent_pixels_framed_and_mirrored_as_its_picture(keep, tmp_path):
+    folder = masked(ten(tmp_path / "photos"), {"3": (64, 64)})
+    source = Captions(str(folder), masks=0.25, validation=0)
+    framing = Framing(flip=True, random_crop=keep == "off")
+    data = source.prepare(Base().load(), Sampler(), framing, Cache(tmp_path / "cache", keep))
+    rows = {data.train.prompts[row]: row for row in range(10)}
+    visits = Visits(data.train, 0, 1000)
+    seen = [visits[rows["caption 3"], draw].mask for draw in range(12)]
+    left = torch.cat([torch.ones(1, 8, 4), torch.full((1, 8, 4), 0.25)], dim=2)
+    mirrored = left.flip(-1)
+    assert {torch.equal(mask, left) for mask in seen if mask is not None} == {True, False}
+    assert all(torch.equal(mask, left) or torch.equal(mask, mirrored) for mask in seen if mask is not None)
+    whole = visits[rows["caption 4"], 0].mask
+    assert whole is not None and torch.equal(whole, torch.ones(1, 8, 8))
+    (batch,) = stack([visits[0, 0], visits[1, 0]])
+    assert batch.mask is not None and batch.mask.shape == (2, 1, 8, 8)
+    assert any("1 of 10 pictures have a mask; the others count wholly: 0.png, 1.png" in line for line in data.report)
+
+
+def test_a_mask_is_part_of_what_the_data_goes_by(tmp_path):
+    folder, model = masked(ten(tmp_path / "photos"), {"3": (64, 64)}), Base().load()
+
+    def fingerprint() -> str:
+        source = Captions(str(folder), masks=0.0)
+        return source.prepare(model, Sampler(), Framing(), Cache(tmp_path / "cache")).fingerprint
+
+    before = fingerprint()
+    assert fingerprint() == before
+    Image.new("L", (64, 64), 9).save(folder / "3-masklabel.png")
+    assert fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("masks", "sizes", "message"),
+    [
+        (0.1, {"3": (32, 64)}, "3-masklabel.png has 32 × 64 pixels, not the 64 × 64 of its picture"),
+        (0.1, {}, "no picture has a mask: put <name>-masklabel.png beside <name>.png"),
+        (1.0, {"3": (64, 64)}, "masks is the weight of black pixels, at least 0 and below 1, got 1.0"),
+    ],
+)
+def test_masks_that_cannot_be_used_are_refused(masks, sizes, message, tmp_path):
+    assert message in refused(masked(ten(tmp_path / "photos"), sizes), masks=masks)
+
+
+def test_a_mask_that_cannot_be_read_to_its_end_is_refused_before_training(tmp_path):
+    folder = masked(ten(tmp_path / "photos"), {"3": (64, 64)})
+    file = folder / "3-masklabel.png"
+    file.write_bytes(file.read_bytes()[:-30])
+    assert "1 masks of" in (message := refused(folder, masks=0.1)) and "3-masklabel.png" in message
+
+
+def test_a_dataset_has_no_masks(tmp_path):
+    assert "only pictures in folders have masks" in refused(parquet(tmp_path / "a.parquet", ["a", "b"]), masks=0.1)
 
 
 # ------------------------------------------------------------------------------------------------- datasets in parquet

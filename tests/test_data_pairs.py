@@ -318,6 +318,23 @@ def test_what_cannot_be_trained_on_is_refused_before_any_model_loads(tmp_path, c
         Pairs(str(tmp_path), **settings).find(Cache(tmp_path / "cache"), fetch=False)
 
 
+def test_several_folders_are_one_data_set_and_a_repeated_pair_has_noises_of_its_own(tmp_path):
+    for name, prompts in (("one", PROMPTS), ("two", ["another", "one more", "prompt 0"])):
+        make_folder(tmp_path / name, prompts)
+        annotate(tmp_path / name, {"anna": ["image_0"] * len(prompts)})
+    source = Pairs([str(tmp_path / "one"), f"{tmp_path / 'two'}:2"], validation=2, weight_by_prompt=True)
+    data = source.prepare(Album(), None, Framing(), Cache(tmp_path / "cache"))  # type: ignore[arg-type]
+    texts = [data.train.prompts[row] for row in range(len(data.train))]
+    assert set(texts).isdisjoint(prompts_of(data.validation)) and len({*texts, *prompts_of(data.validation)}) == 10
+    for prompt in {"another", "one more"} & set(texts):
+        assert texts.count(prompt) == 2
+    assert len(set(data.train.sample_ids.tolist())) == len(data.train) == len(set(data.train.contents.tolist()))
+    weights: dict[str, float] = {}
+    for prompt, weight in zip(texts, data.train.weight, strict=True):
+        weights[prompt] = weights.get(prompt, 0.0) + float(weight)
+    assert max(weights.values()) == pytest.approx(min(weights.values()))
+
+
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="pairs is empty"):
         Pairs("")

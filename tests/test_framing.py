@@ -98,6 +98,16 @@ def test_pixels_are_those_of_the_part_and_mirrored_when_flipped():
     assert (pixels(picture, part, flip=True).numpy() == got.numpy()[:, :, ::-1]).all()
 
 
+def test_a_mirrored_picture_says_the_place_that_its_part_has_in_the_mirrored_whole():
+    """As diffusers' SDXL scripts, which mirror first and then cut: cutting there at the place that is told gives it."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(256, size=(4, 9, 3), dtype=np.uint8))
+    part = Frame(2, 4, 9, 4, 6, 0)
+    (told,) = time_ids(np.array([picture.size]), np.array([part]), flip=True)
+    assert told.tolist() == [4, 9, 0, 1, 4, 2]
+    whole = pixels(picture, Frame(9, 4, 9, 4, 0, 0), flip=True)
+    assert (pixels(picture, part, flip=True) == whole[:, :, told[3] : told[3] + 2]).all()
+
+
 def test_pixels_of_a_scaled_picture_have_the_size_of_the_part():
     assert pixels(Image.new("RGB", (300, 100), "red"), framed((300, 100), (64, 48))).shape == (3, 48, 64)
 

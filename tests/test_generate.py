@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from dpo_sd import generate
-from dpo_sd.data.prompts import read_prompts
+from dpo_sd.data.prompts import Line, read_lines, read_prompts
 from dpo_sd.errors import UserError
 from dpo_sd.forecast.explaining import drawing_explained
 from dpo_sd.lora.adapters import policy_parameters, weights_of
@@ -114,6 +114,64 @@ def test_bytes_that_are_no_text_are_no_prompt(tmp_path):
         read_prompts(str(file))
     with pytest.raises(UserError, match=r"'a fox .udce4' holds half of a character, or bytes that are not UTF-8"):
         read_prompts(["a fox \udce4"])
+
+
+def test_a_prompt_of_a_file_may_have_settings_in_kohyas_words(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a fox --n bad hands, blurry --w 64 --h 96 --d 7 --s 3 --l 2.5\na cat -- asleep\na fox\n")
+    lines = read_lines(str(file))
+    assert lines == [Line("a fox", "bad hands, blurry", 64, 96, 7, 3, 2.5), Line("a cat -- asleep"), Line("a fox")]
+    own = lines[0].drawn_by(Sampler(scheduler="ddim", batch_size=2))
+    assert (own.negative_prompt, own.width, own.height, own.steps, own.guidance) == (
+        "bad hands, blurry",
+        64,
+        96,
+        3,
+        2.5,
+    )
+    assert (own.scheduler, own.batch_size) == ("ddim", 2)
+    assert lines[2].drawn_by(sampler := Sampler()) is sampler
+    assert read_lines(["a fox --w 64"]) == [Line("a fox --w 64")]
+    with pytest.raises(UserError, match="all are drawn alike here: leave out the settings behind 'a fox'"):
+        read_prompts(str(file))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("a fox --ar 16:9", "line 2 of .*prompts.txt: --ar is unknown: use --n, --w, --h, --d, --s, --l, or give"),
+        ("a fox --w wide", "line 2 of .*: --w must have a whole number behind it, got 'wide'"),
+        ("a fox --w 100", "line 2 of .*: prompt 'a fox': width must be a multiple of 8 pixels, got 100"),
+        ("a fox --l 1 --n bad", "line 2 of .*: negative_prompt='bad' has no effect at guidance 1"),
+        ("a fox --d -1", "line 2 of .*: --d must be at least 0"),
+        ("a fox --s 3 --s 4", "line 2 of .*: --s is there twice"),
+        ("--w 64", "line 2 of .*: there is no prompt before its settings"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_by_their_line(line, message, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"a cat\n{line}\n")
+    with pytest.raises(UserError, match=message.replace("negative_prompt=", ".*negative_prompt=")):
+        read_lines(str(file))
+
+
+def test_prompts_with_settings_are_drawn_and_recorded_with_them(draw, drawn, tmp_path):
+    """The same prompt without settings gives the same bytes as ever, whatever stands beside it."""
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"{RED}\n{RED} --n blurry --w 48 --h 80 --d 5 --s 3\n")
+    folder = tmp_path / "pairs"
+    ended = draw(folder, "set_size=3", prompts=str(file))
+    assert ended.code == 0, ended.err
+    before, now = pictures(drawn), pictures(folder)
+    assert len(now) == 6 and sum(before.get(name) == data for name, data in now.items()) == 3
+    own = [pair for pair in read_pairs(folder) if pair.settings["steps"] == 3]
+    assert len(own) == 3 and {*(pair.seed_0 for pair in own), *(pair.seed_1 for pair in own)} == {5, 6, 7}
+    with Image.open(folder / own[0].image_0) as image:
+        text = json.loads(image.text["dpo_sd"])  # type: ignore[attr-defined]
+        assert image.size == (48, 80)
+    assert (text["negative_prompt"], text["width"], text["height"], text["steps"]) == ("blurry", 48, 80, 3)
+    again = draw(folder, "set_size=3", prompts=str(file))
+    assert "6 drawn before" in again.out and pictures(folder) == now
 
 
 @pytest.mark.parametrize("prompts", [["a", None], [["a", "b"], "c"], [{"a": "b"}], [True]])

@@ -32,7 +32,7 @@ from dpo_sd.data.usable import usable
 from dpo_sd.errors import UserError
 from dpo_sd.files.tensors import TensorStore, read_header
 from dpo_sd.models.base import Base
-from dpo_sd.models.families import FAMILIES
+from dpo_sd.models.families import AS_USUAL, FAMILIES
 from dpo_sd.models.stable_diffusion import Fingerprints, StableDiffusion, TextEmbeds, encode_bytes
 
 MIDDLE = (0.5, 0.5)
@@ -271,13 +271,15 @@ def test_one_picture_in_many_pairs_is_encoded_once(model, tmp_path, encoded):
 def test_mirrored_latents_are_those_of_mirrored_pictures(model, tmp_path):
     """Not latents that are mirrored: the VAE is not symmetric."""
     prompts = make(tmp_path, [(64, 64), (100, 60), (64, 64)])
-    data = prepared(model, tmp_path, prompts, flip=True)
-    off = prepared(model, tmp_path, prompts, keep="off", flip=True)
+    data = prepared(model, tmp_path, prompts, buckets=False, flip=True)
+    off = prepared(model, tmp_path, prompts, keep="off", buckets=False, flip=True)
     for prompt in prompts:
-        pixels, _ = read(off, prompt, flip=True)
-        assert torch.equal(pixels.flip(-1), read(off, prompt)[0])
+        (pixels, ids), (latents, same_ids) = read(off, prompt, flip=True), read(data, prompt, flip=True)
+        assert torch.equal(pixels.flip(-1), read(off, prompt)[0]) and torch.equal(ids, same_ids)
         with torch.no_grad():
-            assert_close(read(data, prompt, flip=True)[0], encode_bytes(model, pixels[None])[0], rtol=1e-3, atol=1e-3)
+            assert_close(latents, encode_bytes(model, pixels[None])[0], rtol=1e-3, atol=1e-3)
+    # 100x60 is scaled to 107x64, and of the 43 columns that are cut off 22 lie on one side and 21 on the other
+    assert read(data, prompts[1])[1][3] == 22 and read(data, prompts[1], flip=True)[1][3] == 21
 
 
 def test_prompts_are_left_to_the_step_with_cache_latents(model, tmp_path, encoded):
@@ -485,6 +487,7 @@ class Pretender:
     """Stands for the model, with a VAE that does nothing."""
 
     factor, resolution, family, max_tokens, networks, text_encoders = 8, 64, FAMILIES["tiny"], 77, {}, []
+    reading = AS_USUAL
     fingerprints, device, working = Fingerprints("model", "vae", "text"), "cpu", StableDiffusion.working
 
     def __init__(self, model: StableDiffusion):

@@ -424,3 +424,10 @@ def test_an_unknown_convention_is_refused_with_the_known_ones():
 def test_a_beta_of_another_code_base_out_of_range_is_refused(beta: float):
     with pytest.raises(UserError, match=f"beta must be positive and finite, got {beta}"):
         DiffusionDPOLoss(beta, beta_convention="onetrainer")
+
+
+def test_a_pixels_weight_is_a_factor_of_its_square():
+    """Of four pixels with the squares 1, 4, 9, 16 the second counts half and the last not: (1 + 2 + 9) / 4."""
+    residuals, weights = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), torch.tensor([[[[1.0, 0.5], [1.0, 0.0]]]])
+    assert squared_error(residuals, weights).tolist() == [3.0]
+    assert squared_error(residuals, torch.ones(1, 1, 2, 2)).tolist() == squared_error(residuals).tolist() == [7.5]

@@ -157,6 +157,60 @@ def test_prompts_of_more_tokens_than_the_limit_are_found_and_cut(model):
     assert torch.equal(model.encode_prompts([long]).hidden[0, :31], model.encode_prompts([fits]).hidden[0, :31])
 
 
+def test_a_long_prompt_is_read_in_chunks_that_stand_side_by_side(model):
+    """35 words of one token each: 30 in the first chunk and 5 in the second, as if they were prompts of their own."""
+    wide = Base(max_tokens=60).load()
+    first, rest, long = "red " * 30, "green " * 5, "red " * 30 + "green " * 5
+    found, apart = wide.encode_prompts([long, "red"]), model.encode_prompts([first, rest, "red", ""])
+    assert found.hidden.shape == (2, *wide.hidden_shape) == (2, 64, 128)
+    assert_close(found.hidden.reshape(4, 32, 128), apart.hidden, rtol=1e-4, atol=1e-5)
+    assert wide.truncated([long, "red " * 60, "red " * 61]) == ["red " * 61]
+
+
+def test_the_pooled_text_of_chunks_is_that_of_the_first(twin):
+    wide, plain = (Base("sdxl", str(twin("sdxl")), max_tokens=tokens).load() for tokens in (150, 75))
+    found, first = wide.encode_prompts(["red " * 40]), plain.encode_prompts(["red " * 30])
+    assert found.pooled is not None and first.pooled is not None
+    assert_close(found.pooled, first.pooled, rtol=1e-4, atol=1e-5)
+    assert found.hidden.shape == (1, 64, 32 + 48)
+
+
+def test_clip_skip_2_reads_as_if_there_were_no_last_layer(model):
+    skipping, shorter = Base(clip_skip=2).load(), Base().load()
+    layers: Any = shorter.text_encoders[0].encoder  # type: ignore[union-attr]
+    layers.layers = layers.layers[:-1]
+    assert_close(skipping.encode_prompts(PROMPTS).hidden, shorter.encode_prompts(PROMPTS).hidden)
+    layer = "encoder.layers.{}.self_attn.q_proj.weight"
+    assert [skipping.unread("text_encoder", layer.format(n)) for n in range(2)] == [False, True]
+    assert not model.unread("text_encoder", layer.format(1))
+
+
+def test_how_prompts_are_read_is_part_of_what_caches_and_runs_go_by(model):
+    others = [Base(max_tokens=60), Base(clip_skip=2), Base(max_tokens=60, clip_skip=2)]
+    found = [base.fingerprints() for base in others]
+    assert Base(max_tokens=30, clip_skip=1).fingerprints() == model.fingerprints
+    assert len({model.fingerprints.text, *(each.text for each in found)}) == 4
+    assert len({model.fingerprint, *(each.model for each in found)}) == 4
+    assert {each.vae for each in found} == {model.fingerprints.vae}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Base("sd15", max_tokens=100), "sd15 reads prompts in chunks of 75 tokens, at most 10 of them: use 75"),
+        (lambda: Base("sd15", max_tokens=0), "max_tokens=0: sd15 reads prompts in chunks of 75 tokens"),
+        (lambda: Base("sdxl", max_tokens=7500), "at most 10 of them: use 750"),
+        (lambda: Base("sd15", clip_skip=0), "clip_skip must be between 1 .the last layer. and 12, got 0"),
+        (lambda: Base(clip_skip=3), "and 2, got 3"),
+        (lambda: Base("sdxl", clip_skip=2), "sdxl was trained on the last layer but one, which is read already"),
+        (lambda: Base("sd21", clip_skip=2), "sd21 was trained on the last layer but one"),
+    ],
+)
+def test_what_a_family_cannot_read_is_refused_in_words(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
 @pytest.mark.parametrize("family", ["tiny", "sdxl"])
 def test_the_pipeline_shares_the_parts(model, twin, family):
     if family == "sdxl":

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from workloads import on_card, workload
 
+from dpo_sd.data.prompts import Line
 from dpo_sd.forecast.phases import Forecast
+from dpo_sd.forecast.workload import largest
 from dpo_sd.lora.attaching import LoRA
 from dpo_sd.models.base import Base
+from dpo_sd.models.families import FAMILIES
+from dpo_sd.models.sampling import Sampler
 
 
 def test_sd15_trains_four_pairs_at_512_in_8_gib():
@@ -48,3 +54,13 @@ def test_linear_layers_of_the_text_encoder_are_kept_in_half_where_the_step_asks_
         one, two = (model.embed(["a red star"]).hidden for model in (single, half))
     assert torch.equal(one, two)
     torch.testing.assert_close(half.encode_prompts(["a red star"]).hidden, one.float())
+
+
+def test_the_plan_counts_the_largest_prompt_and_every_chunk_of_it():
+    sampler = Sampler()
+    lines = [Line("a"), Line("b", width=128, height=96), Line("c", width=128, height=96, guidance=1.0)]
+    assert vars(largest(sampler, lines, 64)) == vars(sampler.changed(width=128, height=96))
+    assert largest(sampler, lines[:1], 64) is sampler
+    one, three = (replace(workload(), reading=FAMILIES["tiny"].reading(tokens)) for tokens in (30, 90))
+    assert three.build().hidden_shape == (3 * one.build().hidden_shape[0], 128)
+    assert Forecast(three).of("prompts")[0].flops == 3 * Forecast(one).of("prompts")[0].flops

@@ -55,7 +55,7 @@ def build(base):
 
 def row(batch: Batch, i: int) -> Batch:
     assert batch.embeds is not None
-    alone: Any = {name: column[i : i + 1] for name, column in batch._asdict().items() if name != "embeds"}
+    alone: Any = {name: column[i : i + 1] for name, column in batch._asdict().items() if name not in ("embeds", "mask")}
     return Batch(**alone, embeds=TextEmbeds(hidden(batch)[i : i + 1], None))
 
 
@@ -97,6 +97,17 @@ def test_chosen_and_rejected_are_given_the_same_noise_timesteps_and_prompts(buil
         assert torch.equal(prompt_embeds[half], hidden(batch))
         expected = module.model.noise_scheduler.add_noise(latents, batch.noise, batch.timesteps)
         assert torch.equal(noisy_latents[half], expected)
+
+
+def test_a_mask_weighs_the_error_and_white_ones_change_no_bit(build):
+    module, batch = build(SFTLoss(), moved=True), make_batch()
+    white = torch.ones(PAIRS, 1, 8, 8)
+    half = torch.cat([white[..., :4], 0 * white[..., 4:]], dim=-1)
+    whole, same, left, right = (
+        module.losses(batch._replace(mask=mask))["loss"] for mask in (None, white, half, 1 - half)
+    )
+    assert torch.equal(whole, same) and not torch.allclose(left, right)
+    assert_close(left + right, whole)
 
 
 def test_sft_is_given_the_chosen_pictures_once_and_nothing_else(build):

@@ -9,7 +9,7 @@ from dpo_sd.callbacks.watcher import Run, Watcher
 from dpo_sd.errors import UserError
 from dpo_sd.lora.adapters import weights_of
 from dpo_sd.lora.weights import WEIGHTS_NAME
-from dpo_sd.lora.writing import save_diffusers, save_kohya
+from dpo_sd.lora.writing import reading_metadata, save_diffusers, save_kohya
 
 
 class Export(Watcher):
@@ -60,6 +60,7 @@ class Export(Watcher):
                 "ss_learning_rate": str(run.module.optimizer.lr),
                 "ss_training_comment": type(run.module.loss).__name__,
                 "ss_noise_offset": str(settings["noising"]["offset"] or None),
+                **reading_metadata(model.family, model.reading),
             },
         )
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from dpo_sd.callbacks.watcher import Run, Watcher
 from dpo_sd.data.prompts import read_prompts
+from dpo_sd.data.splitting import essence
 from dpo_sd.errors import UserError, check_range
-from dpo_sd.evaluation.comparison import Comparison, compare, power
+from dpo_sd.evaluation.comparison import Comparison, compare, power, too_few
 from dpo_sd.evaluation.drawing import Side, draw_sides, questions
 from dpo_sd.judges.judge import Judge
 from dpo_sd.noise import check_uint64
@@ -71,8 +72,8 @@ class Verdict(Watcher):
         """
         if self.prompts is None:
             return run.data.data.held_out_prompts[: self.n_prompts], 0
-        seen = set(run.data.data.train.prompts.texts)
-        unseen = [prompt for prompt in self.prompts if prompt not in seen]
+        seen = set(map(essence, run.data.data.train.prompts.texts))
+        unseen = [prompt for prompt in self.prompts if essence(prompt) not in seen]
         if not unseen:
             raise UserError("callbacks.verdict.prompts: training has seen all of them: name others, or leave them out")
         return unseen[: self.n_prompts], len(self.prompts) - len(unseen)
@@ -95,5 +96,6 @@ class Verdict(Watcher):
     def report(self) -> str:
         if self.result is None:
             return ""
-        first = f"The policy wins {self.result.win} against its reference on held-out prompts."
+        few = ", which are too few to tell any win rate from chance" if too_few(self.result.win.n) else ""
+        first = f"The policy wins {self.result.win} against its reference on held-out prompts{few}."
         return "\n".join([first, *self.result.lines()])

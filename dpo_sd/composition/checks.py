@@ -119,6 +119,10 @@ def _check_data(cfg: DictConfig) -> None:
             f"{chosen('loss', cfg)} needs pairs, but {chosen('data', cfg)} has single images: "
             f"use {' or '.join(fitting)}"
         )
+    if cfg.data.get("masks") is not None and any(
+        class_attribute(cfg.loss._target_, name) for name in ("needs_pairs", "needs_reference", "needs_residuals")
+    ):
+        raise UserError(f"data.masks weighs the pixels of the plain error, not of {chosen('loss', cfg)}: use loss=sft")
     framing, fixed = cfg.framing, class_attribute(cfg.data._target_, "fixed_resolution")
     if fixed and (framing.flip or framing.random_crop or framing.resolution not in (None, fixed)):
         raise UserError(

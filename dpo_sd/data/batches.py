@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from dpo_sd import noise
+from dpo_sd.data.samples import ImageFiles
 from dpo_sd.errors import UserError
 from dpo_sd.models.stable_diffusion import TextEmbeds
 from dpo_sd.noise import Noising
@@ -43,20 +44,31 @@ class Images(Protocol):
         ...
 
 
+class PixelWeights(Protocol):
+    """How much each latent pixel of a sample counts in its error."""
+
+    @property
+    def files(self) -> ImageFiles: ...
+
+    def read(self, row: int, flip: bool, where: tuple[float, float]) -> Tensor:
+        """Weights, (1, h/8, w/8), fp32, at least 0; the arguments are those of `Images.read`."""
+        ...
+
+
 class Latents:
     """Images that are encoded already.
 
     Args:
         latents: n latents, (4, h/8, w/8), scaled, in the order of the samples; or 2·n, the mirrored ones following.
-        time_ids: (n, 6), int32, one row per sample.
+        time_ids: (n, 6) or (2·n, 6), int32, one row per latent.
     """
 
     def __init__(self, latents: Tensors, time_ids: np.ndarray):
         self.latents, self.time_ids = latents, time_ids
 
     def read(self, row: int, flip: bool, where: tuple[float, float]) -> tuple[Tensor, Tensor]:
-        latents = self.latents[row + len(self.time_ids) * flip]  # the mirrored image of sample i is number n + i
-        return latents.float(), torch.from_numpy(self.time_ids[row]).float()
+        place = row + len(self.latents) // 2 * flip  # the mirrored image of sample i is number n + i
+        return self.latents[place].float(), torch.from_numpy(self.time_ids[place]).float()
 
 
 class Prompts:
@@ -103,6 +115,7 @@ class PreparedSamples:
         vary: makes another text of a prompt at every visit, given a generator; None leaves it as it is.
         content_ids: (n,), int64, hashes of prompt, chosen and rejected image in this order, under which results that
             depend on these alone may be kept; None where `sample_ids` are such hashes.
+        masks: weights of the pixels of single images; None weighs all alike.
     """
 
     chosen: Images
@@ -116,6 +129,7 @@ class PreparedSamples:
     random_crop: bool = False
     vary: Callable[[str, np.random.Generator], str] | None = None
     content_ids: np.ndarray | None = None
+    masks: PixelWeights | None = None
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -131,6 +145,8 @@ class PreparedSamples:
         hashed = hashlib.sha256(repr((self.flip, self.random_crop)).encode())
         for column in (self.sample_ids, self.contents, self.label, self.weight):
             hashed.update(np.ascontiguousarray(column).tobytes())
+        if self.masks is not None:
+            hashed.update(self.masks.files.sha256.tobytes())
         for sample in range(len(self)):
             hashed.update(self.prompts[sample].encode("utf-8", "surrogatepass") + b"\0")
         return hashed.hexdigest()[:16]
@@ -149,6 +165,7 @@ class Visit(NamedTuple):
         label, weight: label and weight of the sample, as in `PreparedSamples`.
         index: row of the sample in its dataset.
         draw: number of the visit, from 0; modulo draws_per_pair.
+        mask: (1, h, w), weights of the latent pixels; None weighs all alike.
     """
 
     chosen: Tensor
@@ -163,6 +180,7 @@ class Visit(NamedTuple):
     weight: float
     index: int
     draw: int
+    mask: Tensor | None
 
 
 class Batch(NamedTuple):
@@ -179,6 +197,7 @@ class Batch(NamedTuple):
         label: (n,), P(chosen is better), in [0.5, 1].
         weight: (n,), weight of each sample in the loss, 1 on average over the dataset.
         index, draw: row of each sample in its dataset, and number of the visit; they stay on the host.
+        mask: (n, 1, h, w), weights of the latent pixels of single images; None weighs all alike.
     """
 
     chosen: Tensor
@@ -193,6 +212,7 @@ class Batch(NamedTuple):
     weight: Tensor
     index: list[int]
     draw: list[int]
+    mask: Tensor | None = None
 
 
 class Visits(Dataset):
@@ -266,6 +286,7 @@ class Visits(Dataset):
             weight=float(samples.weight[index]),
             index=index,
             draw=draw,
+            mask=None if samples.masks is None else samples.masks.read(index, flip, where),
         )
 
 
@@ -301,6 +322,7 @@ def _batch(visits: list[Visit]) -> Batch:
         weight=torch.tensor(column("weight")),
         index=column("index"),
         draw=column("draw"),
+        mask=stacked("mask"),
     )
 
 

@@ -21,6 +21,7 @@ from dpo_sd.files.texts import is_text, read_text
 
 IMAGE_COLUMNS, TEXT_COLUMNS = ("image", "file_name"), ("text", "caption")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+MASK = "-masklabel.png"  # ends the names of masks, as in OneTrainer
 TEXT_ENDINGS = (".txt", ".caption")  # of two files for one image, the first
 
 
@@ -47,6 +48,7 @@ class Listing(NamedTuple):
         metadata: files of the names in `METADATA`.
         others: number of files of each ending that is not read.
         passed_over: files and folders that cannot be read, each with the reason.
+        masks: masks of images, by the image; they are no images themselves.
     """
 
     images: list[str]
@@ -54,6 +56,7 @@ class Listing(NamedTuple):
     metadata: list[str]
     others: Counter[str]
     passed_over: list[str]
+    masks: dict[str, str]
 
     @property
     def is_dataset(self) -> bool:
@@ -76,7 +79,7 @@ def listing(folder: Path) -> Listing:
     Raises:
         UserError: if the folder or one in it cannot be read.
     """
-    files = Listing([], [], [], Counter(), [])
+    files = Listing([], [], [], Counter(), [], {})
     texts: list[str] = []
     for path in _walk(folder, files.passed_over):
         name, ending = os.path.basename(path), ending_of(path)
@@ -88,6 +91,12 @@ def listing(folder: Path) -> Listing:
             files.metadata.append(path)
         else:
             files.others[ending or name] += 1
+    by_stem = {_stem(path): path for path in files.images}
+    for path in files.images:
+        if path.lower().endswith(MASK) and (image := by_stem.get(composed(path[: -len(MASK)]))):
+            files.masks[image] = path
+    masks = set(files.masks.values())
+    files.images[:] = [path for path in files.images if path not in masks]
     ruled = tuple(path[: path.rindex("/") + 1] if "/" in path else "" for path in files.metadata)
     first = {_stem(path) for path in texts if ending_of(path) == TEXT_ENDINGS[0]}
     for path in texts:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,6 +14,7 @@ import numpy as np
 from dpo_sd.data.cache import Cache
 from dpo_sd.data.caption_folder import (
     IMAGE_COLUMNS,
+    MASK,
     METADATA,
     TEXT_COLUMNS,
     TEXT_ENDINGS,
@@ -26,7 +28,10 @@ from dpo_sd.data.caption_folder import (
 )
 from dpo_sd.data.extract import Extract
 from dpo_sd.data.file_source import FileSource
+from dpo_sd.data.folders import read_folders, together
+from dpo_sd.data.masks import found_masks
 from dpo_sd.data.rows import Tally, image_bytes
+from dpo_sd.data.samples import Samples, joined
 from dpo_sd.data.source import Found, PreparedData, checked_dropout
 from dpo_sd.data.splitting import Split, at_most, check_validation, split_images
 from dpo_sd.data.tables import TabularDataset
@@ -52,13 +57,23 @@ class Captions(FileSource):
     there is no caption at all, a trigger is one. Files and folders that begin with a dot are not seen.
 
     Args:
-        path: folder, parquet file, folder of parquet files, or repository on the Hub, which is streamed.
+        path: folder, parquet file, folder of parquet files, or repository on the Hub, which is streamed; or several
+            folders of pictures, each with its repeats where these are not 1, as in [photos,sketches:10].
         trigger: text put in front of every caption with a comma, `sks style` for example.
-        shuffle_tags: shuffles the tags between the commas of a caption at every visit, the trigger apart.
+        shuffle_tags: shuffles the tags between the commas of a caption at every visit, the trigger apart. Texts are
+            encoded at every step then, which needs cache=latents.
+        keep_tokens: number of tags behind the trigger that stay where they are, as in Kohya's trainer; of a
+            regularisation picture as many stay in all.
+        regularisation: folders of pictures, as `path`, that are trained on as well and keep the model from drawing
+            everything in the style: without the trigger, and never held back.
+        regularisation_weight: weight of each of them in the loss, where a picture of `path` has 1; positive.
+        regularisation_trigger: text in front of their captions, and in the place of those that they have not.
+        masks: weight of the pixels where the mask of a picture is black, in [0, 1), where it is white having 1: masks
+            are files `<name>-masklabel.png` beside `<name>.png`, as in OneTrainer. None reads none.
         caption_dropout: share of visits that train on the empty prompt, in [0, 1].
         validation: share of the images held back for the validation grid, in (0, 0.5] and at most 128, or a number;
             with 0, or with a single image, all are trained on and the grid is of some of them.
-        max_images: most images that are taken; the seed chooses them. None takes all.
+        max_images: most images that are taken, of each folder; the seed chooses them. None takes all.
         image_column, text_column: names of the columns of a dataset or a metadata file; None takes `image` or
             `file_name`, and `text` or `caption`.
         split: which part of a dataset.
@@ -73,9 +88,14 @@ class Captions(FileSource):
 
     def __init__(
         self,
-        path: str,
+        path: str | list[str],
         trigger: str | None = None,
         shuffle_tags: bool = False,
+        keep_tokens: int | None = None,
+        regularisation: str | list[str] | None = None,
+        regularisation_weight: float | None = None,
+        regularisation_trigger: str | None = None,
+        masks: float | None = None,
         caption_dropout: float = 0.0,
         validation: float = 0.1,
         max_images: int | None = None,
@@ -89,11 +109,29 @@ class Captions(FileSource):
             check_validation(validation)
         if max_images is not None and max_images < 1:
             raise UserError(f"max_images must be at least 1, or null for all, got {max_images}")
-        self.trigger, self.shuffle_tags = (trigger or "").strip().rstrip(","), shuffle_tags
+        if keep_tokens is not None and keep_tokens < 0:
+            raise UserError(f"keep_tokens must be at least 0, got {keep_tokens}")
+        if keep_tokens is not None and not shuffle_tags:
+            raise UserError(f"keep_tokens={keep_tokens} keeps tags from being shuffled: add data.shuffle_tags=true")
+        if regularisation is None and (regularisation_weight, regularisation_trigger) != (None, None):
+            raise UserError("regularisation_weight and regularisation_trigger are of pictures: add data.regularisation")
+        if regularisation_weight is not None and not 0 < regularisation_weight < math.inf:
+            raise UserError(f"regularisation_weight must be positive and finite, got {regularisation_weight}")
+        if masks is not None and not 0 <= masks < 1:
+            raise UserError(f"masks is the weight of black pixels, at least 0 and below 1, got {masks}")
+        self.masks = masks
+        self.folders = read_folders("path", path)
+        self.regularisation = [] if regularisation is None else read_folders("regularisation", regularisation)
+        self.regularisation_weight = 1.0 if regularisation_weight is None else regularisation_weight
+        self.regularisation_trigger = _phrase(regularisation_trigger)
+        places = [{folder.place.resolve() for folder in each} for each in (self.folders, self.regularisation)]
+        if both := places[0] & places[1]:
+            raise UserError(f"{both.pop()} is both path and regularisation: name it once")
+        self.trigger, self.shuffle_tags, self.keep_tokens = _phrase(trigger), shuffle_tags, keep_tokens or 0
         self.validation, self.max_images, self.seed = validation, max_images, seed
         self.image_column, self.text_column = image_column, text_column
         self.caption_dropout = checked_dropout(caption_dropout)
-        self.dataset = TabularDataset(path, split, revision)
+        self.dataset = TabularDataset(self.folders[0].path, split, revision)
 
     def look(self, cache: Cache, fetch: bool) -> Split | Found:
         """The images of the folder, or those of a dataset, which are streamed into the cache folder.
@@ -102,9 +140,15 @@ class Captions(FileSource):
             UserError: if there are no images or most have no caption, two images share a caption file, or a dataset or
                 a file with captions cannot be read.
         """
-        folder = Path(self.dataset.path).expanduser()
-        if folder.is_dir() and not (files := listing(folder)).is_dataset:
-            return self._in_folder(folder, files)
+        first = self.folders[0].place
+        if len(self.folders) > 1 or self.regularisation:
+            return self._in_folders({})
+        if first.is_dir() and not (files := listing(first)).is_dataset:
+            return self._in_folders({first: files})
+        if self.folders[0].repeats > 1:
+            raise UserError(f"path={self.folders[0].path}:{self.folders[0].repeats}: only folders have repeats")
+        if self.masks is not None:
+            raise UserError(f"data.masks={self.masks}: only pictures in folders have masks beside them")
         there = self.dataset.length(self._needed)
         settings = [self.image_column, self.text_column]
         extract = Extract(self.dataset, cache.folder / "captions", self._needed, [], self._pick, settings, self.seed)
@@ -118,7 +162,7 @@ class Captions(FileSource):
         data = super().prepare(model, sampler, framing, cache)
         if not self.shuffle_tags:
             return data
-        return replace(data, train=replace(data.train, vary=ShuffledTags(len(_tags(self.trigger)))))
+        return replace(data, train=replace(data.train, vary=ShuffledTags(len(_tags(self.trigger)) + self.keep_tokens)))
 
     @property
     def _needed(self) -> dict[str, Sequence[str]]:
@@ -144,9 +188,33 @@ class Captions(FileSource):
         line = f"{self.dataset.path}, {self.dataset.split}: {tally}"
         if 2 * tally.left_out[UNCAPTIONED] > tally.read:
             raise UserError(f"{line}; most have no caption: see data.text_column")
-        return self._split_of(images, captions, [line])
+        samples, report = self._samples_of(images, captions, [line], self.trigger)
+        return split_images(samples, self.validation, self.seed, report)
 
-    def _in_folder(self, folder: Path, files: Listing) -> Split:
+    def _in_folders(self, known: Mapping[Path, Listing]) -> Split:
+        parts = [self._in_folder(folder.place, self.trigger, known.get(folder.place)) for folder in self.folders]
+        found, report = together(self.folders, parts)
+        if found.masks is not None and not any(found.masks.paths):
+            raise UserError(f"data.masks={self.masks}: no picture has a mask: put <name>{MASK} beside <name>.png")
+        split = split_images(found, self.validation, self.seed, report)
+        split = replace(split, outside=self.masks or 0.0)
+        if not self.regularisation:
+            return split
+        parts = [self._in_folder(folder.place, self.regularisation_trigger) for folder in self.regularisation]
+        kept, lines = together(self.regularisation, parts)
+        kept = kept.take(np.flatnonzero(~np.isin(kept.chosen.sha256, split.validation.chosen.sha256)))
+        kept = replace(kept, weight=kept.weight * np.float32(weight := self.regularisation_weight))
+        lines.append(f"{len(kept)} pictures, weight {weight:g}")
+        report = [*split.report, *(f"regularisation: {line}" for line in lines)]
+        return replace(split, train=joined([split.train, kept]), report=report)
+
+    def _in_folder(self, folder: Path, trigger: str, files: Listing | None = None) -> tuple[Samples, list[str]]:
+        """The pictures of a folder with their captions, and lines for the report."""
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no folder: of several sources, each is a folder of pictures")
+        files = files or listing(folder)
+        if files.is_dataset:
+            raise UserError(f"{folder} holds parquet files: of several sources, each is a folder of pictures")
         if not files.images:
             others = f"; it has {files.counted()}" if files.others else ""
             raise UserError(f"{folder} holds no picture that can be read ({', '.join(ENDINGS)}){others}")
@@ -155,7 +223,7 @@ class Captions(FileSource):
         used = [caption for caption in captions if caption.image in there]
         imageless = [caption.where for caption in captions if caption.image not in there]
         bare = sorted(there - {caption.image for caption in used})
-        if not captions and self.trigger:
+        if not captions and trigger:
             used, bare = [Caption(image, "", image) for image in files.images], []
         if 2 * len(bare) > len(files.images):
             raise UserError(_mostly_bare(folder, files, bare, imageless))
@@ -168,14 +236,23 @@ class Captions(FileSource):
             *([f"not read: {files.counted()}"] if files.others else []),
             *([f"passed over: {some(files.passed_over)}"] if files.passed_over else []),
             *(
-                [f"Kohya's repeats in names of folders do not count: {some(names)}"]
+                [f"Kohya's repeats in names of folders do not count: {some(names)}; data.path=[<folder>:10] repeats"]
                 if (names := files.repeated())
                 else []
             ),
         ]
         if self.max_images is not None:
             used = [used[row] for row in order(self.seed, 0, len(used))[: self.max_images]]
-        return self._split_of(folder, used, report)
+        samples, report = self._samples_of(folder, used, report, trigger)
+        if self.masks is None:
+            if files.masks:
+                report.append(f"{len(files.masks)} masks are not read: data.masks=0.1 weighs the error by them")
+            return samples, report
+        paths = [files.masks.get(path, "") for path in samples.chosen.paths]
+        bare = [image for image, path in zip(samples.chosen.paths, paths, strict=True) if not path]
+        line = f"{len(paths) - len(bare)} of {len(paths)} pictures have a mask"
+        report.append(f"{line}; the others count wholly: {some(bare)}" if bare else line)
+        return replace(samples, masks=found_masks(folder, paths, samples.chosen)), report
 
     def _captions(self, folder: Path, files: Listing) -> tuple[list[Caption], str]:
         """The captions, and the names of the files that they are in."""
@@ -189,16 +266,18 @@ class Captions(FileSource):
         texts = f"{' and '.join(endings or TEXT_ENDINGS[:1])} files"
         return captions, ", ".join([*files.metadata[:5], *([texts] if files.texts or not files.metadata else [])])
 
-    def _split_of(self, folder: Path, captions: Sequence[Caption], report: list[str]) -> Split:
+    def _samples_of(
+        self, folder: Path, captions: Sequence[Caption], report: list[str], trigger: str
+    ) -> tuple[Samples, list[str]]:
         if empty := [caption.image for caption in captions if not caption.text.strip()]:
-            what = "the trigger alone" if self.trigger else "the empty prompt"
+            what = "the trigger alone" if trigger else "the empty prompt"
             report = [*report, f"{len(empty)} pictures have an empty caption and are trained on {what}: {some(empty)}"]
-        prompts = [", ".join(part for part in (self.trigger, caption.text.strip()) if part) for caption in captions]
+        prompts = [", ".join(part for part in (trigger, caption.text.strip()) if part) for caption in captions]
         found = usable(folder, prompts, [caption.image for caption in captions])
         if not found.rows:
             why = "; ".join(found.left_out or report)
-            raise UserError(f"no picture of {self.dataset.path} can be used: {why}")
-        return split_images(found.samples, self.validation, self.seed, [*report, *found.left_out])
+            raise UserError(f"no picture of {folder} can be used: {why}")
+        return found.samples, [*report, *found.left_out]
 
 
 def _each_once(captions: Sequence[Caption]) -> tuple[list[Caption], list[str]]:
@@ -241,6 +320,10 @@ class ShuffledTags:
     def __call__(self, text: str, generator: np.random.Generator) -> str:
         tags = _tags(text)
         return ", ".join([*tags[: self.kept], *generator.permutation(np.array(tags[self.kept :], object))])
+
+
+def _phrase(text: str | None) -> str:
+    return (text or "").strip().rstrip(",")
 
 
 def _tags(text: str) -> list[str]:

@@ -105,15 +105,18 @@ def frames(images: np.ndarray, sizes: np.ndarray, where: tuple[float, float] = M
     return np.concatenate([sizes, scaled, np.rint((scaled - sizes) * where)], axis=1).astype(np.int32)
 
 
-def time_ids(images: np.ndarray, framed: np.ndarray) -> np.ndarray:
+def time_ids(images: np.ndarray, framed: np.ndarray, flip: bool = False) -> np.ndarray:
     """SDXL's micro-conditioning (Podell et al. 2023, arXiv:2307.01952, §2.2): original height and width, top and left
     corner of the crop, height and width of the target, in pixels; (n, 6), int32.
 
     Args:
         images: widths and heights in pixels, (n, 2).
         framed: rows as `frames` gives them, (n, 6).
+        flip: the image is mirrored, and so is the place of its part: what lay on the right lies on the left.
     """
-    return np.concatenate([images[:, ::-1], framed[:, [5, 4, 1, 0]]], axis=1).astype(np.int32)
+    width, _, scaled_width, _, left, top = framed.T
+    left = scaled_width - width - left if flip else left
+    return np.stack([images[:, 1], images[:, 0], top, left, framed[:, 1], width], axis=1).astype(np.int32)
 
 
 def pixels(image: Image.Image, framed: Frame, flip: bool = False) -> Tensor:
@@ -179,8 +182,9 @@ class Frames:
         return np.frombuffer(keys, f"S{KEY}")
 
     def time_ids(self, side: ImageFiles) -> np.ndarray:
-        """SDXL's micro-conditioning on the sizes of a side: (n, 6), int32."""
-        return time_ids(side.sizes, frames(side.sizes, self.sizes))
+        """SDXL's micro-conditioning on the sizes of a side, in the order of `keys`: (n, 6) or (2·n, 6), int32."""
+        framed = frames(side.sizes, self.sizes)
+        return np.concatenate([time_ids(side.sizes, framed, flip) for flip in self.flips])
 
     def upscaled(self) -> int:
         """How many images are smaller than their size in some direction."""

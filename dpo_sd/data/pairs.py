@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from dpo_sd.data.cache import Cache
 from dpo_sd.data.file_source import FileSource
+from dpo_sd.data.folders import read_folders, together
 from dpo_sd.data.samples import Samples, by_prompt
 from dpo_sd.data.source import checked_dropout
 from dpo_sd.data.splitting import Split, check_validation, split
@@ -27,7 +29,7 @@ class Pairs(FileSource):
     """A pair folder as `python -m dpo_sd.annotate` leaves it, or any folder with a `metadata.jsonl` of that kind.
 
     Args:
-        pairs: the folder.
+        pairs: the folder; or several, each with its repeats where these are not 1, as in [pairs/one,pairs/two:3].
         validation: share of the prompts held back for the validation grid, in (0, 0.5] and at most 128, or a number.
         soft_labels: where several people voted, P(chosen is better) is their share; otherwise the majority decides.
         ties: trains on ties too, with P = 1/2.
@@ -43,7 +45,7 @@ class Pairs(FileSource):
 
     def __init__(
         self,
-        pairs: str,
+        pairs: str | list[str],
         validation: float = 0.1,
         soft_labels: bool = False,
         ties: bool = False,
@@ -51,57 +53,71 @@ class Pairs(FileSource):
         caption_dropout: float = 0.0,
         seed: int = 0,
     ):
-        if not pairs:
-            raise UserError("pairs is empty: name a pair folder")
+        self.folders = read_folders("pairs", pairs)
         check_validation(validation)
         self.caption_dropout = checked_dropout(caption_dropout)
-        self.folder, self.validation, self.seed = Path(pairs).expanduser(), validation, seed
+        self.validation, self.seed = validation, seed
         self.soft_labels, self.ties, self.weight_by_prompt = soft_labels, ties, weight_by_prompt
 
     def look(self, cache: Cache, fetch: bool) -> Split:
-        """The decided pairs of the folder.
+        """The decided pairs of the folders.
 
         Raises:
-            UserError: if the folder cannot be read, nothing in it is decided, or there is only one prompt.
+            UserError: if a folder cannot be read, nothing in it is decided, or there is only one prompt.
         """
-        preferences, several = merged(read_preferences(self.folder))
+        parts = [self._of_folder(folder.place) for folder in self.folders]
+        samples, report = together(self.folders, parts)
+        if self.weight_by_prompt and len(parts) > 1:
+            samples = replace(samples, weight=by_prompt(samples.prompts))
+        first, *others = self._drawn_with()
+        if any(loras != first for loras in others):
+            report.append("the folders were not drawn with the same LoRAs")
+        return split(samples, self.validation, self.seed, report)
+
+    def _of_folder(self, folder: Path) -> tuple[Samples, list[str]]:
+        """The decided pairs of a folder, and lines for the report."""
+        preferences, several = merged(read_preferences(folder))
         wanted = (*SIDES, "tie") if self.ties else SIDES
         decided = [preference for preference in preferences if preference.status in wanted]
         if not decided:
             raise UserError(
-                f"{self.folder} has no {'decided or tied' if self.ties else 'decided'} pair ({counted(preferences)}): "
-                f"choose the better pictures with python -m dpo_sd.annotate pairs={self.folder}"
+                f"{folder} has no {'decided or tied' if self.ties else 'decided'} pair ({counted(preferences)}): "
+                f"choose the better pictures with python -m dpo_sd.annotate pairs={folder}"
             )
         flipped = [preference.status == "image_1" for preference in decided]
-        names = [(spelt(self.folder, p.pair.image_0), spelt(self.folder, p.pair.image_1)) for p in decided]
+        names = [(spelt(folder, p.pair.image_0), spelt(folder, p.pair.image_1)) for p in decided]
         prompts = [p.pair.prompt for p in decided]
         found = usable(
-            self.folder,
+            folder,
             prompts,
             chosen=[name[flip] for name, flip in zip(names, flipped, strict=True)],
             rejected=[name[not flip] for name, flip in zip(names, flipped, strict=True)],
             label=[_label(p, self.soft_labels) for p in decided],
             weight=by_prompt(prompts) if self.weight_by_prompt else None,
-            resolve=_Inside(self.folder),
+            resolve=_Inside(folder),
         )
         if not found.rows:
-            raise UserError(f"no decided pair of {self.folder} can be read: {'; '.join(found.left_out)}")
+            raise UserError(f"no decided pair of {folder} can be read: {'; '.join(found.left_out)}")
         empty = [" and ".join(names[row]) for row in found.rows if not prompts[row].strip()]
         uids = [(p.pair.image_0_uid, p.pair.image_1_uid) for p in decided]
         changed = _changed(found.samples, [uids[row][:: -1 if flipped[row] else 1] for row in found.rows])
         report = [
-            f"{self.folder}: {counted(preferences)}",
+            f"{folder}: {counted(preferences)}",
             *several,
             *found.left_out,
             *([f"{len(empty)} pairs have an empty prompt and are trained on it: {some(empty)}"] if empty else []),
             *left_out("with a picture that has changed since it was judged", list(changed.values()), len(decided)),
         ]
-        return split(found.samples.without(changed), self.validation, self.seed, report)
+        return found.samples.without(changed), report
 
     def drawn_with(self) -> list[dict[str, Any]] | None:
         """The LoRAs that drew the pictures: path, weight and sha256 of each; None where they come from elsewhere."""
-        record = drawn_with(self.folder)
-        return None if record is None else record["loras"]
+        first, *others = self._drawn_with()
+        return first if all(loras == first for loras in others) else None
+
+    def _drawn_with(self) -> list[list[dict[str, Any]] | None]:
+        records = (drawn_with(folder.place) for folder in self.folders)
+        return [None if record is None else record["loras"] for record in records]
 
 
 class _Inside:

@@ -37,7 +37,7 @@ class Pixels:
 
         framed = self.frames.of(self.side, row, where)
         image = load_image(self.side.folder / self.side.paths[row])
-        (ids,) = time_ids(self.side.sizes[row : row + 1], np.array([framed]))
+        (ids,) = time_ids(self.side.sizes[row : row + 1], np.array([framed]), flip)
         return pixels(image, framed, flip), torch.from_numpy(ids).float()
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from dpo_sd.data.cache import Cache
 from dpo_sd.data.frames import Frames, Framing
 from dpo_sd.data.latents import encode_latents
+from dpo_sd.data.masks import Masks
 from dpo_sd.data.pixels import Pixels, undecodable
 from dpo_sd.data.source import PreparedData
 from dpo_sd.data.splitting import Split
@@ -31,14 +32,14 @@ def prepare(model: StableDiffusion, split: Split, framing: Framing, cache: Cache
     Raises:
         UserError: if no sample of a part can be read to its end, or there is no room for the cache.
     """
-    train, of_training = _prepare(model, split.train, framing, cache, "training")
-    validation, of_validation = _prepare(model, split.validation, framing, cache, "validation")
+    train, of_training = _prepare(model, split.train, framing, cache, "training", split.outside)
+    validation, of_validation = _prepare(model, split.validation, framing, cache, "validation", split.outside)
     report = [*split.report, *of_training, *of_validation, *too_long(model, split.prompts)]
     return PreparedData(train, validation, split.held_out, report)
 
 
 def _prepare(
-    model: StableDiffusion, samples: Samples, framing: Framing, cache: Cache, part: str
+    model: StableDiffusion, samples: Samples, framing: Framing, cache: Cache, part: str, outside: float
 ) -> tuple[PreparedSamples, list[str]]:
     """The samples of a part as training takes them, and lines for the report."""
     from dpo_sd.data.batches import Latents, PreparedSamples
@@ -73,6 +74,7 @@ def _prepare(
         sizes=frames.numbers,
         flip=framing.flip,
         random_crop=framing.random_crop,
+        masks=None if samples.masks is None else Masks(samples.masks, frames, outside),
     )
     return prepared, [*report, *_sizes(frames, part), *notes]
 
@@ -89,4 +91,6 @@ def _sizes(frames: Frames, part: str) -> Iterator[str]:
 def _ids(samples: Samples, arranged: Callable[[Iterable[bytes]], list[bytes]]) -> Iterator[int]:
     """An id of each sample's prompt and images, the images arranged in that way."""
     for row, prompt in enumerate(samples.prompts):
-        yield sample_id(prompt, *arranged(bytes(side.sha256[row]) for side in samples.sides))
+        number = 0 if samples.copies is None else samples.copies[row]
+        copy = [b"copy %d" % number] if number else []
+        yield sample_id(prompt, *arranged(bytes(side.sha256[row]) for side in samples.sides), *copy)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+
+_COLUMNS = ("sha256", "sizes")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,12 @@ class ImageFiles:
         """The images of those samples, in this order."""
         return ImageFiles(self.folder, [self.paths[int(row)] for row in rows], self.sha256[rows], self.sizes[rows])
 
+    @property
+    def absolute(self) -> ImageFiles:
+        """The same images by their whole paths, so that those of other folders can stand beside them."""
+        paths = [str(self.folder / path) if path else "" for path in self.paths]
+        return ImageFiles(Path(), paths, self.sha256, self.sizes)
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -41,6 +49,8 @@ class Samples:
         rejected: the worse images; None for single images.
         label: P(chosen is better), (n,), in [0.5, 1].
         weight: share of each sample in the loss, (n,), positive.
+        copies: number of each sample among its repeats, from 0, (n,); None where there are no repeats.
+        masks: mask of each single image, with an empty path where there is none; None where none are read.
     """
 
     prompts: Sequence[str]
@@ -48,6 +58,8 @@ class Samples:
     rejected: ImageFiles | None
     label: np.ndarray
     weight: np.ndarray
+    copies: np.ndarray | None = None
+    masks: ImageFiles | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -65,11 +77,48 @@ class Samples:
             None if self.rejected is None else self.rejected.take(rows),
             self.label[rows],
             self.weight[rows],
+            None if self.copies is None else self.copies[rows],
+            None if self.masks is None else self.masks.take(rows),
         )
+
+    def repeated(self, times: int) -> Samples:
+        """Every sample so many times; a copy is a sample of its own, with noises of its own."""
+        if times == 1:
+            return self
+        many = self.take(np.repeat(np.arange(len(self)), times))
+        return replace(many, copies=np.tile(np.arange(times), len(self)))
+
+    @property
+    def originals(self) -> np.ndarray:
+        """Which samples are no copies of others, (n,), bool."""
+        return np.ones(len(self), bool) if self.copies is None else self.copies == 0
 
     def without(self, rows: Container[int]) -> Samples:
         """All samples but those."""
         return self.take(np.array([row for row in range(len(self)) if row not in rows], int)) if rows else self
+
+
+def joined(parts: Sequence[Samples]) -> Samples:
+    """The samples of several folders, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def together(sides: Sequence[ImageFiles]) -> ImageFiles:
+        paths = [path for side in sides for path in side.absolute.paths]
+        return ImageFiles(Path(), paths, *(np.concatenate([getattr(s, name) for s in sides]) for name in _COLUMNS))
+
+    rejected = [part.rejected for part in parts if part.rejected is not None]
+    masks = [part.masks for part in parts if part.masks is not None]
+    copies = [np.zeros(len(part), int) if part.copies is None else part.copies for part in parts]
+    return Samples(
+        [prompt for part in parts for prompt in part.prompts],
+        together([part.chosen for part in parts]),
+        together(rejected) if rejected else None,
+        np.concatenate([part.label for part in parts]),
+        np.concatenate([part.weight for part in parts]),
+        None if all(part.copies is None for part in parts) else np.concatenate(copies),
+        together(masks) if masks else None,
+    )
 
 
 def by_prompt(prompts: Sequence[str]) -> np.ndarray:

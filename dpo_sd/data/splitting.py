@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dpo_sd.data.samples import Samples
 from dpo_sd.data.source import Found
+from dpo_sd.data.usable import some
 from dpo_sd.errors import UserError
 from dpo_sd.noise import order
 
 ENOUGH = 128  # prompts for a validation grid; more would cost more than the training where pairs are many
 GRID_IMAGES = 16  # training images in the grid, where none are held back
+_WORD, _ARTICLES = re.compile(r"[^\W_]+"), {"a", "an", "the"}
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,14 @@ class Split:
         train, validation: samples with disjoint prompts or, of single images, with disjoint images.
         report: what is used and what is left out, one line each.
         held_back: whether the validation samples are kept from training; otherwise they are some of those of `train`.
+        outside: weight of a pixel where its mask is black, in [0, 1).
     """
 
     train: Samples
     validation: Samples
     report: list[str]
     held_back: bool = True
+    outside: float = 0.0
 
     @property
     def prompts(self) -> list[str]:
@@ -44,12 +50,23 @@ class Split:
 
     def found(self) -> Found:
         """Amount of the samples."""
-        both = len(self.train) + (len(self.validation) if self.held_back else 0)
+        both = int(self.train.originals.sum()) + (len(self.validation) if self.held_back else 0)
         return Found(len(self.train), len(self.validation), both, self.prompts, self.report, self.held_out)
 
 
+def essence(prompt: str) -> str:
+    """A prompt without case, punctuation, white space, articles and the order of its tags, the parts between commas.
+
+    Prompts of one essence are one prompt in other spellings. Every other word counts, and its place in its tag too: of
+    "a red fox" and "a blue fox" one may well be new to a model that has learnt the other.
+    """
+    tags = unicodedata.normalize("NFKC", prompt).casefold().split(",")
+    words = (" ".join(word for word in _WORD.findall(tag) if word not in _ARTICLES) for tag in tags)
+    return ",".join(sorted({tag for tag in words if tag})) or prompt
+
+
 def split(samples: Samples, validation: float, seed: int, report: Sequence[str] = (), what: str = "pairs") -> Split:
-    """Training and validation with disjoint prompts.
+    """Training and validation with disjoint prompts; those of one `essence` stay together, and count once.
 
     Args:
         validation: share or number of the prompts, as in `held_back`.
@@ -59,16 +76,21 @@ def split(samples: Samples, validation: float, seed: int, report: Sequence[str] 
     Raises:
         UserError: if there are not two prompts, and as `held_back`.
     """
-    prompts = sorted(set(samples.prompts))
-    if len(prompts) < 2:
+    group = {prompt: essence(prompt) for prompt in sorted(set(samples.prompts))}
+    groups = list(dict.fromkeys(group.values()))  # in the order of their first prompts
+    if len(groups) < 2:
         raise UserError(
-            f"the data has {len(samples)} {what} on {len(prompts)} prompts, and validation needs prompts of its own: "
+            f"the data has {len(samples)} {what} on {len(groups)} prompts, and validation needs prompts of its own: "
             f"add {what} for other prompts"
         )
-    shuffled = [prompts[i] for i in order(seed, 0, len(prompts))]
-    apart = set(shuffled[: held_back(validation, len(prompts))])
-    train, held = _parts(samples, np.array([prompt in apart for prompt in samples.prompts]))
-    counted = f"training: {len(train)} {what} on {len(prompts) - len(apart)} prompts; "
+    apart = {groups[i] for i in order(seed, 0, len(groups))[: held_back(validation, len(groups))]}
+    train, held = _parts(samples, np.array([group[prompt] in apart for prompt in samples.prompts]))
+    if len(groups) < len(group):
+        first = dict(zip(reversed(group.values()), reversed(group), strict=True))
+        same = [f"{prompt[:100]!r} with {first[key][:100]!r}" for prompt, key in group.items() if prompt != first[key]]
+        line = "prompts differ from another only in case, punctuation, articles or the order of tags, and stay with it"
+        report = [*report, f"{len(same)} {line}: {some(same)}"]
+    counted = f"training: {len(train)} {what} on {len(groups) - len(apart)} prompts; "
     return Split(train, held, [*report, f"{counted}validation: {len(held)} on {len(apart)} others"])
 
 
@@ -85,7 +107,7 @@ def split_images(samples: Samples, validation: float, seed: int, report: Sequenc
     images = np.unique(samples.chosen.sha256)
     shuffled = images[order(seed, 0, len(images))]
     if validation == 0 or len(images) == 1:
-        grid = samples.take(np.flatnonzero(np.isin(samples.chosen.sha256, shuffled[:GRID_IMAGES])))
+        grid = _held(samples, np.isin(samples.chosen.sha256, shuffled[:GRID_IMAGES]))
         line = (
             f"training: {len(samples)} pictures, none held back: the validation grid is of {len(grid)} of them, "
             "and does not show whether the training learns them by heart"
@@ -97,7 +119,12 @@ def split_images(samples: Samples, validation: float, seed: int, report: Sequenc
 
 
 def _parts(samples: Samples, is_held_back: np.ndarray) -> tuple[Samples, Samples]:
-    return samples.take(np.flatnonzero(~is_held_back)), samples.take(np.flatnonzero(is_held_back))
+    return samples.take(np.flatnonzero(~is_held_back)), _held(samples, is_held_back)
+
+
+def _held(samples: Samples, wanted: np.ndarray) -> Samples:
+    # a sample is validated once, however often it is trained on
+    return replace(samples.take(np.flatnonzero(wanted & samples.originals)), copies=None)
 
 
 def check_validation(validation: float, most: int | None = None) -> None:

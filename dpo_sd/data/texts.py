@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from dpo_sd.lora.adapters import adapter_key
+from dpo_sd.models.families import longer
 
 if TYPE_CHECKING:
     from dpo_sd.data.batches import Prompts
@@ -57,4 +58,5 @@ def too_long(model: StableDiffusion, prompts: Sequence[str]) -> Iterator[str]:
     """A line for the report where prompts are longer than the text encoder reads."""
     if long := model.truncated(prompts):
         named = ", ".join(repr(prompt[:100]) for prompt in long[:5])
-        yield f"{len(long)} prompts are cut at the text encoder's limit of {model.max_tokens} tokens: {named}"
+        limit = f"the text encoder's limit of {model.max_tokens} tokens: {named}{longer(model.family, model.reading)}"
+        yield f"{len(long)} prompts are cut at {limit}"

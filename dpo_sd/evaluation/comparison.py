@@ -124,10 +124,15 @@ def compare(
     )
 
 
+def too_few(n: int) -> bool:
+    """Whether `n` prompts cannot tell any win rate from chance: not even where every one of them is won."""
+    return minimal_detectable_rate(n) == 1
+
+
 def power(n: int, wanted: int) -> str:
     """Sentence on what `n` prompts can show, where `wanted` were asked for."""
     fewer = "" if n == wanted else f" (there are no {wanted})"
-    rate = minimal_detectable_rate(n)
-    if rate > 0.995:
+    if too_few(n):
         return f"{n} held-out prompts{fewer} cannot tell any win rate from chance"
+    rate = minimal_detectable_rate(n)
     return f"on {n} held-out prompts{fewer}, a win rate of {rate:.0%} is told from chance with 80 % power"

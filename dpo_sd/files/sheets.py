@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 MARGIN, LABEL, LINE = 6, 74, 15  # pixels
 
@@ -28,8 +28,9 @@ def comparison(captions: Sequence[str], rows: Mapping[str, Sequence[Image.Image]
         top = MARGIN + row * (cell + MARGIN)
         draw.text((MARGIN, top + cell // 2), name, fill="black", font=font, anchor="lm")
         for column, image in enumerate(images):
-            enlarged = image.convert("RGB").resize((cell, cell), Image.Resampling.LANCZOS)
-            sheet.paste(enlarged, (LABEL + column * (cell + MARGIN), top))
+            fitted = ImageOps.contain(image.convert("RGB"), (cell, cell), Image.Resampling.LANCZOS)
+            left, above = ((cell - side) // 2 for side in fitted.size)
+            sheet.paste(fitted, (LABEL + column * (cell + MARGIN) + left, top + above))
     top = MARGIN + len(rows) * (cell + MARGIN)
     for column, lines in enumerate(wrapped):
         for number, line in enumerate(lines):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_sd.forecast.units import counted
-from dpo_sd.models.families import VOCABULARY
+from dpo_sd.models.families import VOCABULARY, longer
 
 if TYPE_CHECKING:
     from dpo_sd.models.base import Base
@@ -26,8 +26,10 @@ def truncation_line(base: Base, prompts: Sequence[str]) -> str:
     encoder = beside if (beside / "config.json").is_file() else base.family.folder / "text_encoder"
     first = next(iter(base.family.encoders.values()))
     tokenizer = read_tokenizer(folder, CLIPTextConfig.from_pretrained(encoder), first.pad)
-    long = [prompt for prompt in prompts if len(tokenizer(prompt).input_ids) > tokenizer.model_max_length]
-    named = f": {', '.join(repr(prompt[:60]) for prompt in long[:3])}" if long else ""
+    most = base.reading.chunks * (tokenizer.model_max_length - 2) + 2  # with the marks of the ends
+    long = [prompt for prompt in prompts if len(tokenizer(prompt).input_ids) > most]
+    first_three = ", ".join(repr(prompt[:60]) for prompt in long[:3])
+    named = f": {first_three}{longer(base.family, base.reading)}" if long else ""
     are = "is" if len(long) == 1 else "are"
     return f"{len(long)} of {counted(len(prompts), 'prompt')} {are} cut at the text encoder's limit{named}"
 

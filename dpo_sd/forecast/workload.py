@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,12 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from dpo_sd.data.batches import Batch
+from dpo_sd.data.prompts import Line, read_lines
 from dpo_sd.forecast.counting import OWNED
 from dpo_sd.forecast.units import GIB
 from dpo_sd.lora.attaching import LoRA
 from dpo_sd.losses import Loss
-from dpo_sd.models.families import FamilyName
+from dpo_sd.models.families import AS_USUAL, FAMILIES, FamilyName, Reading
 from dpo_sd.models.ready import ready
 from dpo_sd.models.sampling import Sampler
 from dpo_sd.models.skeletons import RandomWeights
@@ -38,6 +40,7 @@ class Workload:
         flip: whether each image is encoded in both mirror images.
         ema: whether a moving average of the policy is kept.
         card: bytes of the card that is there; None takes what the hardware's would have.
+        reading: how prompts are read.
     """
 
     family: FamilyName
@@ -53,6 +56,7 @@ class Workload:
     flip: bool = False
     ema: bool = False
     card: int | None = None
+    reading: Reading = AS_USUAL
 
     @property
     def limit(self) -> int | None:
@@ -79,7 +83,8 @@ class Workload:
     def build(self, device: torch.device | str = "meta", compile: bool = False) -> StableDiffusion:
         """The model with its adapters, as training has it; with random weights where the device is not `meta`."""
         hardware = self.hardware
-        model = ready(RandomWeights(self.family), device, hardware.weights, hardware.gradient_checkpointing, compile)
+        base = RandomWeights(self.family, self.reading)
+        model = ready(base, device, hardware.weights, hardware.gradient_checkpointing, compile)
         self.lora.attach(model)
         if self.cache != "all" and self.hardware.half is not None:
             model.halve_text(self.hardware.half)
@@ -122,6 +127,9 @@ def of_composition(cfg: DictConfig, resolution: int, **parts: Any) -> Workload:
         resolution: side of the square that has the area of the training images, in pixels.
         parts: the objects of the groups lora, loss, optimizer, hardware and sampler, by these names.
     """
+    samples = cfg.callbacks.get("samples")
+    if samples is not None and samples.get("prompts") is not None:
+        parts["sampler"] = largest(parts["sampler"], read_lines(samples.prompts), FAMILIES[cfg.model.name].resolution)
     return Workload(
         family=cfg.model.name,
         **parts,
@@ -131,7 +139,24 @@ def of_composition(cfg: DictConfig, resolution: int, **parts: Any) -> Workload:
         draws=not cfg.callbacks.keys().isdisjoint(("samples", "verdict")),
         flip=cfg.framing.flip,
         ema=cfg.trainer.ema_decay is not None,
+        reading=FAMILIES[cfg.model.name].reading(cfg.model.max_tokens, cfg.model.clip_skip),
     )
+
+
+def largest(sampler: Sampler, lines: Sequence[Line], side: int) -> Sampler:
+    """The sampler of the prompt whose image takes the most memory.
+
+    Args:
+        side: of images whose size nobody sets, in pixels.
+
+    Raises:
+        UserError: if a prompt cannot be drawn with its settings.
+    """
+
+    def takes(own: Sampler) -> tuple[int, bool]:
+        return (own.width or side) * (own.height or side), own.guidance > 1
+
+    return max((line.drawn_by(sampler) for line in lines), key=takes, default=sampler)
 
 
 def micro_step(module: DiffusionModule, batch: Batch) -> Tensor:

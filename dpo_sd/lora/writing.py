@@ -23,7 +23,7 @@ from dpo_sd.lora.weights import (
     LoRAWeights,
 )
 from dpo_sd.losses import PredictionType
-from dpo_sd.models.families import FAMILIES, Family, FamilyName
+from dpo_sd.models.families import FAMILIES, Family, FamilyName, Reading
 from dpo_sd.models.stable_diffusion import StableDiffusion
 
 
@@ -98,6 +98,16 @@ def save_kohya(
     with _writing(path):
         write_tensors(path, state, metadata)
     return path
+
+
+def reading_metadata(family: Family, reading: Reading) -> dict[str, str]:
+    """How prompts were read, in Kohya's words, where that is not as usual."""
+    metadata = {}
+    if reading.chunks > 1:
+        metadata["ss_max_token_length"] = str(reading.chunks * family.chunk)
+    if reading.clip_skip > 1:
+        metadata["ss_clip_skip"] = str(reading.clip_skip)
+    return metadata
 
 
 def save_peft(lora: LoRAWeights, folder: str | Path, model: StableDiffusion) -> Path:

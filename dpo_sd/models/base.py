@@ -56,6 +56,11 @@ class Base:
         prediction_type: what the UNet predicts, where the files do not say it; None takes what they say.
         zero_terminal_snr: whether the schedule ends in pure noise (Lin et al. 2023, arXiv:2305.08891); None takes what
             the files say.
+        max_tokens: tokens of a prompt that are read, a multiple of the 75 that a text encoder takes at once; longer
+            prompts are cut. None reads 75. Above, they are read in chunks, and all prompts take the room of the
+            longest that there may be.
+        clip_skip: the layer of the text encoder that is read, counted from the end as A1111 and Kohya's trainer count:
+            None and 1 read the last one, 2 the one before, which many models made from SD 1.5 want.
         pickle: lets .ckpt and .bin files be read, with torch's unpickler for weights only.
 
     Raises:
@@ -72,6 +77,8 @@ class Base:
         vae: str | None = None,
         prediction_type: PredictionType | None = None,
         zero_terminal_snr: bool | None = None,
+        max_tokens: int | None = None,
+        clip_skip: int | None = None,
         pickle: bool = False,
     ):
         self.name: FamilyName = name
@@ -81,6 +88,7 @@ class Base:
         self.config = config
         self.prediction_type: PredictionType | None = prediction_type
         self.zero_terminal_snr = zero_terminal_snr
+        self.reading = self.family.reading(max_tokens, clip_skip)
         self.weight_files = WeightFiles(None if variant in ("", PLAIN) else variant, pickle)
         self.halves = not variant and _here(self.path) is None
         self.commit: str | None = None
@@ -151,7 +159,7 @@ class Base:
             else:
                 place = self._vae_place(self.vae or "")
                 parts[part] = [place] if place.is_file() else self.weight_files.deciding(place)
-        return fingerprints(parts, [self.prediction_type, self.zero_terminal_snr], self.family)
+        return fingerprints(parts, [self.prediction_type, self.zero_terminal_snr], self.reading, self.family)
 
     def check(self) -> None:
         """Refuses what `load` would refuse, as far as headers and settings on this computer tell it, at once.
@@ -199,7 +207,7 @@ class Base:
 
         parts = self._read(weights)
         store(parts["unet"], weights)
-        return StableDiffusion.of_parts(self.name, parts, self.fingerprints(weights), device)
+        return StableDiffusion.of_parts(self.name, parts, self.fingerprints(weights), device, self.reading)
 
     def schedule(self) -> DDPMScheduler:
         """The training schedule of what `load` loads; only a pickle is read for it as a whole.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from dpo_sd.errors import UserError
 from dpo_sd.models.hub import REPOSITORIES
 
 if TYPE_CHECKING:
@@ -48,6 +49,26 @@ class TextEncoder(NamedTuple):
     pad: str = "<|endoftext|>"
 
 
+MOST_CHUNKS = 10
+
+
+class Reading(NamedTuple):
+    """How the text encoders read a prompt.
+
+    Args:
+        chunks: pieces that a prompt is cut into, each read on its own between the marks of both ends; their hidden
+            states follow each other, as in A1111, ComfyUI and InvokeAI.
+        clip_skip: the layer whose output is read, normed, counted from the end as A1111 and Kohya's trainer count: 1 is
+            the last one. diffusers counts the layers that are left out, one less.
+    """
+
+    chunks: int = 1
+    clip_skip: int = 1
+
+
+AS_USUAL = Reading()
+
+
 class BaseNames(NamedTuple):
     """Names of a base in the metadata of Kohya's files: `ss_base_model_version` and `modelspec.architecture`."""
 
@@ -73,6 +94,8 @@ class Family:
         file_mark: beginning of names that only single files of this family hold.
         sgm_names: whether LoRA files name the UNet's modules as Stability's code (sgm) does.
         programs: the ones among `PROGRAMS` that have a model of this family.
+        skips: whether its models are used with the last layers of the text encoder left out; the others were trained on
+            the last but one.
         steps, guidance: what its images are drawn with, as in `Sampler`, unless told otherwise.
     """
 
@@ -89,6 +112,7 @@ class Family:
     file_mark: str | None = None
     sgm_names: bool = False
     programs: tuple[str, ...] = PROGRAMS
+    skips: bool = False
     steps: int = 30
     guidance: float = 7.5
 
@@ -129,6 +153,36 @@ class Family:
         return json.loads((self.folder / part / file).read_text(encoding="utf-8"))
 
     @property
+    def chunk(self) -> int:
+        """Tokens of a prompt that its text encoders read at once, without the marks of the two ends."""
+        return self.settings("text_encoder")["max_position_embeddings"] - 2
+
+    def reading(self, max_tokens: int | None = None, clip_skip: int | None = None) -> Reading:
+        """How its models read prompts with these settings of `Base`.
+
+        Raises:
+            UserError: if they cannot.
+        """
+        tokens = self.chunk if max_tokens is None else max_tokens
+        chunks, rest = divmod(tokens, self.chunk)
+        if rest or not 1 <= chunks <= MOST_CHUNKS:
+            near = min(max(1, round(tokens / self.chunk)), MOST_CHUNKS) * self.chunk
+            raise UserError(
+                f"model.max_tokens={max_tokens}: {self.name} reads prompts in chunks of {self.chunk} tokens, at most "
+                f"{MOST_CHUNKS} of them: use {near}"
+            )
+        layers = self.settings("text_encoder")["num_hidden_layers"]
+        clip_skip = 1 if clip_skip is None else clip_skip
+        if not 1 <= clip_skip <= layers:
+            raise UserError(f"model.clip_skip must be between 1 (the last layer) and {layers}, got {clip_skip}")
+        if clip_skip > 1 and not self.skips:
+            raise UserError(
+                f"model.clip_skip={clip_skip}: {self.name} was trained on the last layer but one, which is read "
+                "already: leave it out"
+            )
+        return Reading(chunks, clip_skip)
+
+    @property
     def resolution(self) -> int:
         """Width and height in pixels of the images that the family was trained on."""
         factor = 2 ** (len(self.settings("vae")["block_out_channels"]) - 1)
@@ -156,13 +210,14 @@ _CLIP_L = TextEncoder(a1111=("lora_te_", "lora_te1_"))  # which SD 2 has not
 FAMILIES: Mapping[FamilyName, Family] = {
     family.name: family
     for family in (
-        Family("tiny", width=128, kohya=_SD1, programs=("diffusers",), steps=12, guidance=4.0),
+        Family("tiny", width=128, kohya=_SD1, programs=("diffusers",), skips=True, steps=12, guidance=4.0),
         Family(
             "sd15",
             width=768,
             kohya=_SD1,
             encoders={"text_encoder": _CLIP_L},
             repository=REPOSITORIES["sd15"].name,
+            skips=True,
         ),
         Family(
             "sd21",
@@ -203,6 +258,12 @@ FAMILIES: Mapping[FamilyName, Family] = {
 }
 # the networks that a LoRA of some family adapts
 NETWORKS = tuple(dict.fromkeys(network for family in FAMILIES.values() for network in family.networks))
+
+
+def longer(family: Family, reading: Reading) -> str:
+    """Words on the setting by which more of a long prompt is read; none where there is no more."""
+    more = (reading.chunks + 1) * family.chunk
+    return f"; model.max_tokens={more} reads more of them" if reading.chunks < MOST_CHUNKS else ""
 
 
 def tokenizer_of(encoder: str) -> str:

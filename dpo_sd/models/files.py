@@ -7,10 +7,10 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dpo_sd.files.hashes import sha256
-from dpo_sd.models.families import Family, tokenizer_of
+from dpo_sd.models.families import AS_USUAL, Family, Reading, tokenizer_of
 from dpo_sd.models.stable_diffusion import Fingerprints
 
 _WEIGHTS = re.compile(  # names of their files in a diffusers folder; the group is the variant
@@ -81,17 +81,22 @@ def _is_setting(file: Path) -> bool:
     return file.suffix in (".json", ".txt", ".model") and ".index." not in file.name
 
 
-def fingerprints(parts: Mapping[str, Iterable[Path]], overrides: object, family: Family) -> Fingerprints:
+def fingerprints(
+    parts: Mapping[str, Iterable[Path]], overrides: object, reading: Reading, family: Family
+) -> Fingerprints:
     """Hashes of names and contents of files.
 
     Args:
         parts: the files that decide what each part of the pipeline does.
         overrides: settings that change what the whole model computes.
+        reading: how prompts are read, which changes what they become.
     """
     hashes = {part: _hash_of(files) for part, files in parts.items()}
 
     def together(*names: str) -> str:
-        known = {name: value for name, value in hashes.items() if name in names}
+        known: dict[str, Any] = {name: value for name, value in hashes.items() if name in names}
+        if reading != AS_USUAL and not known.keys().isdisjoint(family.encoders):
+            known |= reading._asdict()
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
     whole = hashlib.sha256(f"{json.dumps(overrides)} {together(*hashes)}".encode()).hexdigest()[:16]

@@ -80,6 +80,16 @@ class Sampler:
         self.negative_prompt, self.height, self.width = negative_prompt, height, width
         self.guidance_rescale = guidance_rescale
 
+    def changed(self, **settings: Any) -> Sampler:
+        """A sampler with other settings, and all else as here.
+
+        Raises:
+            UserError: as the constructor.
+        """
+        names = ("scheduler", "steps", "guidance", "batch_size", "negative_prompt", "height", "width")
+        mine = {name: getattr(self, name) for name in (*names, "guidance_rescale")}
+        return Sampler(**mine | settings)
+
     def settings(self, schedule: DDPMScheduler) -> dict[str, Any]:
         """The settings that decide the images, for caches and records; the batch size does not.
 

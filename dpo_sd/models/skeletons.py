@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpo_sd.models.families import FAMILIES, FamilyName, tokenizer_of
+from dpo_sd.models.families import AS_USUAL, FAMILIES, FamilyName, Reading, tokenizer_of
 from dpo_sd.models.stable_diffusion import Fingerprints, StableDiffusion
 
 if TYPE_CHECKING:
@@ -22,10 +21,12 @@ class RandomWeights:
 
     Args:
         name: the family.
+        reading: how it reads prompts.
     """
 
-    def __init__(self, name: FamilyName):
+    def __init__(self, name: FamilyName, reading: Reading = AS_USUAL):
         self.name: FamilyName = name
+        self.reading = reading
         self.notes: list[str] = []
 
     def load(self, weights: Weights, device: torch.device | str) -> StableDiffusion:
@@ -42,8 +43,8 @@ class RandomWeights:
             parts = skeleton(self.name)
             store(parts["unet"], weights)
         for encoder in FAMILIES[self.name].encoders:
-            parts[tokenizer_of(encoder)] = partial(_tokens, parts[encoder])
-        return StableDiffusion.of_parts(self.name, parts, UNKNOWN, device)
+            parts[tokenizer_of(encoder)] = _Vocabulary(parts[encoder].config.max_position_embeddings)
+        return StableDiffusion.of_parts(self.name, parts, UNKNOWN, device, self.reading)
 
 
 def skeleton(name: FamilyName) -> dict[str, Any]:
@@ -81,8 +82,13 @@ def blank(model: StableDiffusion) -> StableDiffusion:
     return StableDiffusion.of_parts(model.name, parts | {"scheduler": model.noise_scheduler}, UNKNOWN, "meta")
 
 
-def _tokens(encoder: Any, prompts: list[str], **_: Any) -> SimpleNamespace:
-    import torch
+class _Vocabulary(NamedTuple):
+    """Takes every prompt for the same one."""
 
-    length = encoder.config.max_position_embeddings
-    return SimpleNamespace(input_ids=torch.zeros(len(prompts), length, dtype=torch.int64, device=encoder.device))
+    model_max_length: int
+    bos_token_id: int = 0
+    eos_token_id: int = 0
+    pad_token_id: int = 0
+
+    def __call__(self, prompts: list[str]) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[[0] * self.model_max_length] * len(prompts))

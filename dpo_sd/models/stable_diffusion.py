@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_sd.errors import UserError
 from dpo_sd.files.texts import whole
-from dpo_sd.models.families import FAMILIES, tokenizer_of
+from dpo_sd.models.families import AS_USUAL, FAMILIES, Reading, tokenizer_of
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +77,7 @@ class StableDiffusion:
         noise_scheduler: the training schedule; its `prediction_type` says what the UNet predicts.
         fingerprints: hashes of the files.
         device: where the networks work; `working` takes there what is needed.
+        reading: how the text encoders read prompts.
     """
 
     name: FamilyName
@@ -87,11 +88,17 @@ class StableDiffusion:
     noise_scheduler: DDPMScheduler
     fingerprints: Fingerprints
     device: torch.device | str
+    reading: Reading = AS_USUAL
     text_dtype: torch.dtype | None = field(default=None, init=False)  # set by `halve_text`
 
     @classmethod
     def of_parts(
-        cls, name: FamilyName, parts: Mapping[str, Any], fingerprints: Fingerprints, device: torch.device | str
+        cls,
+        name: FamilyName,
+        parts: Mapping[str, Any],
+        fingerprints: Fingerprints,
+        device: torch.device | str,
+        reading: Reading = AS_USUAL,
     ) -> StableDiffusion:
         """The model of these parts, by the names of diffusers' layout; its networks are frozen, in evaluation mode.
 
@@ -111,6 +118,7 @@ class StableDiffusion:
             noise_scheduler=parts["scheduler"],
             fingerprints=fingerprints,
             device=device,
+            reading=reading,
         )
 
     @property
@@ -146,14 +154,14 @@ class StableDiffusion:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens that the text encoders read, the two marks of the ends included."""
-        return min(tokenizer.model_max_length for tokenizer in self.tokenizers)
+        """Tokens that the text encoders read, the two marks of the ends of each chunk included."""
+        return self.reading.chunks * min(tokenizer.model_max_length for tokenizer in self.tokenizers)
 
     @property
     def hidden_shape(self) -> tuple[int, int]:
         """Tokens and width of the hidden states of one prompt."""
         tokens: int = self.text_encoders[0].config.max_position_embeddings
-        return tokens, self.unet.config["cross_attention_dim"]
+        return self.reading.chunks * tokens, self.unet.config["cross_attention_dim"]
 
     @property
     def pooled_width(self) -> int | None:
@@ -172,10 +180,11 @@ class StableDiffusion:
             tensor: the tensor's name inside of it.
         """
         how: Any = self.family.encoders[network]
-        if how.layer is None or how.pooled:
+        if how.pooled:
             return False
         layers: int = self.networks[network].config.num_hidden_layers  # type: ignore[union-attr]
-        skipped = range(layers + 1 + how.layer, layers)  # of the hidden states, the first is the embedding's
+        # of the hidden states, the first is the embedding's
+        skipped = range(layers + 1 + (how.layer or -self.reading.clip_skip), layers)
         return any(f"layers.{layer}." in tensor for layer in skipped)
 
     def working(self, *networks: nn.Module) -> AbstractContextManager[None]:
@@ -261,21 +270,40 @@ class StableDiffusion:
     def embed(self, prompts: Sequence[str]) -> TextEmbeds:
         """Embeddings of prompts, where the text encoders are and with the gradients they have; long ones are cut.
 
-        Half of a surrogate pair is read as �: no tokenizer takes it.
+        The pooled text is that of the first chunk, as in Kohya's trainer and A1111.
         """
         import torch
 
+        chunks, skip = self.reading
         hidden, pooled = [], None
         for how, tokenizer, encoder in zip(
             self.family.encoders.values(), self.tokenizers, self.text_encoders, strict=True
         ):
-            tokens = tokenizer(
-                [whole(prompt) for prompt in prompts], padding="max_length", truncation=True, return_tensors="pt"
-            )
-            output: Any = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=how.layer is not None)
-            hidden.append(output.last_hidden_state if how.layer is None else output.hidden_states[how.layer])
-            pooled = output.text_embeds if how.pooled else pooled
+            tokens = torch.tensor(self._tokens(tokenizer, prompts), device=encoder.device)
+            output: Any = encoder(tokens, output_hidden_states=how.layer is not None or skip > 1)
+            if how.layer is not None:
+                states = output.hidden_states[how.layer]
+            elif skip > 1:
+                states = encoder.final_layer_norm(output.hidden_states[-skip])
+            else:
+                states = output.last_hidden_state
+            hidden.append(states.reshape(len(prompts), -1, states.shape[-1]))
+            pooled = output.text_embeds[::chunks] if how.pooled else pooled
         return TextEmbeds(torch.cat(hidden, dim=-1), pooled)
+
+    def _tokens(self, tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> list[list[int]]:
+        """The chunks of all prompts, filled up: token k of a prompt is token k mod room of its chunk k div room.
+
+        Half of a surrogate pair is read as �: no tokenizer takes it.
+        """
+        length, rows = tokenizer.model_max_length, []
+        room = length - 2  # between the marks of the ends
+        for ids in tokenizer([whole(prompt) for prompt in prompts]).input_ids:
+            for chunk in range(self.reading.chunks):
+                part = ids[1:-1][room * chunk : room * (chunk + 1)]
+                row: list[Any] = [tokenizer.bos_token_id, *part, tokenizer.eos_token_id]
+                rows.append(row + [tokenizer.pad_token_id] * (length - len(row)))
+        return rows
 
     def encode_prompts(self, prompts: Sequence[str], batch_size: int = PROMPTS) -> TextEmbeds:
         """`embed` in batches and without gradients: fp32 on the CPU."""
@@ -295,12 +323,13 @@ class StableDiffusion:
     def truncated(self, prompts: Sequence[str]) -> list[str]:
         """The prompts that have more tokens than the text encoders read."""
         # a token is at least one character of ASCII, and two tokens mark the ends
-        suspects = [prompt for prompt in prompts if len(prompt) + 2 > self.max_tokens or not prompt.isascii()]
+        most = self.max_tokens - 2 * self.reading.chunks
+        suspects = [prompt for prompt in prompts if len(prompt) > most or not prompt.isascii()]
         long: list[str] = []
         for start in range(0, len(suspects), 1024):
             part = suspects[start : start + 1024]
             ids = self.tokenizers[0]([whole(prompt) for prompt in part]).input_ids
-            long += [prompt for prompt, tokens in zip(part, ids, strict=True) if len(tokens) > self.max_tokens]
+            long += [prompt for prompt, tokens in zip(part, ids, strict=True) if len(tokens) - 2 > most]
         return long
 
     def pipeline(self) -> DiffusionPipeline:

@@ -120,15 +120,16 @@ class DiffusionModule(L.LightningModule):
         model_pred = self.unet(noisy_latents, timesteps, embeds.hidden, added_cond_kwargs=added).sample
         return residual(model_pred, target)
 
-    def errors(self, residuals: Tensor, timesteps: Tensor) -> Tensor:
+    def errors(self, residuals: Tensor, timesteps: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mean square of each residual, or what the loss has in its place, min-SNR weighted if it says so: (n,).
 
         Args:
             residuals: (n, 4, h, w).
             timesteps: (n,), int64.
+            mask: (n, 1, h, w), weights of the pixels; None weighs all alike.
         """
         huber_c = self.loss.huber_c
-        errors = squared_error(residuals) if huber_c is None else pseudo_huber_error(residuals, huber_c)
+        errors = squared_error(residuals, mask) if huber_c is None else pseudo_huber_error(residuals, huber_c, mask)
         if self.loss.min_snr_gamma is None:
             return errors
         snr = compute_snr(self.model.noise_scheduler, timesteps)
@@ -148,7 +149,7 @@ class DiffusionModule(L.LightningModule):
             pooled = None if embeds.pooled is None else embeds.pooled.repeat(2, 1)
             embeds = TextEmbeds(embeds.hidden.repeat(2, 1, 1), pooled)
         residuals = self.residuals(latents, noise, timesteps, embeds, time_ids)
-        errors = self.errors(residuals, timesteps)
+        errors = self.errors(residuals, timesteps, batch.mask)
         wanted = Residuals(residuals[:n], residuals[n:]) if self.loss.needs_residuals else None
         return Denoised(PairErrors(errors[:n], errors[n:]), wanted)
 
