@@ -160,7 +160,7 @@ def test_an_experiments_rate_is_one_of_adamws_scale(experiment):
         return composed(f"experiment={experiment}", *NEEDS.get(f"experiment={experiment}", []), *given).optimizer.lr
 
     # another one needs a line here
-    assert set(options("optimizer")) == {"adafactor", "adamw", "adamw8bit", "lion", "prodigy"}
+    assert set(options("optimizer")) == {"adafactor", "adamw", "adamw8bit", "lion", "prodigy", "schedulefree"}
     recipe = rate()
     assert 1e-6 < recipe < 1e-2
     assert rate("optimizer=adamw") == rate("optimizer=adamw8bit") == rate("optimizer=adafactor") == recipe
@@ -302,6 +302,10 @@ def test_a_mistake_is_one_message_before_anything_is_written(run, tmp_path, argu
         ),
         (["trainer.max_steps=0"], "trainer.max_steps must be at least 1, got 0"),
         (["trainer.ema_decay=1"], "trainer.ema_decay must be in (0, 1), or null for no average, got 1.0"),
+        (
+            ["trainer.ema_decay=0.9", "optimizer=schedulefree"],
+            "trainer.ema_decay: optimizer=schedulefree has an average of its own: leave one of the two out",
+        ),
         (["trainer.max_epochs=0"], "trainer.max_epochs must be above 0 and at most 10^6, got 0.0"),
         (["trainer.max_hours=0"], "trainer.max_hours must be positive, or null for no limit, got 0.0"),
         (

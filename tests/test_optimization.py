@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpo_sd.errors import UserError
-from dpo_sd.training.optimizers import Adafactor, AdamW, AdamW8bit, Lion, Prodigy, Schedule
+from dpo_sd.training.optimizers import Adafactor, AdamW, AdamW8bit, Lion, Prodigy, Schedule, ScheduleFree
 
 
 def parameters(*networks: str) -> dict[str, dict[str, torch.nn.Parameter]]:
@@ -112,7 +112,11 @@ def test_prodigy_refuses_a_rate_of_adamws_scale_with_which_it_would_learn_nothin
 
 
 @pytest.mark.parametrize(
-    ("kind", "package"), [(AdamW8bit, "bitsandbytes"), (Prodigy, "prodigyopt"), (Lion, "lion_pytorch")]
+    ("kind", "package"),
+    [
+        *((AdamW8bit, "bitsandbytes"), (Prodigy, "prodigyopt")),
+        *((Lion, "lion_pytorch"), (ScheduleFree, "schedulefree")),
+    ],
 )
 def test_a_missing_package_is_named_with_the_command_that_installs_it_and_needed_for_no_plan(
     kind, package, monkeypatch
@@ -189,7 +193,11 @@ def test_adafactor_makes_steps_of_the_size_that_its_rate_says_with_little_state(
 
 
 def test_lion_makes_steps_of_one_size():
-    pytest.importorskip("lion_pytorch")
     moved, kept = stepped(Lion(lr=1e-2))
     torch.testing.assert_close(moved, torch.full((8, 32), -1e-2))
     assert kept == Lion().state_bytes((8, 32))
+
+
+def test_a_schedule_beside_a_schedule_free_optimiser_is_refused():
+    with pytest.raises(UserError, match=r"schedule must be constant, .* got cosine: add optimizer\.schedule=constant"):
+        ScheduleFree(schedule="cosine")

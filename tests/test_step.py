@@ -29,7 +29,7 @@ from dpo_sd.losses import DiffusionDPOLoss, Loss, LossInputs, PairErrors, SFTLos
 from dpo_sd.models.base import Base
 from dpo_sd.models.skeletons import on_meta
 from dpo_sd.models.stable_diffusion import StableDiffusion, TextEmbeds, encode_bytes
-from dpo_sd.training.optimizers import AdamW
+from dpo_sd.training.optimizers import AdamW, ScheduleFree
 from dpo_sd.training.reference_cache import ReferenceErrors
 from dpo_sd.training.step import DiffusionModule, needed_networks
 
@@ -654,6 +654,26 @@ def test_a_checkpoint_brings_policy_and_average_back(build):
         before, after = kept(module), kept(again)
         assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert again.average is not None and again.average.optimization_step == 2
+
+
+def test_an_optimiser_with_an_average_of_its_own_gives_it_and_goes_on_to_the_bit(build):
+    def after(steps: int, looks: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        module, batch = build(), make_batch()
+        module.optimizer = ScheduleFree(lr=1e-3)
+        optimizer = module.configure_optimizers()["optimizer"]
+        module._trainer = SimpleNamespace(optimizers=[optimizer])  # type: ignore[assignment]
+        for _ in range(steps):
+            module.losses(batch)["loss"].mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if looks:
+                its_average(module)
+        return adapter_state(module.model), its_average(module)
+
+    policy, average = after(3, looks=False)
+    assert any(not torch.equal(value, average[name]) for name, value in policy.items())
+    for mine, its in zip(after(3, looks=True), (policy, average), strict=True):
+        assert all(torch.equal(value, its[name]) for name, value in mine.items())
 
 
 def its_average(module: DiffusionModule) -> dict[str, torch.Tensor]:

@@ -53,6 +53,10 @@ def check_composition(cfg: DictConfig) -> None:
         raise UserError(
             "optimizer.text_encoder_lr is given, but no text encoder is trained: add lora.text_encoder=true"
         )
+    if cfg.trainer.ema_decay is not None and class_attribute(cfg.optimizer._target_, "averages"):
+        raise UserError(
+            f"trainer.ema_decay: {chosen('optimizer', cfg)} has an average of its own: leave one of the two out"
+        )
     check_range("pairs_per_update", cfg.pairs_per_update, 1, 10**6)
     processes = cfg.trainer.devices * cfg.trainer.num_nodes
     _check_processes(cfg.trainer.num_nodes, processes)

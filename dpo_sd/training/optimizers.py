@@ -44,6 +44,7 @@ class AdamW:
     """
 
     rate_to_adamws = 1.0
+    averages = False  # whether it has an average of the weights, which `eval()` puts in their place
 
     def __init__(
         self,
@@ -246,6 +247,53 @@ class Lion(AdamW):
         from lion_pytorch import Lion
 
         return Lion(groups, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+
+
+class ScheduleFree(AdamW):
+    """Schedule-free AdamW (Defazio et al. 2024, arXiv:2405.15682), whose average needs no schedule; by schedulefree.
+
+    Args:
+        lr: learning rate after the warm-up, positive.
+        betas, eps, weight_decay, warmup_steps, text_encoder_lr, loraplus_ratio, lr_factors: as in `AdamW`.
+        schedule: "constant".
+
+    Raises:
+        UserError: if a value is out of range.
+    """
+
+    averages = True
+
+    def __init__(
+        self,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        schedule: Schedule = "constant",
+        warmup_steps: int = 0,
+        text_encoder_lr: float | None = None,
+        loraplus_ratio: float = 1.0,
+        lr_factors: dict[str, float] | None = None,
+    ) -> None:
+        rates = {"text_encoder_lr": text_encoder_lr, "loraplus_ratio": loraplus_ratio, "lr_factors": lr_factors}
+        if schedule != "constant":
+            raise UserError(
+                f"schedule must be constant, for an average is in its place, got {schedule}: "
+                "add optimizer.schedule=constant"
+            )
+        super().__init__(lr, betas, eps, weight_decay, schedule, warmup_steps, **rates)
+
+    def check(self, max_steps: int) -> None:
+        super().check(max_steps)
+        _check_installed("schedulefree", "schedulefree")
+
+    def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
+        from schedulefree import AdamWScheduleFree
+
+        settings = {"betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+        optimizer = AdamWScheduleFree(groups, lr=self.lr, **settings)
+        optimizer.train()
+        return optimizer
 
 
 class AdamW8bit(AdamW):

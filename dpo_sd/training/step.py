@@ -271,16 +271,24 @@ class DiffusionModule(L.LightningModule):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the policy is its moving average where one is kept: that is validated, drawn, judged and exported."""
-        if self.average is None:
+        """Inside, the policy is its average where one is kept: that is validated, drawn, judged and exported."""
+        optimizer: Any = self.trainer.optimizers[0] if self.optimizer.averages and self.trainer.optimizers else None
+        if self.average is None and optimizer is None:
             yield
             return
-        self.average.store(self._trained)
-        self.average.copy_to(self._trained)
+        now = [parameter.detach().clone() for parameter in self._trained]
+        if self.average is not None:
+            self.average.copy_to(self._trained)
+        else:
+            optimizer.eval()
         try:
             yield
         finally:
-            self.average.restore(self._trained)
+            if optimizer is not None:
+                optimizer.train()
+            with torch.no_grad():  # to the bit, which the optimiser's way back is not
+                for parameter, value in zip(self._trained, now, strict=True):
+                    parameter.copy_(value)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         if not self._just_skipped:  # the schedule is that of the updates that were made
@@ -292,10 +300,11 @@ class DiffusionModule(L.LightningModule):
         checkpoint["state_dict"] = {}
         checkpoint["identity"] = self.identity
         checkpoint["skipped"] = self.skipped
-        if self.average is not None:
+        if self.average is not None or self.optimizer.averages:
             with self.averaged():  # `lora.reading` takes it for the policy
                 weights = adapter_state(self.model, "policy")
-            checkpoint["average"] = {"weights": weights, "step": self.average.optimization_step}
+            step = 0 if self.average is None else self.average.optimization_step
+            checkpoint["average"] = {"weights": weights, "step": step}
         if self.reference_cache is not None:
             self.reference_cache.save()
         checkpoint["adapters"] = {name: adapter_state(self.model, name) for name in adapter_names(self.model)}
