@@ -12,6 +12,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -31,7 +32,7 @@ from dpo_sd.annotation.summary import position_words, smoothing_override, smooth
 from dpo_sd.errors import UserError
 from dpo_sd.files.hashes import read_sha256
 from dpo_sd.preferences.drawn_with import RECORD, write_record
-from dpo_sd.preferences.events import Event, flag, vote
+from dpo_sd.preferences.events import Event, flag, time_text, vote
 from dpo_sd.preferences.log import REFUSED
 from dpo_sd.preferences.outcome import standing
 from dpo_sd.preferences.pair_folder import Pair, pair_id, write_pairs
@@ -293,6 +294,17 @@ def test_a_repeat_names_the_vote_that_it_asks_for_again(desk):
     assert [each.repeat_of for each in desk.log.events] == [None, first["id"]]
     sides = [each.left_image for each in desk.log.events]
     assert sorted(sides) == ["image_0", "image_1"]
+
+
+def test_votes_have_the_time_of_this_computer_whatever_the_clients_clock_shows(desk):
+    item = desk.window("anna", "pairs", "all")["items"][0]
+    late = datetime.now(UTC) - timedelta(hours=1)
+    sent = record(item) | {"presented_at": time_text(late - timedelta(seconds=9)), "decided_at": time_text(late)}
+    assert desk.receive([sent], time_text(late + timedelta(seconds=2))).acknowledged == [sent["id"]]
+    (event,) = desk.log.events
+    ago = datetime.now(UTC) - datetime.fromisoformat(event.decided_at)
+    assert timedelta(seconds=1.9) < ago < timedelta(seconds=10)
+    assert datetime.fromisoformat(event.decided_at) - datetime.fromisoformat(event.presented_at) == timedelta(seconds=9)
 
 
 @pytest.mark.parametrize(

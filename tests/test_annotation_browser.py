@@ -217,6 +217,23 @@ def folder(pairs, tmp_path) -> Path:
     return shutil.copytree(pairs, tmp_path / "pairs")
 
 
+# ---- who may ask
+
+
+@pytest.mark.parametrize("path", ["/", "/_stcore/health", "/pair-image/{token}"])
+def test_a_page_whose_name_was_made_to_lead_here_gets_nothing(serve, folder, path):
+    server = serve(folder)
+    pair = read_pairs(folder)[0]
+    address = server.url + path.format(token=token(pair.image_0, pair.image_0_uid))
+    for host, status in ((f"127.0.0.1:{server.port}", 200), (f"localhost:{server.port}", 200), ("evil.example", 400)):
+        request = urllib.request.Request(address, headers={"Host": host})
+        try:
+            answer = urllib.request.urlopen(request, timeout=10).status
+        except urllib.error.HTTPError as error:
+            answer = error.code
+        assert answer == status, host
+
+
 # ---- votes
 
 

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -36,6 +36,8 @@ class Person(Annotator):
         port: port that the server listens on, in [1, 65535].
         address: address that the server listens on.
         allow_remote: allows an `address` that other computers reach; whoever reaches it can read and vote.
+        hosts: further names by which browsers may call this computer, such as that of a proxy. Requests by other names
+            are refused: a page of somebody else's could have its name lead here.
         browser: whether a browser window is opened.
 
     Raises:
@@ -51,6 +53,7 @@ class Person(Annotator):
         address: str = "127.0.0.1",
         allow_remote: bool = False,
         browser: bool = True,
+        hosts: list[str] | None = None,
     ) -> None:
         if name is not None and not name.strip():
             raise UserError("name must not be empty")
@@ -69,6 +72,7 @@ class Person(Annotator):
         self.port = port
         self.address = address
         self.browser = browser
+        self.hosts = _own_names(address) | set(hosts or ())
 
     def annotate(self, folder: Path, judge: Judge | None) -> None:
         """Serves the app until it is stopped; every vote is on the disk when the page says so.
@@ -86,6 +90,8 @@ class Person(Annotator):
         self._check_port()
 
         import streamlit as st
+        from starlette.middleware import Middleware
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
 
         from dpo_sd.annotation import views
 
@@ -104,7 +110,8 @@ class Person(Annotator):
 
         page = Path(views.__file__).with_name("page.py")
         sys.argv = [str(page)]  # Streamlit puts the folder of this file on the path of modules
-        st.App(page, lifespan=lifespan, routes=[_image_route(desk)]).run(
+        trusted = Middleware(TrustedHostMiddleware, allowed_hosts=sorted(self.hosts))
+        st.App(page, lifespan=lifespan, routes=[_image_route(desk)], middleware=[trusted]).run(
             config={
                 "server.address": self.address,
                 "server.port": self.port,
@@ -141,6 +148,27 @@ def _is_loopback(address: str) -> bool:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
         return address == "localhost"
+
+
+def _own_names(address: str) -> set[str]:
+    """Names and addresses by which browsers call this computer where it listens on that address."""
+    names = {address, "localhost", "127.0.0.1"}
+    if ":" in address:
+        names.add("[")  # what Starlette takes for the name in [::1]:8501
+    if not _is_loopback(address):
+        own = socket.gethostname()
+        names |= {own, f"{own}.local", *_own_addresses()}
+    return {name.lower() for name in names}
+
+
+def _own_addresses() -> set[str]:
+    found = set()
+    with suppress(OSError):
+        found |= {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)}
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # of no computer; nothing is sent, but the way there begins at our address
+        found.add(probe.getsockname()[0])
+    return found
 
 
 def _image_route(desk: Desk) -> Route:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID, uuid5
@@ -14,7 +15,7 @@ from uuid import UUID, uuid5
 from dpo_sd.annotation.items import Item, Judged, Mode, Show, implied, judgements, make_items, unjudged, upcoming
 from dpo_sd.errors import UserError
 from dpo_sd.files.hashes import sha256
-from dpo_sd.preferences.events import Event, flag, retract, vote
+from dpo_sd.preferences.events import Event, flag, retract, time_text, vote
 from dpo_sd.preferences.log import REFUSED, EventLog
 from dpo_sd.preferences.outcome import standing
 from dpo_sd.preferences.pair_folder import PAIRS, changed_images, check_image, image_file, is_uid, load_image
@@ -145,20 +146,22 @@ class Desk:
             "pace": _pace(votes, judged),
         }
 
-    def receive(self, queue: Sequence[Mapping[str, Any]]) -> Receipt:
+    def receive(self, queue: Sequence[Mapping[str, Any]], clock: str | None = None) -> Receipt:
         """Writes down the votes, flags and retractions of a client, each once however often it is sent.
 
-        A record that can never be a vote on this folder is written to `REFUSED` instead.
+        A record that can never be a vote on this folder is written to `REFUSED` instead. Times are those of this
+        computer's clock, or a client whose clock is slow would never have the last word.
 
         Args:
             queue: the records without an acknowledgement, in the order of the key presses.
+            clock: what the client's clock showed when it sent them, in ISO 8601; None takes its times as they are.
         """
         events: list[Event] = []
         refused: dict[str, str] = {}  # reasons, by the record
         for record in queue:
             try:
-                events += self._events(record, events)
-            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                events += self._events(_by_our_clock(record, clock), events)
+            except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
                 refused[json.dumps(record, default=str)] = str(error) if type(error) is ValueError else repr(error)
         try:
             self.log.append(events)
@@ -214,6 +217,17 @@ class Desk:
             }
             events.append(flag(pair, **details) if said == "flag" else vote(pair, said, **details))
         return events
+
+
+def _by_our_clock(record: Mapping[str, Any], clock: str | None) -> Mapping[str, Any]:
+    if clock is None:
+        return record
+    ahead = datetime.now(UTC) - datetime.fromisoformat(clock)
+
+    def ours(time: str) -> str:
+        return time_text(datetime.fromisoformat(time) + ahead)
+
+    return {**record, **{key: ours(record[key]) for key in ("presented_at", "decided_at")}}
 
 
 def token(image: str, uid: str) -> str:

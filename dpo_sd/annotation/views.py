@@ -119,7 +119,7 @@ def _receive_queue(queue: dict[str, Any] | None) -> bool:
     """Writes down the votes that the client sent, unless that was done before; returns whether they were new."""
     if not queue or queue["sent"] == st.session_state.get("sent"):
         return False
-    receipt = setting.desk.receive(queue["votes"])
+    receipt = setting.desk.receive(queue["votes"], queue.get("clock"))
     st.session_state.sent, st.session_state.receipt = queue["sent"], receipt
     # shown from now on: later votes that are saved do not make these good
     st.session_state.refused = (*st.session_state.get("refused", ()), *receipt.refused)

@@ -142,7 +142,12 @@ _KEYS[_KEYS.index("left_image") : _KEYS.index("left_image")] = ["label_0", "labe
 
 def now() -> str:
     """The time in UTC as JavaScript's toISOString writes it, which sorts as text: 2031-05-17T09:30:00.125Z."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return time_text(datetime.now(UTC))
+
+
+def time_text(moment: datetime) -> str:
+    """A time as `now` writes it."""
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", re.ASCII)

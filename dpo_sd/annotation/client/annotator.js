@@ -86,7 +86,8 @@ class Client {
     if (this.sending && performance.now() - this.sending.at < PATIENCE_MS) return;
     this.sending = { id: uuid(), at: performance.now() };
     this.sentUpTo = this.order;
-    this.transport({ sent: this.sending.id, votes: [...this.pending.values()].map(({ record }) => record) });
+    const votes = [...this.pending.values()].map(({ record }) => record);
+    this.transport({ sent: this.sending.id, clock: new Date().toISOString(), votes });
   }
 
   unsaved() {
@@ -168,7 +169,11 @@ class Client {
 
   forget(id) {
     this.pending.delete(id);
-    localStorage.removeItem(storageKey(this.data.folder, id));
+    try {
+      localStorage.removeItem(storageKey(this.data.folder, id));
+    } catch {
+      // forbidden: nothing was kept there
+    }
   }
 
   tick() {
@@ -500,7 +505,12 @@ function storageKey(folder, id) {
 
 function stored(folder) {
   // of all windows: what another one sends too is the same vote, and counts once
-  const keys = Object.keys(localStorage).filter((key) => key.startsWith(storageKey(folder, "")));
+  let keys = [];
+  try {
+    keys = Object.keys(localStorage).filter((key) => key.startsWith(storageKey(folder, "")));
+  } catch {
+    // forbidden: votes only live as long as the page
+  }
   const entries = keys.map(storedEntry).filter(Boolean);
   return new Map(entries.sort((a, b) => a.order - b.order).map((entry) => [entry.record.id, entry]));
 }
