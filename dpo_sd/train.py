@@ -80,6 +80,8 @@ def trained(cfg: DictConfig, folder: Path) -> float | None:
     accumulation = parts.hardware.accumulation(cfg.pairs_per_update, processes(cfg))
     resume = resumed(cfg, folder)
     checkpoint = newest_checkpoint(resume)
+    if checkpoint is not None and cfg.trainer.max_epochs is None:  # otherwise the data says how many updates there are
+        check_same_run(checkpoint, OmegaConf.to_container(cfg, resolve=True))
     check_card(cfg, parts, resume)
     for line in parts.base.to_fetch():
         say(f"model   {line}")
@@ -87,7 +89,7 @@ def trained(cfg: DictConfig, folder: Path) -> float | None:
     cfg = with_epochs(cfg, found.train)
     parts.optimizer.check(cfg.trainer.max_steps)
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    if checkpoint is not None:
+    if checkpoint is not None and cfg.trainer.max_epochs is not None:
         check_same_run(checkpoint, settings)
 
     from dpo_sd.callbacks.metrics import Metrics

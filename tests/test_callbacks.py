@@ -392,6 +392,19 @@ def test_the_best_checkpoint_stays_beside_the_newest_also_where_a_run_goes_on(tm
     assert f"update {best}, {metric}" in callback.report()
 
 
+def test_a_run_that_goes_on_by_another_metric_forgets_the_best_and_no_number_is_never_the_best(tmp_path):
+    run = make_run(tmp_path, is_global_zero=False, save_checkpoint=lambda file: None)
+    callback = Checkpoint(every=1, best="val/loss")
+    for step, value in ((1, math.nan), (2, 2.0), (3, math.nan)):
+        run.metrics["val/loss"] = value
+        callback.on_update(at(run, step))
+    assert callback.summary() == {"best_checkpoint": {"step": 2, "val/loss": 2.0}}
+    for metric in (None, "val/reward_accuracy"):
+        other = Checkpoint(best=metric)
+        other.load_state_dict(callback.state_dict())
+        assert other.summary() == {} and other.report() == ""
+
+
 def test_a_best_by_a_value_that_the_validation_lacks_is_refused_before_the_first_update(tmp_path):
     run = make_run(tmp_path)
     run.metrics["val/loss"] = 1.0

@@ -20,7 +20,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dpo_sd.composition.application import entry_point
-from dpo_sd.composition.checks import check_composition, check_plan
+from dpo_sd.composition.checks import check_composition, check_plan, with_epochs
 from dpo_sd.composition.messages import settings_of
 from dpo_sd.composition.options import targets
 from dpo_sd.composition.presets import overrides, preset, say_choice
@@ -514,3 +514,14 @@ def test_a_mistake_leaves_no_folder_behind_and_spares_what_was_there(train, tmp_
     (tmp_path / "used" / "notes.txt").touch()
     assert train(tmp_path / "used", mistake).code == 1
     assert (tmp_path / "used" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize(("epochs", "samples", "updates"), [(1, 100, 10), (1.1, 100, 11), (2, 101, 21), (0.01, 5, 1)])
+def test_passes_over_the_data_become_updates(epochs, samples, updates):
+    cfg = composed(f"trainer.max_epochs={epochs}", "pairs_per_update=10", "hardware.micro_batch=5")
+    assert with_epochs(cfg, samples).trainer.max_steps == updates
+
+
+def test_passes_over_data_of_unknown_size_are_refused():
+    with pytest.raises(UserError, match=r"how large this data is is not known yet: give trainer\.max_steps instead"):
+        with_epochs(composed("trainer.max_epochs=1"), None)

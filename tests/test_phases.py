@@ -64,3 +64,8 @@ def test_the_plan_counts_the_largest_prompt_and_every_chunk_of_it():
     one, three = (replace(workload(), reading=FAMILIES["tiny"].reading(tokens)) for tokens in (30, 90))
     assert three.build().hidden_shape == (3 * one.build().hidden_shape[0], 128)
     assert Forecast(three).of("prompts")[0].flops == 3 * Forecast(one).of("prompts")[0].flops
+
+
+def test_a_moving_average_takes_as_much_as_the_adapters():
+    plain, averaged = (Forecast(replace(workload(), ema=ema)).card.sizes for ema in (False, True))
+    assert averaged["optimiser"] - plain["optimiser"] == plain["adapters"] == plain["gradients"]

@@ -51,10 +51,11 @@ class Checkpoint(Watcher):
         self._handlers: dict[signal.Signals, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self._best}
+        return {"metric": self.best, "best": self._best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._best = state_dict["best"]
+        if state_dict["metric"] == self.best:  # a continued run may compare by another
+            self._best = state_dict["best"]
 
     def summary(self) -> dict[str, Any]:
         if self._best is None:
@@ -106,7 +107,8 @@ class Checkpoint(Watcher):
 
     def _compare(self, step: int, value: float) -> None:
         falls = re.search("loss|drift", self.best or "") is not None
-        if self._best is None or (value < self._best[1] if falls else value > self._best[1]):
+        better = self._best is None or (value < self._best[1] if falls else value > self._best[1])
+        if better and math.isfinite(value):
             self._best = step, value
 
     def _is_over(self, run: Run) -> bool:

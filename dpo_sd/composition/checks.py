@@ -101,7 +101,7 @@ def with_epochs(cfg: DictConfig, samples: int | None) -> DictConfig:
         return cfg
     if samples is None:
         raise UserError("trainer.max_epochs: how large this data is is not known yet: give trainer.max_steps instead")
-    steps = max(1, math.ceil(epochs * samples / cfg.pairs_per_update))
+    steps = max(1, math.ceil(round(epochs * samples / cfg.pairs_per_update, 6)))  # 1.1 times 100 is a little above 110
     return OmegaConf.merge(cfg, {"trainer": {"max_steps": steps}})  # type: ignore[return-value]
 
 
