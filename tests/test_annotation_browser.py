@@ -46,7 +46,8 @@ FLAGS = [
     "--disable-sync",
 ]
 
-# records what the screen shows at every key press, before the app hears of it; keys that are held count once
+# records what the screen shows at every key press on pictures that are all seen, before the app hears of it; keys that
+# are held count once
 WATCH = """
 () => {
   const deep = (root, selector) => [
@@ -55,7 +56,10 @@ WATCH = """
   ];
   window.panes = () => deep(document, '.pane img').map((image) => image.src.split('/').pop());
   window.seen = [];
-  window.addEventListener('keydown', (e) => e.repeat || window.seen.push([e.key, ...window.panes()]), true);
+  window.broken = () => deep(document, '.pane.broken').length > 0;
+  window.ready = () => deep(document, '.annotator.seen').length > 0;
+  window.addEventListener('keydown', (e) =>
+    e.repeat || !window.ready() || window.seen.push([e.key, ...window.panes()]), true);
   window.press = (key) => document.body.dispatchEvent(
     new KeyboardEvent('keydown', { key, bubbles: true, composed: true, cancelable: true }));
 }
@@ -98,7 +102,8 @@ class Server:
     def __init__(self, folder: Path, *settings: str, port: int | None = None):
         self.folder, self.port = folder, port or free_port()
         command = [sys.executable, "-m", "dpo_sd.annotate", f"pairs={folder}", "annotator.name=anna"]
-        command += ["annotator.browser=false", f"annotator.port={self.port}", "annotator.repeats=0", *settings]
+        command += ["annotator.browser=false", f"annotator.port={self.port}", "annotator.repeats=0"]
+        command += ["annotator.floor_ms=0", *settings]
         self.log = open(folder.parent / f"server-{self.port}.log", "ab")  # noqa: SIM115 - the process writes it
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log)
         for _ in range(600):
@@ -165,6 +170,14 @@ def ready(page: Any) -> None:
     page.locator(".pane img").nth(1).wait_for(timeout=30_000, state="attached")
     page.evaluate(WATCH)
     page.wait_for_function("() => window.panes().length >= 2 && window.panes().every((name) => name.length === 32)")
+    page.wait_for_function("() => window.ready() || window.broken()")
+
+
+def press(page: Any, keys: str) -> None:
+    """Presses one key after the other, each as soon as the pictures are seen."""
+    for key in keys:
+        page.wait_for_function("() => window.ready()")
+        page.keyboard.press(key)
 
 
 def log_of(folder: Path) -> list[Any]:
@@ -296,9 +309,39 @@ def test_forty_presses_in_bursts_of_eight_are_forty_votes_on_what_was_on_the_scr
             page.keyboard.press(rng.choice("12"))
             page.wait_for_timeout(gap)
         page.wait_for_timeout(400)
-    events = wait_for(lambda: len(found := votes(folder)) >= 40 and found)
-    assert given(events) == expected(page.evaluate("window.seen"))
-    assert len({event.pair_id for event in events}) == len(events) == 40
+    seen = page.evaluate("window.seen")  # of the others it is said that the pictures are still loading
+    events = wait_for(lambda: len(found := votes(folder)) >= len(seen) and found)
+    page.wait_for_timeout(300)
+    assert given(votes(folder)) == expected(seen)
+    assert len({event.pair_id for event in events}) == len(events) >= 5 * (1 if gap == 0 else 3 if gap == 40 else 8)
+
+
+def test_pictures_that_are_not_there_get_no_vote_and_the_others_get_theirs(serve, open_page, folder):
+    page = open_page(serve(folder))
+    shown = page.evaluate("window.panes()")
+    page.context.set_offline(True)
+    for _ in range(12):  # the pictures that were fetched before are judged, and then there are none
+        page.keyboard.press("1")
+        page.wait_for_timeout(150)
+    assert "Loading" in page.locator(".hint").inner_text()
+    accepted = expected(page.evaluate("window.seen"))
+    assert accepted[0][:2] == tuple(shown) and len(accepted) < 12
+    page.context.set_offline(False)
+    events = wait_for(lambda: len(found := votes(folder)) >= len(accepted) and found)
+    assert given(events) == accepted
+    page.wait_for_function("() => window.ready()", timeout=20_000)
+    page.keyboard.press("2")
+    wait_for(lambda: len(votes(folder)) == len(accepted) + 1)
+
+
+def test_a_decision_that_is_too_fast_to_have_seen_anything_is_refused(serve, open_page, folder):
+    page = open_page(serve(folder, "annotator.floor_ms=1500"))
+    page.keyboard.press("1")
+    assert "too fast" in page.locator(".hint").inner_text()
+    page.wait_for_timeout(1600)
+    page.keyboard.press("1")
+    (event,) = wait_for(lambda: votes(folder))
+    assert 1500 <= event.duration_ms < 4000
 
 
 def test_a_held_key_is_one_vote_and_so_is_a_double_click(serve, open_page, folder):
@@ -395,8 +438,7 @@ def test_a_reload_in_the_middle_of_a_burst_loses_nothing(serve, open_page, folde
     page = open_page(serve(folder))
     seen = []
     for _ in range(3):
-        for key in "121":
-            page.keyboard.press(key)
+        press(page, "121")
         seen += page.evaluate("window.seen")
         page.reload()
         ready(page)
@@ -472,8 +514,8 @@ def test_a_vote_that_can_never_be_saved_is_said_and_kept_and_holds_nothing_up(se
 def test_two_browsers_on_two_servers_lose_and_double_nothing(serve, open_page, folder):
     one, other = (open_page(serve(folder, f"annotator.name={name}")) for name in ("anna", "ben"))
     for _ in range(10):
-        one.keyboard.press("1")
-        other.keyboard.press("2")
+        press(one, "1")
+        press(other, "2")
     events = wait_for(lambda: len(found := votes(folder)) >= 20 and found)
     assert len(events) == 20
     for page, name in ((one, "anna"), (other, "ben")):
@@ -485,8 +527,7 @@ def test_two_browsers_on_two_servers_lose_and_double_nothing(serve, open_page, f
 def test_metadata_is_current_once_the_app_is_idle_and_after_it_has_stopped(serve, open_page, folder):
     server = serve(folder)
     page = open_page(server)
-    for key in "12012":
-        page.keyboard.press(key)
+    press(page, "12012")
     wait_for(lambda: len(votes(folder)) == 5)
     metadata = folder / "metadata.jsonl"
     wait_for(lambda: metadata.exists() and len(metadata.read_text().splitlines()) == 4, seconds=3)
@@ -591,9 +632,7 @@ def test_two_presses_on_a_set_of_four_settle_five_of_its_six_pairs(serve, open_p
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_page_fits_a_laptop_and_shows_no_error(serve, open_page, folder, scheme):
     page = open_page(serve(folder), scheme)
-    for key in "1212012":
-        page.keyboard.press(key)
-        page.wait_for_timeout(60)
+    press(page, "1212012")
     wait_for(lambda: len(votes(folder)) == 7)
     assert page.evaluate("document.documentElement.scrollHeight <= innerHeight")
     buttons = page.locator("footer button").all()

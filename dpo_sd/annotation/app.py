@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dpo_sd.annotation.annotator import Annotator
 from dpo_sd.annotation.items import Mode
-from dpo_sd.errors import UserError
+from dpo_sd.errors import UserError, check_range
 
 if TYPE_CHECKING:
     from starlette.routing import Route
@@ -36,6 +36,7 @@ class Person(Annotator):
         port: port that the server listens on, in [1, 65535].
         address: address that the server listens on.
         allow_remote: allows an `address` that other computers reach; whoever reaches it can read and vote.
+        floor_ms: milliseconds that all pictures must have been on the screen before a decision counts, in [0, 10000].
         hosts: further names by which browsers may call this computer, such as that of a proxy. Requests by other names
             are refused: a page of somebody else's could have its name lead here.
         browser: whether a browser window is opened.
@@ -54,7 +55,9 @@ class Person(Annotator):
         allow_remote: bool = False,
         browser: bool = True,
         hosts: list[str] | None = None,
+        floor_ms: int = 150,
     ) -> None:
+        check_range("floor_ms", floor_ms, 0, 10_000)
         if name is not None and not name.strip():
             raise UserError("name must not be empty")
         if not 0 <= repeats <= 1:
@@ -72,6 +75,7 @@ class Person(Annotator):
         self.port = port
         self.address = address
         self.browser = browser
+        self.floor_ms = floor_ms
         self.hosts = _own_names(address) | set(hosts or ())
 
     def annotate(self, folder: Path, judge: Judge | None) -> None:
@@ -95,7 +99,7 @@ class Person(Annotator):
 
         from dpo_sd.annotation import views
 
-        views.setting = views.Setting(desk, self.name, self.mode)
+        views.setting = views.Setting(desk, self.name, self.mode, self.floor_ms)
         for note in desk.log.notes:
             _print_note(note)
         print(f"Annotating {folder} ({len(desk.log.pairs)} pairs) as {self.name}: http://{self.address}:{self.port}")

@@ -47,11 +47,16 @@ body:has([data-testid="stExpandSidebarButton"]) { --beside-sidebar-button: 2.5re
 
 
 class Setting(NamedTuple):
-    """The folder at work, and the annotator and the mode that the page begins with."""
+    """The folder at work, and the annotator and the mode that the page begins with.
+
+    Args:
+        floor_ms: milliseconds that pictures must have been on the screen before a decision counts.
+    """
 
     desk: Desk
     name: str
     mode: Mode
+    floor_ms: int = 0
 
 
 setting: Setting = None  # type: ignore[assignment]  # one per server, given before the first visit
@@ -102,6 +107,7 @@ def annotate() -> None:
             "acknowledged": receipt.acknowledged,
             "problem": receipt.problem or refusal(state.get("refused", ())),
             "finished": FINISHED[chosen],
+            "floor_ms": setting.floor_ms,
         },
         on_queue_change=_receive,
     )

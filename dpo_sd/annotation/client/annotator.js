@@ -107,7 +107,11 @@ class Client {
   judge(choice, place, input) {
     const item = this.current;
     if (!item || this.flickering) return;
-    if (!["skip", "flag"].includes(choice) && this.images(item).some((image) => image.broken))
+    if (!this.images(item).some((image) => image.broken)) {
+      const { since } = this.presentation; // when all of them were on the screen
+      if (since === null) return this.refuse("Loading: the pictures are not all there yet.");
+      if (performance.now() - since < this.data.floor_ms) return this.refuse("That was too fast to have been seen.");
+    } else if (!["skip", "flag"].includes(choice))
       return this.say("A picture cannot be read, so there is nothing to choose: skip it (Space) or report it (X).");
     const n = item.shown.length;
     let [best, worst] = [null, null];
@@ -142,7 +146,7 @@ class Client {
 
   keep(item, details) {
     const now = performance.now();
-    const { id, at, since } = this.presentation ?? { id: "", at: new Date().toISOString(), since: now };
+    const { id, at, since } = this.presentation ?? { id: "", at: null, since: null };
     const record = {
       id: uuid(),
       annotator: this.data.annotator,
@@ -151,9 +155,9 @@ class Client {
       shown: item.shown,
       repeat: item.repeat,
       presentation_id: id,
-      presented_at: at,
+      presented_at: at ?? new Date().toISOString(),
       decided_at: new Date().toISOString(),
-      duration_ms: Math.round(now - since),
+      duration_ms: Math.round(now - (since ?? now)),
       zoomed: this.zoomed,
       ...details,
     };
@@ -192,7 +196,8 @@ class Client {
     const item = this.current;
     this.find(".annotator").classList.toggle("empty", !item);
     this.find(".prompt").textContent = item ? item.prompt : "";
-    this.presentation = { id: uuid(), at: new Date().toISOString(), since: performance.now() };
+    this.presentation = { id: uuid(), at: null, since: null };
+    this.find(".annotator").classList.remove("seen");
     this.zoomed = false;
     this.best = null;
     this.say("");
@@ -203,8 +208,24 @@ class Client {
     this.fit();
     this.mark(null);
     this.broken();
+    this.await(this.presentation);
     this.suggest();
     this.prefetch();
+  }
+
+  // From when on the pictures are seen: all of them are decoded, and a frame has been drawn with them.
+  async await(presentation) {
+    const decoded = await Promise.all(this.images(this.current).map((image) => image.decode())).catch(() => null);
+    if (decoded) await new Promise(requestAnimationFrame);
+    if (!decoded || presentation !== this.presentation || presentation.since !== null) return;
+    presentation.at = new Date().toISOString();
+    presentation.since = performance.now();
+    this.find(".annotator").classList.add("seen");
+  }
+
+  refuse(words) {
+    this.say(words);
+    this.find(".panes").animate({ opacity: [1, 0.4, 1] }, 200);
   }
 
   panes(n) {
@@ -242,7 +263,11 @@ class Client {
       item.shown.map((token) => {
         const image = element("img", "", { alt: "", draggable: false });
         image.onerror = () => this.failed(image);
-        image.onload = () => item === this.current && this.fit();
+        image.onload = () => {
+          if (item !== this.current) return;
+          this.fit();
+          this.await(this.presentation);
+        };
         image.src = `/pair-image/${token}`;
         return image;
       });
