@@ -81,14 +81,14 @@ def trained(cfg: DictConfig, folder: Path) -> float | None:
     resume = resumed(cfg, folder)
     checkpoint = newest_checkpoint(resume)
     if checkpoint is not None and cfg.trainer.max_epochs is None:  # otherwise the data says how many updates there are
-        check_same_run(checkpoint, OmegaConf.to_container(cfg, resolve=True))
+        check_same_run(checkpoint, plain(cfg))
     check_card(cfg, parts, resume)
     for line in parts.base.to_fetch():
         say(f"model   {line}")
     found = parts.source.find(parts.cache, fetch=True)  # data of no use is met before weights load
     cfg = with_epochs(cfg, found.train)
     parts.optimizer.check(cfg.trainer.max_steps)
-    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    settings = plain(cfg)
     if checkpoint is not None and cfg.trainer.max_epochs is not None:
         check_same_run(checkpoint, settings)
 
@@ -119,6 +119,12 @@ def trained(cfg: DictConfig, folder: Path) -> float | None:
                 say(promise)
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     return conclude(run, watchers, record)
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The settings as dictionaries and lists, without interpolations."""
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    return settings
 
 
 def composed(cfg: DictConfig) -> Parts:
@@ -337,7 +343,7 @@ def reference_cache(
     from dpo_sd.training.reference_cache import ReferenceErrors
 
     # absent where they are as ever, so that errors of runs that knew no other are read
-    further = {} if vars(parts.noising) == vars(Noising()) else {"noising": vars(parts.noising)}
+    further: dict[str, Any] = {} if vars(parts.noising) == vars(Noising()) else {"noising": vars(parts.noising)}
     if parts.loss.huber_c is not None:
         further["huber_c"] = parts.loss.huber_c
     key = content_key(

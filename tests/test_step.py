@@ -707,7 +707,7 @@ def test_an_update_that_overflows_is_left_out_counted_and_no_step_of_the_schedul
         enable_progress_bar=False,
         default_root_dir=tmp_path,
     )
-    trainer.fit(module, torch.utils.data.DataLoader([[make_batch()]] * 3, batch_size=None))
+    trainer.fit(module, torch.utils.data.DataLoader([[make_batch()]] * 3, batch_size=None))  # type: ignore[arg-type]
     assert rates[0] == (1e-4, 1, True)
     assert [skipped for _, skipped, _ in rates] == [1, 1, 1] and not rates[1][2]
     assert [rate for rate, _, _ in rates[1:]] == pytest.approx([9e-5, 8e-5])

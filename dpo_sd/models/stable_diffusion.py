@@ -284,7 +284,8 @@ class StableDiffusion:
             if how.layer is not None:
                 states = output.hidden_states[how.layer]
             elif skip > 1:
-                states = encoder.final_layer_norm(output.hidden_states[-skip])
+                norm: Any = encoder.final_layer_norm
+                states = norm(output.hidden_states[-skip])
             else:
                 states = output.last_hidden_state
             hidden.append(states.reshape(len(prompts), -1, states.shape[-1]))

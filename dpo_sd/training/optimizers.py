@@ -140,7 +140,7 @@ class AdamW:
         optimizer = self._optimizer(list(self._groups(parameters)))
         # diffusers' "constant" overlooks the warm-up
         schedule = "constant_with_warmup" if self.schedule == "constant" else self.schedule
-        steps = {"num_warmup_steps": self.warmup_steps, "num_training_steps": max_steps}
+        steps: dict[str, Any] = {"num_warmup_steps": self.warmup_steps, "num_training_steps": max_steps}
         scheduler = get_scheduler(schedule, optimizer, **steps, num_cycles=self.cycles, power=self.power)
         return optimizer, scheduler
 
