@@ -155,9 +155,11 @@ def test_an_experiment_beats_the_hardware_which_beats_the_class(tmp_path):
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))
-def test_an_experiments_rate_is_one_of_adamws_scale(experiment):
+def test_an_experiments_rate_and_schedule_are_those_of_adamw(experiment):
+    recipe_of = [f"experiment={experiment}", *NEEDS.get(f"experiment={experiment}", [])]
+
     def rate(*given: str) -> float:
-        return composed(f"experiment={experiment}", *NEEDS.get(f"experiment={experiment}", []), *given).optimizer.lr
+        return composed(*recipe_of, *given).optimizer.lr
 
     # another one needs a line here
     assert set(options("optimizer")) == {"adafactor", "adamw", "adamw8bit", "lion", "prodigy", "schedulefree"}
@@ -166,6 +168,8 @@ def test_an_experiments_rate_is_one_of_adamws_scale(experiment):
     assert rate("optimizer=adamw") == rate("optimizer=adamw8bit") == rate("optimizer=adafactor") == recipe
     assert rate("optimizer=lion") == pytest.approx(recipe / 5)
     assert rate("optimizer=prodigy") == 1
+    assert composed(*recipe_of, "optimizer=lion").optimizer.schedule == "cosine"
+    assert composed(*recipe_of, "optimizer=schedulefree").optimizer.schedule == "constant"
     for optimizer in options("optimizer"):
         assert rate(f"optimizer={optimizer}", "optimizer.lr=0.5") == 0.5
 

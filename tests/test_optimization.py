@@ -199,5 +199,9 @@ def test_lion_makes_steps_of_one_size():
 
 
 def test_a_schedule_beside_a_schedule_free_optimiser_is_refused():
-    with pytest.raises(UserError, match=r"schedule must be constant, .* got cosine: add optimizer\.schedule=constant"):
+    with pytest.raises(
+        UserError, match=r"schedule must be constant, .* got cosine: .*write \$\{adamw_schedule:cosine\}"
+    ):
         ScheduleFree(schedule="cosine")
+    with pytest.raises(UserError, match="the first of betas must be above 0"):
+        ScheduleFree(betas=(0.0, 0.999))

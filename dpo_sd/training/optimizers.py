@@ -276,10 +276,14 @@ class ScheduleFree(AdamW):
         lr_factors: dict[str, float] | None = None,
     ) -> None:
         rates = {"text_encoder_lr": text_encoder_lr, "loraplus_ratio": loraplus_ratio, "lr_factors": lr_factors}
+        if betas[0] == 0:
+            raise UserError(
+                "the first of betas must be above 0: it is the average's share of what gradients are taken at"
+            )
         if schedule != "constant":
             raise UserError(
-                f"schedule must be constant, for an average is in its place, got {schedule}: "
-                "add optimizer.schedule=constant"
+                f"schedule must be constant, for an average is in its place, got {schedule}: leave optimizer.schedule "
+                f"out; where a file sets it, write ${{adamw_schedule:{schedule}}} there"
             )
         super().__init__(lr, betas, eps, weight_decay, schedule, warmup_steps, **rates)
 
