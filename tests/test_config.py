@@ -310,6 +310,14 @@ def test_a_mistake_is_one_message_before_anything_is_written(run, tmp_path, argu
             ["trainer.ema_decay=0.9", "optimizer=schedulefree"],
             "trainer.ema_decay: optimizer=schedulefree has an average of its own: leave one of the two out",
         ),
+        (
+            ["lora.dora=true", "hardware.weights=int8", "hardware.precision=bf16-mixed"],
+            "lora.dora=true needs the base's own weights, and not hardware.weights=int8: use hardware.weights=bfloat16",
+        ),
+        (
+            ["lora.dora=true", "hardware.compile=true"],
+            "lora.dora=true cannot be compiled: use hardware.compile=false",
+        ),
         (["trainer.max_epochs=0"], "trainer.max_epochs must be above 0 and at most 10^6, got 0.0"),
         (["trainer.max_hours=0"], "trainer.max_hours must be positive, or null for no limit, got 0.0"),
         (

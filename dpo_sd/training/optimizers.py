@@ -125,7 +125,7 @@ class AdamW:
 
         Args:
             parameters: trained parameters by their network, `unet`, `text_encoder` or `text_encoder_2`, and by their
-                name there, `….lora_A.weight` or `….lora_B.weight`. Those of one network and learning rate are a group.
+                name there, as in `LoRAWeights`. Those of one network and learning rate are a group.
             max_steps: updates until the schedule ends, at least 1.
 
         Raises:
@@ -140,8 +140,14 @@ class AdamW:
         optimizer = self._optimizer(list(self._groups(parameters)))
         # diffusers' "constant" overlooks the warm-up
         schedule = "constant_with_warmup" if self.schedule == "constant" else self.schedule
-        steps = {"num_warmup_steps": self.warmup_steps, "num_training_steps": max_steps}
-        scheduler = get_scheduler(schedule, optimizer, **steps, num_cycles=self.cycles, power=self.power)
+        scheduler = get_scheduler(
+            schedule,
+            optimizer,
+            num_warmup_steps=self.warmup_steps,
+            num_training_steps=max_steps,
+            num_cycles=self.cycles,
+            power=self.power,
+        )
         return optimizer, scheduler
 
     def _groups(self, parameters: Mapping[str, Mapping[str, Parameter]]) -> Iterator[dict[str, Any]]:
@@ -149,7 +155,7 @@ class AdamW:
         fitting = {part: set(having(part, modules, "lr_factors")) for part in self.lr_factors}
         text_lr = self.lr if self.text_encoder_lr is None else self.text_encoder_lr
         for network, own in parameters.items():
-            groups: dict[float, list[Parameter]] = {}
+            groups: dict[tuple[float, bool], list[Parameter]] = {}
             for name, parameter in own.items():
                 module, _, half = name.rpartition(".lora_")
                 rate = self.lr if network == "unet" else text_lr
@@ -157,8 +163,13 @@ class AdamW:
                     if f"{network}.{module}" in fitting[part]:
                         rate *= factor
                         break
-                groups.setdefault(rate * self.loraplus_ratio if half.startswith("B") else rate, []).append(parameter)
-            yield from ({"params": group, "lr": rate} for rate, group in groups.items())
+                rate = rate * self.loraplus_ratio if half.startswith("B") else rate
+                groups.setdefault((rate, half == "magnitude_vector"), []).append(parameter)
+            for (
+                rate,
+                magnitudes,
+            ), group in groups.items():  # a magnitude is as large as the base's: 0 is no place for it
+                yield {"params": group, "lr": rate} | ({"weight_decay": 0.0} if magnitudes else {})
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         import torch
@@ -278,7 +289,7 @@ class ScheduleFree(AdamW):
         rates = {"text_encoder_lr": text_encoder_lr, "loraplus_ratio": loraplus_ratio, "lr_factors": lr_factors}
         if betas[0] == 0:
             raise UserError(
-                "the first of betas must be above 0: it is the average's share of what gradients are taken at"
+                "the first of betas must be above 0: it is the share of the average where gradients are taken"
             )
         if schedule != "constant":
             raise UserError(
