@@ -341,6 +341,8 @@ def reference_cache(
     further = {} if vars(parts.noising) == vars(Noising()) else {"noising": vars(parts.noising)}
     if parts.loss.huber_c is not None:
         further["huber_c"] = parts.loss.huber_c
+        if parts.loss.huber_schedule != "constant":
+            further["huber_schedule"] = parts.loss.huber_schedule
     key = content_key(
         kind="reference errors 1",
         model=model.fingerprint,

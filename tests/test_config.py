@@ -254,7 +254,8 @@ def test_wandb_is_offline_unless_logged_in(monkeypatch, tmp_path):
         (
             ["loss.betta=1"],
             "loss.betta: no such setting; did you mean loss.beta? "
-            "(loss=dpo has: beta, label_smoothing, min_snr_gamma, reference, draws_per_pair, beta_convention, huber_c)",
+            "(loss=dpo has: beta, label_smoothing, min_snr_gamma, reference, draws_per_pair, beta_convention, huber_c, "
+            "huber_schedule)",
         ),
         (["max_steps=3"], "max_steps: no such setting; did you mean trainer.max_steps?"),
         (["losss=dpo"], "losss: no such setting; did you mean loss?"),
@@ -266,7 +267,7 @@ def test_wandb_is_offline_unless_logged_in(monkeypatch, tmp_path):
         ),
         (
             ["loss=sft", "loss.beta=3"],
-            "loss.beta: no such setting; it belongs to loss=dpo (loss=sft has: min_snr_gamma, huber_c)",
+            "loss.beta: no such setting; it belongs to loss=dpo (loss=sft has: min_snr_gamma, huber_c, huber_schedule)",
         ),
         (["loss.beta=high"], "loss.beta must be a number, got 'high'"),
         (["loss.beta=null"], "loss.beta must be a number, got null"),
