@@ -20,8 +20,8 @@ from dpo_sd.lora.attaching import check_base, load_for_drawing
 from dpo_sd.lora.names import kohya_convolutions, modules_of
 from dpo_sd.lora.programs import diffusers_scales, loader_report, unmatched
 from dpo_sd.lora.reading import read_lora
-from dpo_sd.lora.weights import LoRAFile
-from dpo_sd.lora.writing import save_diffusers, save_kohya, save_peft
+from dpo_sd.lora.weights import MAGNITUDE, LoRAFile
+from dpo_sd.lora.writing import check_kohya, save_diffusers, save_kohya, save_peft
 from dpo_sd.models.contents import Told, told_by_texts
 from dpo_sd.models.families import PROGRAMS
 from dpo_sd.models.ready import ready
@@ -69,6 +69,8 @@ def export_to(cfg: DictConfig, out: Path) -> None:
 
 def export_lora(lora: LoRAFile, base: Base, form: str, out: Path) -> None:
     """Writes a LoRA, or the base with it, and compares both where the base's weights are at hand."""
+    if form == "kohya":
+        check_kohya(lora)
     at_hand = form == "merged" or Path(base.path).expanduser().exists()
     model = ready(base, "cpu") if at_hand else on_meta(base.name)
     lora = check_base(model, lora)
@@ -129,9 +131,10 @@ def write_merged(model: StableDiffusion, lora: LoRAFile | None, out: Path) -> No
     from diffusers import DDIMScheduler
 
     there = modules_of(model)
-    for name, change in ((name, lora.change(name)) for name in lora.modules) if lora is not None else ():
-        module: Any = model.networks[name.partition(".")[0]].get_submodule(there[name])
-        module.weight += change.to(module.weight)
+    if lora is not None:
+        for name in lora.modules:
+            module: Any = model.networks[name.partition(".")[0]].get_submodule(there[name])
+            module.weight.copy_(lora.adapted(name, module.weight))
     pipeline: Any = model.pipeline()
     pipeline.scheduler = DDIMScheduler.from_config(model.noise_scheduler.config)  # DDPM would draw for minutes
     try:
@@ -145,9 +148,10 @@ def check(lora: LoRAFile, form: str, out: Path, shape: StableDiffusion) -> None:
     """Reads a LoRA back and reports it; raises UserError if it is not the same, or a key would be left unread."""
     again = check_base(shape, read_lora(out))
     differences = [difference(lora.change(module), again.change(module)) for module in lora.modules]
+    differences += [difference(lora.state[key], again.state[key]) for key in lora.state if key.endswith(MAGNITUDE)]
     if again.alphas.keys() != lora.alphas.keys() or max(differences) > TOLERANCE:
         raise UserError(f"{out} does not hold what {lora.path} does: please report this")
-    print(f"weights   {len(differences)} modules read back, differing by {_words(max(differences))}")
+    print(f"weights   {len(lora.modules)} modules read back, differing by {_words(max(differences))}")
     if form == "kohya":
         convolutions = kohya_convolutions(lora.modules, shape.family)
         programs = [program for program in PROGRAMS if program != "diffusers" or not convolutions]

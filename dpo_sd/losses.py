@@ -13,6 +13,7 @@ from torch import Tensor
 from dpo_sd.errors import UserError
 
 PredictionType = Literal["epsilon", "v_prediction"]
+HuberSchedule = Literal["constant", "snr"]
 
 
 class PairErrors(NamedTuple):
@@ -96,7 +97,7 @@ def squared_error(residuals: Tensor, weights: Tensor | None = None) -> Tensor:
     return (squares if weights is None else squares * weights).flatten(1).mean(1)
 
 
-def pseudo_huber_error(residuals: Tensor, c: float, weights: Tensor | None = None) -> Tensor:
+def pseudo_huber_error(residuals: Tensor, c: float | Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean pseudo-Huber loss of each sample's residual, 2c(√(r² + c²) − c): (batch,).
 
     For small residuals it is the square, for large ones it grows linearly, so that outliers pull less (Charbonnier et
@@ -104,13 +105,26 @@ def pseudo_huber_error(residuals: Tensor, c: float, weights: Tensor | None = Non
 
     Args:
         residuals: (batch, C, H, W), as `residual` gives them.
-        c: residual between the two, positive.
+        c: residual between the two, positive; or one for each sample, (batch, 1, 1, 1).
         weights: as in `squared_error`.
     """
     # r² / (√(r² + c²) + c) is √(r² + c²) − c without its rounding where r is small
     squares = residuals.square()
     values = 2 * c * squares / ((squares + c * c).sqrt() + c)
     return (values if weights is None else values * weights).flatten(1).mean(1)
+
+
+def huber_thresholds(snr: Tensor, c: float) -> Tensor:
+    """Thresholds of the pseudo-Huber loss that fall from 1 without noise to c in noise alone: (batch, 1, 1, 1).
+
+    (1 − c) / (1 + σ)² + c, where σ² is 1/SNR (Khrapov et al. 2024, arXiv:2403.16728, as diffusers has it).
+
+    Args:
+        snr: (batch,), alpha_t² / sigma_t² at each sample's timestep, at least 0.
+        c: the threshold in noise alone, in (0, 1).
+    """
+    root = snr.sqrt()
+    return ((1 - c) * (root / (1 + root)).square() + c).view(-1, 1, 1, 1)  # in a form that is not 1/0 at snr = 0
 
 
 def reward_margin(policy: PairErrors, reference: PairErrors) -> Tensor:
@@ -148,6 +162,8 @@ class Loss:
             one.
         huber_c: makes the errors of policy and reference pseudo-Huber ones, linear in residuals far above it, positive,
             0.1 for example; None leaves them squares.
+        huber_schedule: "constant" has huber_c at every timestep; with "snr" it is that of noise alone, and 1 without
+            noise, see `huber_thresholds`.
 
     Raises:
         UserError: if a value is out of range, or if a cached reference would never be read.
@@ -163,11 +179,18 @@ class Loss:
         reference: Literal["live", "cached"] = "live",
         draws_per_pair: int | None = None,
         huber_c: float | None = None,
+        huber_schedule: HuberSchedule = "constant",
     ) -> None:
         self.min_snr_gamma = _checked_gamma(min_snr_gamma)
         if huber_c is not None and not 0 < huber_c < math.inf:
             raise UserError(f"huber_c must be positive and finite, or null for squared errors, got {huber_c}")
-        self.huber_c = huber_c
+        if huber_schedule not in get_args(HuberSchedule):
+            raise UserError(f"unknown huber_schedule {huber_schedule!r}: use {' or '.join(get_args(HuberSchedule))}")
+        if huber_schedule == "snr" and (huber_c is None or huber_c >= 1):
+            raise UserError(
+                f"huber_schedule=snr falls from 1 to huber_c: give one below 1, 0.1 for example; got {huber_c}"
+            )
+        self.huber_c, self.huber_schedule = huber_c, huber_schedule
         if draws_per_pair is not None and not 1 <= draws_per_pair <= 1000:
             raise UserError(
                 f"draws_per_pair must be between 1 and 1000, or null for a new one at each visit, got {draws_per_pair}"
@@ -190,7 +213,7 @@ class SFTLoss(Loss):
     """Denoising loss of supervised fine-tuning: the error itself (Ho et al. 2020, arXiv:2006.11239, eq. 14).
 
     Args:
-        min_snr_gamma, huber_c: as in `Loss`.
+        min_snr_gamma, huber_c, huber_schedule: as in `Loss`.
 
     Raises:
         UserError: if a value is out of range.
@@ -199,8 +222,13 @@ class SFTLoss(Loss):
     needs_pairs = False
     needs_reference = False
 
-    def __init__(self, min_snr_gamma: float | None = None, huber_c: float | None = None) -> None:
-        super().__init__(min_snr_gamma, huber_c=huber_c)
+    def __init__(
+        self,
+        min_snr_gamma: float | None = None,
+        huber_c: float | None = None,
+        huber_schedule: HuberSchedule = "constant",
+    ) -> None:
+        super().__init__(min_snr_gamma, huber_c=huber_c, huber_schedule=huber_schedule)
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         """The errors on the chosen or single images: (n,)."""
@@ -225,7 +253,7 @@ class DiffusionDPOLoss(Loss):
     Args:
         beta: strength of the tie to the reference, positive.
         label_smoothing: assumed share of wrong labels, in [0, 0.5) (cDPO).
-        min_snr_gamma, reference, draws_per_pair, huber_c: as in `Loss`.
+        min_snr_gamma, reference, draws_per_pair, huber_c, huber_schedule: as in `Loss`.
         beta_convention: the code base whose beta this is. "diffusion-dpo", the paper's released code, with which InPO,
             SafetyDPO and SDPO agree, and "diffusers-sdxl" multiply the margin by beta/2; "diffusers-sd15",
             "onetrainer", "diffusion-npo", "diffusion-kto" and "invoke-training" by beta, so that half the number means
@@ -246,6 +274,7 @@ class DiffusionDPOLoss(Loss):
         draws_per_pair: int | None = None,
         beta_convention: BetaConvention = "diffusion-dpo",
         huber_c: float | None = None,
+        huber_schedule: HuberSchedule = "constant",
     ) -> None:
         if not 0 < beta < math.inf:
             raise UserError(f"beta must be positive and finite, got {beta}")
@@ -255,7 +284,7 @@ class DiffusionDPOLoss(Loss):
             raise UserError(
                 f"unknown beta_convention {beta_convention!r}: use one of {', '.join(get_args(BetaConvention))}"
             )
-        super().__init__(min_snr_gamma, reference, draws_per_pair, huber_c)
+        super().__init__(min_snr_gamma, reference, draws_per_pair, huber_c, huber_schedule)
         self.beta = beta if beta_convention in _HALVED else 2 * beta
         self.label_smoothing = label_smoothing
 

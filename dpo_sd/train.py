@@ -323,11 +323,14 @@ def resumed(cfg: DictConfig, run: Path) -> str | None:
 
 def loaded(parts: Parts, seed: int) -> StableDiffusion:
     """The model as the hardware is to have it, with its adapters."""
+    from dpo_sd.lora.adapters import weights_of
     from dpo_sd.models.ready import ready
 
     hardware = parts.hardware
     model = ready(parts.base, hardware.device, hardware.weights, hardware.gradient_checkpointing, hardware.compile, say)
     say(f"lora    {parts.lora.attach(model, seed)}")
+    if hardware.compile and weights_of(model).dora:
+        raise UserError(f"{parts.lora.init_from} is a DoRA, which cannot be compiled: use hardware.compile=false")
     return model
 
 
@@ -346,6 +349,8 @@ def reference_cache(
     further: dict[str, Any] = {} if vars(parts.noising) == vars(Noising()) else {"noising": vars(parts.noising)}
     if parts.loss.huber_c is not None:
         further["huber_c"] = parts.loss.huber_c
+        if parts.loss.huber_schedule != "constant":
+            further["huber_schedule"] = parts.loss.huber_schedule
     key = content_key(
         kind="reference errors 1",
         model=model.fingerprint,

@@ -155,9 +155,11 @@ def test_an_experiment_beats_the_hardware_which_beats_the_class(tmp_path):
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))
-def test_an_experiments_rate_is_one_of_adamws_scale(experiment):
+def test_an_experiments_rate_and_schedule_are_those_of_adamw(experiment):
+    recipe_of = [f"experiment={experiment}", *NEEDS.get(f"experiment={experiment}", [])]
+
     def rate(*given: str) -> float:
-        return composed(f"experiment={experiment}", *NEEDS.get(f"experiment={experiment}", []), *given).optimizer.lr
+        return composed(*recipe_of, *given).optimizer.lr
 
     # another one needs a line here
     assert set(options("optimizer")) == {"adafactor", "adamw", "adamw8bit", "lion", "prodigy", "schedulefree"}
@@ -166,6 +168,8 @@ def test_an_experiments_rate_is_one_of_adamws_scale(experiment):
     assert rate("optimizer=adamw") == rate("optimizer=adamw8bit") == rate("optimizer=adafactor") == recipe
     assert rate("optimizer=lion") == pytest.approx(recipe / 5)
     assert rate("optimizer=prodigy") == 1
+    assert composed(*recipe_of, "optimizer=lion").optimizer.schedule == "cosine"
+    assert composed(*recipe_of, "optimizer=schedulefree").optimizer.schedule == "constant"
     for optimizer in options("optimizer"):
         assert rate(f"optimizer={optimizer}", "optimizer.lr=0.5") == 0.5
 
@@ -250,7 +254,8 @@ def test_wandb_is_offline_unless_logged_in(monkeypatch, tmp_path):
         (
             ["loss.betta=1"],
             "loss.betta: no such setting; did you mean loss.beta? "
-            "(loss=dpo has: beta, label_smoothing, min_snr_gamma, reference, draws_per_pair, beta_convention, huber_c)",
+            "(loss=dpo has: beta, label_smoothing, min_snr_gamma, reference, draws_per_pair, beta_convention, huber_c, "
+            "huber_schedule)",
         ),
         (["max_steps=3"], "max_steps: no such setting; did you mean trainer.max_steps?"),
         (["losss=dpo"], "losss: no such setting; did you mean loss?"),
@@ -262,7 +267,7 @@ def test_wandb_is_offline_unless_logged_in(monkeypatch, tmp_path):
         ),
         (
             ["loss=sft", "loss.beta=3"],
-            "loss.beta: no such setting; it belongs to loss=dpo (loss=sft has: min_snr_gamma, huber_c)",
+            "loss.beta: no such setting; it belongs to loss=dpo (loss=sft has: min_snr_gamma, huber_c, huber_schedule)",
         ),
         (["loss.beta=high"], "loss.beta must be a number, got 'high'"),
         (["loss.beta=null"], "loss.beta must be a number, got null"),
@@ -305,6 +310,14 @@ def test_a_mistake_is_one_message_before_anything_is_written(run, tmp_path, argu
         (
             ["trainer.ema_decay=0.9", "optimizer=schedulefree"],
             "trainer.ema_decay: optimizer=schedulefree has an average of its own: leave one of the two out",
+        ),
+        (
+            ["lora.dora=true", "hardware.weights=int8", "hardware.precision=bf16-mixed"],
+            "lora.dora=true needs the base's own weights, and not hardware.weights=int8: use hardware.weights=bfloat16",
+        ),
+        (
+            ["lora.dora=true", "hardware.compile=true"],
+            "lora.dora=true cannot be compiled: use hardware.compile=false",
         ),
         (["trainer.max_epochs=0"], "trainer.max_epochs must be above 0 and at most 10^6, got 0.0"),
         (["trainer.max_hours=0"], "trainer.max_hours must be positive, or null for no limit, got 0.0"),

@@ -26,9 +26,11 @@ from dpo_sd.lora.adapters import (
     weights_of,
 )
 from dpo_sd.lora.attaching import LoRA, load_for_drawing
+from dpo_sd.lora.names import modules_of
 from dpo_sd.lora.reading import read_lora
-from dpo_sd.lora.weights import ATTENTION, WEIGHTS_NAME
-from dpo_sd.lora.writing import save_diffusers, save_kohya
+from dpo_sd.lora.weights import ATTENTION, MAGNITUDE, WEIGHTS_NAME
+from dpo_sd.lora.writing import save_diffusers, save_kohya, save_peft
+from dpo_sd.models.quantization import Weights, store
 from dpo_sd.models.stable_diffusion import StableDiffusion
 
 
@@ -506,3 +508,76 @@ def test_a_part_that_no_adapted_module_has_is_refused_with_the_nearest() -> None
         LoRA(ranks={"midblock": 2}).attach(make_model())
     with pytest.raises(UserError, match=r"ranks\.mid_block must be at least 1, got 0"):
         LoRA(ranks={"mid_block": 0})
+
+
+# ---------------------------------------------------------------------------------------------------------------- DoRA
+
+
+def dora() -> StableDiffusion:
+    """One of UNet and text encoder whose halves and magnitudes have moved."""
+    model = make_model()
+    LoRA(rank=2, alpha=4.0, dora=True, target_modules=FULL, text_encoder=True).attach(model)
+    train(model)
+    return model
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_a_fresh_dora_leaves_outputs_as_they_were_to_the_bit(weights: Weights) -> None:
+    model = make_model()
+    for network in model.networks.values():
+        store(network, weights)
+    LoRA(rank=2, dora=True, target_modules=FULL, text_encoder=True).attach(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=weights == "bfloat16"):
+        policy = output(model)
+        with reference(model):
+            assert torch.equal(output(model), policy)
+
+
+def test_a_dora_has_directions_of_the_sum_and_lengths_of_its_own() -> None:
+    model, merged = dora(), make_model()
+    lora, before = weights_of(model), output(merged)
+    with torch.no_grad():
+        for name, module in modules_of(merged).items():
+            if name in lora.modules:
+                layer: Any = merged.networks[name.partition(".")[0]].get_submodule(module)
+                layer.weight.copy_(lora.adapted(name, layer.weight))
+                lengths = layer.weight.flatten(1).norm(dim=1)
+                torch.testing.assert_close(lengths, lora.state[f"{name}{MAGNITUDE}"].flatten())
+    torch.testing.assert_close(output(model), output(merged), rtol=1e-4, atol=1e-5)
+    assert (output(model) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("form", ["diffusers", "peft"])
+def test_a_dora_is_drawn_with_and_gone_on_from_as_it_was_saved(form: str, tmp_path: Path) -> None:
+    model = dora()
+    lora = weights_of(model)
+    path = (
+        save_peft(lora, tmp_path, make_model()) if form == "peft" else save_diffusers(lora, tmp_path / "x.safetensors")
+    )
+    drawing, going_on = make_model(), make_model()
+    assert load_for_drawing(drawing, [(path, 1.0)])[0].split(": ")[1].startswith("DoRA of rank 2, alpha 4")
+    LoRA(init_from=str(path), text_encoder=True).attach(going_on)
+    for again in (drawing, going_on):
+        torch.testing.assert_close(output(again), output(model))
+    before, names = output(going_on), {name for name, p in going_on.unet.named_parameters() if p.requires_grad}
+    assert any(MAGNITUDE in name for name in names) and all(".policy" in name for name in names)
+    train(going_on)
+    with reference(going_on):
+        assert torch.equal(output(going_on), before)
+    assert not torch.equal(output(going_on), before)
+
+
+def test_where_a_dora_would_be_another_one_it_is_refused(tmp_path: Path) -> None:
+    path, plain = (
+        save("diffusers", dora(), tmp_path),
+        save_diffusers(weights_of(trained(LoRA())), tmp_path / "y.safetensors"),
+    )
+    for loras in ([(path, 0.8)], [(plain, 1.0), (path, 1.0)]):
+        with pytest.raises(UserError, match=r"is a DoRA, which scales the weights .*: draw with it alone and at 1"):
+            load_for_drawing(make_model(), loras)
+    with pytest.raises(UserError, match="would draw other pictures with this DoRA, so it has no Kohya form"):
+        save("kohya", dora(), tmp_path)
+    quantised = make_model()
+    store(quantised.unet, "int8")
+    with pytest.raises(UserError, match=r"a DoRA needs the base's own weights.*: use hardware\.weights=bfloat16"):
+        LoRA(init_from=str(path)).attach(quantised)

@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -621,8 +622,11 @@ def test_the_way_to_convert_a_pickle_works(tmp_path: Path) -> None:
     [
         ([], "holds no tensors"),
         (["conv_in.weight", "conv_in.bias"], r"is no LoRA .*: 2 of 2 tensors \(first: conv_in.bias\)"),
-        (["lora_unet_a.lora_down.weight", "lora_unet_a.dora_scale"], r"is a DoRA, .*\(first: lora_unet_a.dora_scale\)"),
-        (["unet.a.lora_A.weight", "unet.a.lora_magnitude_vector"], r"is a DoRA, .*\(first: .*magnitude_vector\)"),
+        (
+            ["lora_unet_a.lora_down.weight", "lora_unet_a.dora_scale"],
+            r"is a DoRA in Kohya's form, .*\(first: lora_unet_a.dora_scale\)",
+        ),
+        (["unet.a.lora_magnitude_vector"], r"lacks the other half .*\(first: .*magnitude_vector\)"),
         (["lora_unet_a.hada_w1_a", "lora_unet_a.alpha"], "is a LoHa, .*: 1 of 2 tensors"),
         (["lora_unet_a.lokr_w1", "lora_unet_a.lokr_w2"], "is a LoKr, .*: 2 of 2 tensors"),
         (["lora_unet_a.lora_mid.weight", "lora_unet_a.lora_up.weight"], "is a LoRA in three factors"),
@@ -690,7 +694,8 @@ def test_modules_that_no_stable_diffusion_has_are_refused(tmp_path: Path) -> Non
         ("{", "adapter_config.json is damaged"),
         ('{"peft_type": "LORA", "lora_alpha": "y"}', "adapter_config.json is damaged"),
         ('{"peft_type": "LOHA"}', "holds LOHA, not a plain LoRA"),
-        ('{"peft_type": "LORA", "use_dora": true}', "sets use_dora=True, so it holds no plain LoRA"),
+        ('{"peft_type": "LORA", "use_dora": true}', "says that it is a DoRA, and has no magnitudes"),
+        ('{"peft_type": "LORA", "lora_bias": true}', "sets lora_bias=True, so it holds no plain LoRA"),
     ],
 )
 def test_a_folder_of_pefts_form_that_is_no_plain_lora_is_refused(tmp_path: Path, config: str, message: str) -> None:
@@ -705,3 +710,11 @@ def test_a_folder_of_pefts_form_without_its_weights_is_refused(tmp_path: Path) -
     refused(folder, "has a adapter_config.json without adapter_model.safetensors")
     (folder / "unet" / "adapter_model.bin").write_bytes(b"PK\x03\x04")
     refused(folder, "is a pickle")
+
+
+def test_a_dora_that_lacks_some_of_its_magnitudes_is_refused(tmp_path: Path) -> None:
+    lora = weights_of(trained(LoRA(rank=2, dora=True)))
+    first = f"{lora.modules[0]}.lora_magnitude_vector"
+    path = save(replace(lora, state={key: t for key, t in lora.state.items() if key != first}), "diffusers", tmp_path)
+    with pytest.raises(UserError, match=r"is a DoRA without the magnitudes of 1 modules"):
+        read_lora(path)

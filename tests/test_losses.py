@@ -15,6 +15,7 @@ from dpo_sd.losses import (
     LossInputs,
     PairErrors,
     SFTLoss,
+    huber_thresholds,
     min_snr_weights,
     pseudo_huber_error,
     residual,
@@ -59,6 +60,21 @@ def test_a_pseudo_huber_error_is_a_square_where_residuals_are_small_and_linear_w
 def test_a_huber_c_out_of_range_is_refused(c: float):
     with pytest.raises(UserError, match="huber_c must be positive and finite, or null"):
         SFTLoss(huber_c=c)
+
+
+def test_huber_thresholds_fall_from_1_without_noise_to_c_in_noise_alone():
+    """At SNR 1, σ is 1 and the threshold (1 - 0.1) / 4 + 0.1; each sample's error is one by its own threshold."""
+    c = huber_thresholds(torch.tensor([1e12, 1.0, 0.0]), 0.1)
+    assert_close(c, torch.tensor([1.0, 0.325, 0.1]).view(3, 1, 1, 1))
+    residuals = torch.full((3, 4, 2, 2), 0.7)
+    expected = torch.cat([pseudo_huber_error(residuals[:1], float(each)) for each in c.flatten()])
+    assert_close(pseudo_huber_error(residuals, c), expected)
+
+
+@pytest.mark.parametrize("c", [None, 1.0])
+def test_a_schedule_without_a_huber_c_to_fall_to_is_refused(c: float | None):
+    with pytest.raises(UserError, match=f"huber_schedule=snr falls from 1 to huber_c: .* got {c}"):
+        SFTLoss(huber_c=c, huber_schedule="snr")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

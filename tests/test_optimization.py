@@ -199,5 +199,14 @@ def test_lion_makes_steps_of_one_size():
 
 
 def test_a_schedule_beside_a_schedule_free_optimiser_is_refused():
-    with pytest.raises(UserError, match=r"schedule must be constant, .* got cosine: add optimizer\.schedule=constant"):
+    with pytest.raises(UserError, match=r"schedule must be constant, .* got cosine: .*\$\{adamw_schedule:cosine\}"):
         ScheduleFree(schedule="cosine")
+    with pytest.raises(UserError, match="the first of betas must be above 0"):
+        ScheduleFree(betas=(0.0, 0.999))
+
+
+def test_the_magnitudes_of_a_dora_do_not_decay():
+    ends = ("lora_A.weight", "lora_magnitude_vector")
+    named = {f"mid_block.to_q.{end}": torch.nn.Parameter(torch.ones(2)) for end in ends}
+    optimizer, _ = AdamW(lr=0.1, weight_decay=0.5).build({"unet": named}, 1)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]

@@ -269,6 +269,11 @@ def test_a_huber_loss_takes_the_place_of_the_square_for_policy_and_reference_ali
     for mine, its in ((plain.of_policy, huber.of_policy), (plain.of_reference, huber.of_reference)):
         for square, value in zip(mine, its, strict=True):
             assert (value < square).all() and (value > 0).all()
+    constant = huber.of_policy
+    module.loss = scheduled = RecordingLoss(50.0, huber_c=0.1, huber_schedule="snr")
+    module.losses(batch)
+    for square, value, each in zip(plain.of_policy, constant, scheduled.of_policy, strict=True):
+        assert (value < each).all() and (each < square).all()  # between, for its threshold is larger
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

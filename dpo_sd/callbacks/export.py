@@ -16,7 +16,7 @@ class Export(Watcher):
     """Writes `lora/pytorch_lora_weights.safetensors` (diffusers) and `lora/<name>.safetensors` (Kohya).
 
     Both are written at every checkpoint and at the end. Beside them, each checkpoint that is kept has a Kohya file of
-    its own, `lora/<name>-000200.safetensors`.
+    its own, `lora/<name>-000200.safetensors`. A DoRA has no Kohya files.
 
     Args:
         name: name of the Kohya file, which the file calls itself too.
@@ -29,6 +29,13 @@ class Export(Watcher):
             )
         self.name = name
 
+    def promise(self, run: Run) -> str:
+        return (
+            "export  in diffusers' form alone: no other program has this DoRA"
+            if weights_of(run.module.model).dora
+            else ""
+        )
+
     def on_checkpoint(self, run: Run) -> None:
         self.write(run, self.name, f"{self.name}-{run.step:06d}")
 
@@ -40,8 +47,9 @@ class Export(Watcher):
         if not run.is_global_zero:
             return
         with run.module.averaged():
-            save_diffusers(weights_of(run.module.model), run.folder / "lora" / WEIGHTS_NAME)
-            for name in names:
+            lora = weights_of(run.module.model)
+            save_diffusers(lora, run.folder / "lora" / WEIGHTS_NAME)
+            for name in names if not lora.dora else ():
                 self._save_kohya(run, name)
         self._prune(run)
 

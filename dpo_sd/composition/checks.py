@@ -57,6 +57,13 @@ def check_composition(cfg: DictConfig) -> None:
         raise UserError(
             f"trainer.ema_decay: {chosen('optimizer', cfg)} has an average of its own: leave one of the two out"
         )
+    if cfg.lora.get("dora") and cfg.hardware.weights in ("int8", "nf4"):
+        raise UserError(
+            f"lora.dora=true needs the base's own weights, and not hardware.weights={cfg.hardware.weights}: "
+            "use hardware.weights=bfloat16"
+        )
+    if cfg.lora.get("dora") and cfg.hardware.compile:
+        raise UserError("lora.dora=true cannot be compiled: use hardware.compile=false")
     check_range("pairs_per_update", cfg.pairs_per_update, 1, 10**6)
     processes = cfg.trainer.devices * cfg.trainer.num_nodes
     _check_processes(cfg.trainer.num_nodes, processes)

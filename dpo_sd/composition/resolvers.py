@@ -43,6 +43,11 @@ def _adamw_rate(rate: float, _root_: DictConfig) -> Any:
     return rate * factor if factor else settings_of(schema(target))["lr"].default
 
 
+def _adamw_schedule(schedule: str, _root_: DictConfig) -> str:
+    """A recipe's schedule for AdamW, unless the optimiser's own average takes its place: `${adamw_schedule:cosine}`."""
+    return "constant" if class_attribute(_root_.optimizer._target_, "averages") else schedule
+
+
 def _preset_of_auto(_root_: DictConfig) -> str:
     """The file that a defaults list takes in beside the option of the group `hardware`, by what else it chooses."""
     return f"hardware/{auto(_root_.get('model', SHIPPED)).preset if _root_.get('hardware') == AUTO else AUTO}"
@@ -80,6 +85,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("run_id", lambda otherwise: run_id() or otherwise, replace=True)
     OmegaConf.register_new_resolver("micro_batch", _micro_batch, replace=True)
     OmegaConf.register_new_resolver("adamw_rate", _adamw_rate, replace=True)
+    OmegaConf.register_new_resolver("adamw_schedule", _adamw_schedule, replace=True)
     OmegaConf.register_new_resolver("preset_of_auto", _preset_of_auto, replace=True)
     OmegaConf.register_new_resolver("for_model", _for_model, replace=True)
     OmegaConf.register_new_resolver("drawn_with", _drawn_with, replace=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_sd.errors import UserError
 from dpo_sd.lora.names import canonical
-from dpo_sd.lora.weights import LoRAWeights
+from dpo_sd.lora.weights import MAGNITUDE, LoRAWeights
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -152,12 +152,17 @@ def _layers(network: nn.Module, adapter: str) -> dict[str, LoraLayer]:
 
 
 def adapter_tensors(network: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """An adapter's parameters by `<module>.lora_A.weight` and `….lora_B.weight`; none where it is not attached."""
+    """An adapter's parameters by `<module>.lora_A.weight` and so on; none where it is not attached."""
     layers: Any = _layers(network, adapter).items()
-    return {
+    halves = {
         f"{name}.lora_{half}.weight": side[adapter].weight
         for name, layer in layers
         for half, side in (("A", layer.lora_A), ("B", layer.lora_B))
+    }
+    return halves | {
+        f"{name}{MAGNITUDE}": layer.lora_magnitude_vector[adapter].weight
+        for name, layer in layers
+        if adapter in layer.lora_magnitude_vector
     }
 
 

@@ -18,7 +18,7 @@ from dpo_sd.lora.adapters import adapter_tensors, copy_into, lora_layers, summar
 from dpo_sd.lora.finding import find_lora
 from dpo_sd.lora.names import adaptable, canonical, having
 from dpo_sd.lora.reading import read_lora
-from dpo_sd.lora.weights import ATTENTION, LoRAFile, LoRAWeights
+from dpo_sd.lora.weights import ATTENTION, MAGNITUDE, LoRAFile, LoRAWeights
 from dpo_sd.models.families import family_of_lora
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class LoRA:
         alpha: the adapter's output is multiplied by alpha / rank; above 0; None means alpha = rank.
         rslora: multiplies it by alpha / √rank instead, so that wide adapters learn as fast as narrow ones
             (Kalajdzievski 2023, arXiv:2312.03732). Files carry the alpha that gives this strength in every program.
+        dora: also trains the length of each output's weights (Liu et al. 2024, arXiv:2402.09353), on a base that is not
+            quantised. Of other programs, diffusers and PEFT draw with such a file; the others' norms are other ones.
         ranks: other ranks for parts of the UNet by dotted parts of their names, such as {mid_block: 16, attn1: 4}; of
             several that fit, the last counts. Their alphas grow and shrink alike.
         dropout: share of an adapter's inputs dropped while training, in [0, 1).
@@ -64,6 +66,7 @@ class LoRA:
         init_from: str | None = None,
         rslora: bool = False,
         ranks: dict[str, int] | None = None,
+        dora: bool = False,
     ) -> None:
         check_range("rank", rank, 1)
         for part, its_rank in (ranks or {}).items():
@@ -84,6 +87,7 @@ class LoRA:
         self.init_from = init_from
         self.rslora = rslora
         self.ranks = dict(ranks or {})
+        self.dora = dora
 
     def check(self) -> None:
         """Reads the header of `init_from`, so that an unusable file fails before any weights load.
@@ -151,17 +155,16 @@ class LoRA:
             "target_modules": sorted(ranks),
             "rank_pattern": {re.escape(module): rank for module, rank in others.items()},
             "alpha_pattern": {re.escape(module): self._alpha(rank) for module, rank in others.items()},
+            "use_dora": self.dora,
         }
 
     def _say_what_differs(self, model: StableDiffusion, file: LoRAFile, ranks: Mapping[str, int]) -> None:
         unet = file.of("unet")
         asked = (set(ranks.values()), {*map(self._alpha, ranks.values())}, {f"unet.{name}" for name in ranks})
-        if "unet" in file.networks and asked != (
-            set(unet.ranks.values()),
-            set(unet.alphas.values()),
-            set(unet.modules),
-        ):
-            settings_say = f"rank {self.rank}, alpha {self.alpha:g}, {len(ranks)} modules"
+        there = set(unet.ranks.values()), set(unet.alphas.values()), set(unet.modules)
+        if "unet" in file.networks and (*asked, self.dora) != (*there, unet.dora):
+            kind = "DoRA of rank" if self.dora else "rank"
+            settings_say = f"{kind} {self.rank}, alpha {self.alpha:g}, {len(ranks)} modules"
             log.warning("%s decides: %s; not the settings: %s", file.path, summary(model), settings_say)
 
 
@@ -180,6 +183,12 @@ def load_for_drawing(model: StableDiffusion, loras: Sequence[tuple[str | Path, f
     """
     # all of them before the first changes the names of the modules
     files = [check_base(model, read_lora(path)) for path, _ in loras]
+    if any(file.dora for file in files) and (len(files) > 1 or loras[0][1] != 1):
+        dora = next(file.path for file in files if file.dora)
+        raise UserError(
+            f"{dora} is a DoRA, which scales the weights that it is put on: draw with it alone and at 1, or merge it "
+            "into the model first (python -m dpo_sd.export format=merged)"
+        )
     lines, names = [], [f"lora_{number}" for number in range(len(loras))]
     for name, file, (path, weight) in zip(names, files, loras, strict=True):
         for network in file.networks:
@@ -223,8 +232,12 @@ def check_base(model: StableDiffusion, file: LoRAFile) -> LoRAFile:
             shapes = {"A": (rank, module.in_features), "B": (module.out_features, rank)}
         else:
             shapes = {"A": (rank, module.in_channels, *module.kernel_size), "B": (module.out_channels, rank, 1, 1)}
-        for half, shape in shapes.items():
-            tensor = file.state[key := f"{name}.lora_{half}.weight"]
+        keys = {f"{name}.lora_{half}.weight": shape for half, shape in shapes.items()}
+        if (magnitude := f"{name}{MAGNITUDE}") in file.state:
+            outputs = shapes["B"][0]
+            keys[magnitude] = (outputs,) if isinstance(module, nn.Linear) else (1, outputs, 1, 1)
+        for key, shape in keys.items():
+            tensor = file.state[key]
             if _padded(tensor.shape) != _padded(shape):
                 misshaped.append(name)
                 break
@@ -244,8 +257,8 @@ def check_base(model: StableDiffusion, file: LoRAFile) -> LoRAFile:
 
 
 def _padded(shape: Sequence[int]) -> tuple[int, ...]:
-    """A matrix as a convolution of one pixel; others as they are."""
-    return (*shape, 1, 1) if len(shape) == 2 else tuple(shape)
+    """A vector of magnitudes or a matrix as for a convolution of one pixel; others as they are."""
+    return (1, *shape, 1, 1) if len(shape) == 1 else (*shape, 1, 1) if len(shape) == 2 else tuple(shape)
 
 
 @contextmanager
@@ -261,10 +274,17 @@ def _add_adapter(network: Any, name: str, settings: dict[str, Any], dropout: flo
     from peft import LoraConfig
     from peft.functional import cast_adapter_dtype
 
+    from dpo_sd.lora.magnitudes import begin
+    from dpo_sd.models.quantization import QuantisedLinear
+
+    if settings.get("use_dora") and any(isinstance(module, QuantisedLinear) for module in network.modules()):
+        raise UserError("a DoRA needs the base's own weights, and not quantised ones: use hardware.weights=bfloat16")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # policy beside reference
         network.add_adapter(LoraConfig(**settings, lora_dropout=dropout), name)
     cast_adapter_dtype(network, name)
+    for layer in lora_layers(network):
+        begin(layer, name)
     network.train(network.training)  # new dropouts start in training mode, whatever the network's
 
 

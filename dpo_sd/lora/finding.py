@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # of which a file's tensors tell that it is no plain LoRA, by patterns of their names
 _OTHER_KINDS = {
-    r"dora_scale|lora_magnitude_vector": "is a DoRA",
+    r"dora_scale": "is a DoRA in Kohya's form, whose scales mean one thing to one program and another to the next",
     r"\.hada_": "is a LoHa",
     r"\.lokr_": "is a LoKr",
     r"\.oft_": "is an OFT",
@@ -54,7 +54,7 @@ _OTHER_BASES = {
 
 # settings of PEFT's under which an adapter adds more than its two factors, or other ones
 _NOT_PLAIN = (
-    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save", "layer_replication", "target_parameters"),
+    *("use_qalora", "use_bdlora", "lora_bias", "modules_to_save", "layer_replication", "target_parameters"),
     *("trainable_token_indices", "alora_invocation_tokens", "arrow_config"),
 )
 _MOVED_BASES = ("pissa", "olora", "loftq", "corda")  # beginnings of `init_lora_weights` that change the base's weights
@@ -74,11 +74,12 @@ def find_lora(path: str | Path) -> Path:
     if is_checkpoint(path):
         return path
     for part in peft_parts(path).values():
-        peft_config(part)
-        _check(part / PEFT_WEIGHTS, read_header(part / PEFT_WEIGHTS).shapes, "peft")
+        dora = bool(peft_config(part).get("use_dora"))
+        _check(part / PEFT_WEIGHTS, read_header(part / PEFT_WEIGHTS).shapes, "peft", dora)
     if path.is_file():
-        shapes = read_header(path).shapes
-        _check(path, shapes, form_of(plain_names(shapes).values()))
+        header = read_header(path)
+        dora = any(value for name, value in header.adapters.items() if name.endswith("use_dora"))
+        _check(path, header.shapes, form_of(plain_names(header.shapes).values()), dora)
     return path
 
 
@@ -224,7 +225,7 @@ def form_of(names: Iterable[str]) -> Form:
     return "kohya" if any(name.startswith(("lora_unet_", "lora_te")) for name in names) else "diffusers"
 
 
-def _check(path: Path, shapes: Mapping[str, tuple[int, ...]], form: Form) -> None:
+def _check(path: Path, shapes: Mapping[str, tuple[int, ...]], form: Form, dora: bool) -> None:
     def complain(what: str, named: Sequence[str]) -> None:
         if named:
             raise UserError(f"{path} {what}: {len(named)} of {len(shapes)} tensors (first: {named[0]})")
@@ -249,6 +250,8 @@ def _check(path: Path, shapes: Mapping[str, tuple[int, ...]], form: Form) -> Non
     complain("holds more than one LoRA for a module", [key for key, part in parts.items() if count[part] > 1])
     lacking = [key for key, module in found.items() if not (count[module, "A"] and count[module, "B"])]
     complain("lacks the other half of a pair", lacking)
+    if dora and not any(part == "magnitude" for _, part in count):
+        complain("says that it is a DoRA, and has no magnitudes", [*shapes])
     several = [key for key, (_, part) in parts.items() if part == "alpha" and math.prod(shapes[key]) != 1]
     complain("has an alpha that is not one number", several)
     ranks = {  # of what is a matrix

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_sd.errors import UserError
-from dpo_sd.lora.weights import PEFT_PREFIX
+from dpo_sd.lora.weights import MAGNITUDE, PEFT_PREFIX
 from dpo_sd.models.families import FAMILIES, NETWORKS
 from dpo_sd.models.stable_diffusion import StableDiffusion
 
@@ -26,9 +26,12 @@ _PREFIXES = {
 }
 _STARTS = "|".join([UNET, *(prefix for prefixes in _PREFIXES.values() for prefix in prefixes)])
 KEYS: dict[Form, re.Pattern[str]] = {  # names of tensors in LoRA files by their form; the group is the module
-    "diffusers": re.compile(r"(.+?)(?:\.lora_[AB]|[._]lora\.(?:down|up)|\.lora_linear_layer\.(?:down|up))\.weight"),
+    "diffusers": re.compile(
+        r"(.+?)(?:(?:\.lora_[AB]|[._]lora\.(?:down|up)|\.lora_linear_layer\.(?:down|up))\.weight"
+        rf"|{re.escape(MAGNITUDE)})"
+    ),
     "kohya": re.compile(rf"((?:{_STARTS})[^.]+)\.(?:lora_(?:down|up)\.weight|alpha)"),
-    "peft": re.compile(rf"{re.escape(PEFT_PREFIX)}(.+)\.lora_[AB]\.weight"),
+    "peft": re.compile(rf"{re.escape(PEFT_PREFIX)}(.+)(?:\.lora_[AB]\.weight|{re.escape(MAGNITUDE)})"),
 }
 # beginnings of dotted names in files of OneTrainer, ComfyUI and others, and Kohya's for the same network
 _DOTTED_STARTS = {
@@ -136,6 +139,7 @@ def plain_names(keys: Iterable[str]) -> dict[str, str]:
 
 def _without_wrapping(key: str) -> str:
     key = re.sub(r"\.lora_([AB])\.[^.]+\.weight$", r".lora_\1.weight", key)  # the name of peft's adapter
+    key = re.sub(rf"{re.escape(MAGNITUDE)}(\.[^.]+)?\.weight$", MAGNITUDE, key)
     return re.sub(rf"^({'|'.join(NETWORKS)})\.{re.escape(PEFT_PREFIX)}", r"\1.", key)
 
 
@@ -168,10 +172,12 @@ def from_sgm(module: str) -> str:
     return module
 
 
-def part_of(name: str) -> Literal["A", "B", "alpha"]:
+def part_of(name: str) -> Literal["A", "B", "alpha", "magnitude"]:
     """The part of its module that a tensor of a plain name is."""
     if name.endswith(".alpha"):
         return "alpha"
+    if name.endswith(MAGNITUDE):
+        return "magnitude"
     return "A" if name.endswith(("lora_A.weight", "down.weight")) else "B"
 
 

@@ -12,7 +12,7 @@ from dpo_sd.errors import UserError
 from dpo_sd.files.tensors import HeaderError, check_tensors
 from dpo_sd.lora.finding import find_lora, form_of, is_checkpoint, peft_config, peft_parts, read_header
 from dpo_sd.lora.names import canonical, from_sgm, plain_names
-from dpo_sd.lora.weights import PEFT_PREFIX, PEFT_WEIGHTS, LoRAFile
+from dpo_sd.lora.weights import MAGNITUDE, PEFT_PREFIX, PEFT_WEIGHTS, LoRAFile
 from dpo_sd.models.families import NETWORKS
 
 
@@ -29,17 +29,25 @@ def read_lora(path: str | Path) -> LoRAFile:
     float32.
 
     Raises:
-        UserError: if the file is missing, empty, corrupt or a pickle, is no LoRA or one of another kind (DoRA, LoHa,
-            LoKr) or base (Flux), or has tensors or alphas that can be no LoRA's.
+        UserError: if the file is missing, empty, corrupt or a pickle, is no LoRA or one of another kind (LoHa, LoKr,
+            DoRA in Kohya's form) or base (Flux), or has tensors or alphas that can be no LoRA's.
     """
     path = find_lora(path)
     file = _read_peft(path) if path.is_dir() else _read_checkpoint(path) if is_checkpoint(path) else _read_file(path)
     for key, tensor in file.state.items():
-        if tensor.ndim < 2 or not tensor.is_floating_point() or not tensor.numel() or not tensor.isfinite().all():
+        if (
+            tensor.ndim < (1 if key.endswith(MAGNITUDE) else 2)
+            or not tensor.is_floating_point()
+            or not tensor.numel()
+            or not tensor.isfinite().all()
+        ):
             raise UserError(f"{path}: {key} is no matrix of finite numbers ({tensor.dtype}, {tuple(tensor.shape)})")
     for module, alpha in file.alphas.items():
         if not 0 < alpha < math.inf:
             raise UserError(f"{path} has an alpha that is not positive: it is {alpha:g} for {module}")
+    for part in map(file.of, file.networks):
+        if lacking := [module for module in part.modules if part.dora and f"{module}{MAGNITUDE}" not in part.state]:
+            raise UserError(f"{path} is a DoRA without the magnitudes of {len(lacking)} modules (first: {lacking[0]})")
     return file
 
 
@@ -57,7 +65,7 @@ def _read_file(path: Path) -> LoRAFile:
     state = _dotted(converted)
     if len(state) != sum(not name.endswith(".alpha") for name in tensors):
         raise UserError(f"{path} names a module in two ways: keep one of them")
-    if unread := [key for key in state if not key.endswith((".lora_A.weight", ".lora_B.weight"))]:
+    if unread := [key for key in state if not key.endswith((".lora_A.weight", ".lora_B.weight", MAGNITUDE))]:
         raise UserError(
             f"{path} names {len(unread)} of {len(state)} tensors in a way that is not read (first: {unread[0]}): "
             "save the LoRA again with a newer diffusers"

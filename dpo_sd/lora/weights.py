@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+MAGNITUDE = ".lora_magnitude_vector"  # ends the names of a DoRA's further tensors, as PEFT has them
 PEFT_PREFIX = "base_model.model."  # of the names of tensors
 SETTINGS_KEY = "lora_adapter_metadata"  # of the header of diffusers' form: PEFT's settings of each network
 ALPHAS_KEY = "dpo_sd.alphas"  # the alphas that were trained with, where B makes up for others
@@ -30,7 +31,9 @@ class LoRAWeights:
     Args:
         state: tensors by `<network>.<module>.lora_A.weight` and `….lora_B.weight`, network and module as diffusers
             names them: `text_encoder.text_model.encoder.layers.0.self_attn.q_proj`. A is (r, in) for linear modules
-            and (r, in, k, k) for convolutions; B is (out, r) and (out, r, 1, 1).
+            and (r, in, k, k) for convolutions; B is (out, r) and (out, r, 1, 1). A DoRA (Liu et al. 2024,
+            arXiv:2402.09353) also has the length of each output's weights, `….lora_magnitude_vector`, (out,) and
+            (1, out, 1, 1).
         alphas: alphas by `<network>.<module>`; what a module adds is multiplied by alpha / r.
     """
 
@@ -44,6 +47,11 @@ class LoRAWeights:
     @property
     def ranks(self) -> dict[str, int]:
         return {module: len(self.state[f"{module}.lora_A.weight"]) for module in self.alphas}
+
+    @property
+    def dora(self) -> bool:
+        """Whether any network's part is a DoRA."""
+        return any(key.endswith(MAGNITUDE) for key in self.state)
 
     @property
     def networks(self) -> list[str]:
@@ -72,6 +80,15 @@ class LoRAWeights:
         a, b = (self.state[f"{module}.lora_{half}.weight"].float() for half in "AB")
         return (self.alphas[module] / len(a) * (b.flatten(1) @ a.flatten(1))).view(len(b), *a.shape[1:])
 
+    def adapted(self, module: str, weight: Tensor) -> Tensor:
+        """A module's weight with its LoRA merged into it: as `weight`."""
+        adapted = weight + self.change(module).to(weight)
+        if (magnitude := self.state.get(f"{module}{MAGNITUDE}")) is None:
+            return adapted
+        lengths = adapted.float().flatten(1).norm(dim=1)
+        factors = (magnitude.float().flatten() / lengths).view(-1, *[1] * (weight.ndim - 1))
+        return adapted * factors.to(weight)
+
     def summary(self) -> str:
         """`rank 8, alpha 4, scale 0.5, 32 modules, 36864 parameters`, ranges where modules differ, for each network."""
         parts = [self.of(network) for network in self.networks]
@@ -86,8 +103,10 @@ class LoRAWeights:
         ranks, alphas = list(self.ranks.values()), list(self.alphas.values())
         scale = span([alpha / rank for alpha, rank in zip(alphas, ranks, strict=True)])
         parameters = sum(tensor.numel() for tensor in self.state.values())
+        kind = "DoRA of rank" if self.dora else "rank"
         return (
-            f"rank {span([*ranks])}, alpha {span(alphas)}, scale {scale}, {len(ranks)} modules, {parameters} parameters"
+            f"{kind} {span([*ranks])}, alpha {span(alphas)}, scale {scale}, {len(ranks)} modules, "
+            f"{parameters} parameters"
         )
 
     def peft_settings(self, network: str) -> dict[str, Any]:
@@ -104,6 +123,7 @@ class LoRAWeights:
             "rank_pattern": rank_pattern,
             "alpha_pattern": alpha_pattern,
             "target_modules": sorted(start.sub("", name, 1) for name in part.modules),
+            **({"use_dora": True} if part.dora else {}),
         }
 
 

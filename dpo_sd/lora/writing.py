@@ -79,11 +79,12 @@ def save_kohya(
         extra: further metadata, such as `ss_seed`, `ss_steps`, `ss_learning_rate`.
 
     Raises:
-        UserError: if the file cannot be written.
+        UserError: if the file cannot be written, or as `check_kohya`.
     """
     import torch
 
     path = Path(path)
+    check_kohya(lora)
     lora = _every_loader_reads(lora)
     state, convolutions = {}, kohya_convolutions(lora.modules, FAMILIES[family])
     for module, alpha in lora.alphas.items():
@@ -98,6 +99,22 @@ def save_kohya(
     with _writing(path):
         write_tensors(path, state, metadata)
     return path
+
+
+def check_kohya(lora: LoRAWeights) -> None:
+    """Refuses what Kohya's form cannot hold.
+
+    Its `dora_scale` is of each input to A1111, Forge and InvokeAI; where it is of each output, ComfyUI divides by the
+    lengths of the base's weights, and not by those of the adapted ones; diffusers passes over it.
+
+    Raises:
+        UserError: if it is a DoRA.
+    """
+    if lora.dora:
+        raise UserError(
+            "ComfyUI, A1111 and InvokeAI would draw other pictures with this DoRA, so it has no Kohya form: "
+            "use format=diffusers or peft, or format=merged for a model that every program reads"
+        )
 
 
 def reading_metadata(family: Family, reading: Reading) -> dict[str, str]:

@@ -125,7 +125,7 @@ class AdamW:
 
         Args:
             parameters: trained parameters by their network, `unet`, `text_encoder` or `text_encoder_2`, and by their
-                name there, `….lora_A.weight` or `….lora_B.weight`. Those of one network and learning rate are a group.
+                name there, as in `LoRAWeights`. Those of one network and learning rate are a group.
             max_steps: updates until the schedule ends, at least 1.
 
         Raises:
@@ -149,7 +149,7 @@ class AdamW:
         fitting = {part: set(having(part, modules, "lr_factors")) for part in self.lr_factors}
         text_lr = self.lr if self.text_encoder_lr is None else self.text_encoder_lr
         for network, own in parameters.items():
-            groups: dict[float, list[Parameter]] = {}
+            groups: dict[tuple[float, bool], list[Parameter]] = {}
             for name, parameter in own.items():
                 module, _, half = name.rpartition(".lora_")
                 rate = self.lr if network == "unet" else text_lr
@@ -157,8 +157,13 @@ class AdamW:
                     if f"{network}.{module}" in fitting[part]:
                         rate *= factor
                         break
-                groups.setdefault(rate * self.loraplus_ratio if half.startswith("B") else rate, []).append(parameter)
-            yield from ({"params": group, "lr": rate} for rate, group in groups.items())
+                rate = rate * self.loraplus_ratio if half.startswith("B") else rate
+                groups.setdefault((rate, half == "magnitude_vector"), []).append(parameter)
+            for (
+                rate,
+                magnitudes,
+            ), group in groups.items():  # a magnitude is as large as the base's: 0 is no place for it
+                yield {"params": group, "lr": rate} | ({"weight_decay": 0.0} if magnitudes else {})
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
         import torch
@@ -276,10 +281,14 @@ class ScheduleFree(AdamW):
         lr_factors: dict[str, float] | None = None,
     ) -> None:
         rates = {"text_encoder_lr": text_encoder_lr, "loraplus_ratio": loraplus_ratio, "lr_factors": lr_factors}
+        if betas[0] == 0:
+            raise UserError(
+                "the first of betas must be above 0: it is the share of the average where gradients are taken"
+            )
         if schedule != "constant":
             raise UserError(
-                f"schedule must be constant, for an average is in its place, got {schedule}: "
-                "add optimizer.schedule=constant"
+                f"schedule must be constant, for an average is in its place, got {schedule}: leave optimizer.schedule "
+                f"out; where a file sets it, write ${{adamw_schedule:{schedule}}} there"
             )
         super().__init__(lr, betas, eps, weight_decay, schedule, warmup_steps, **rates)
 

@@ -30,6 +30,7 @@ from dpo_sd.losses import (
     LossInputs,
     PairErrors,
     Residuals,
+    huber_thresholds,
     min_snr_weights,
     pseudo_huber_error,
     residual,
@@ -128,12 +129,19 @@ class DiffusionModule(L.LightningModule):
             timesteps: (n,), int64.
             mask: (n, 1, h, w), weights of the pixels; None weighs all alike.
         """
-        huber_c = self.loss.huber_c
-        errors = squared_error(residuals, mask) if huber_c is None else pseudo_huber_error(residuals, huber_c, mask)
-        if self.loss.min_snr_gamma is None:
+        loss = self.loss
+
+        def snr() -> Tensor:
+            return compute_snr(self.model.noise_scheduler, timesteps)
+
+        if loss.huber_c is None:
+            errors = squared_error(residuals, mask)
+        else:
+            c = loss.huber_c if loss.huber_schedule == "constant" else huber_thresholds(snr(), loss.huber_c)
+            errors = pseudo_huber_error(residuals, c, mask)
+        if loss.min_snr_gamma is None:
             return errors
-        snr = compute_snr(self.model.noise_scheduler, timesteps)
-        return errors * min_snr_weights(snr, self.loss.min_snr_gamma, self.model.prediction_type)
+        return errors * min_snr_weights(snr(), loss.min_snr_gamma, self.model.prediction_type)
 
     def denoised(self, batch: Batch) -> Denoised:
         """One pass of the UNet over all images of a batch, both images of a pair under one noise and one timestep.
