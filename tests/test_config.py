@@ -296,7 +296,7 @@ def test_a_mistake_is_one_message_before_anything_is_written(run, tmp_path, argu
         (
             ["optimizer.schedule=cosin"],
             "optimizer.schedule must be one of constant, cosine, linear, cosine_with_restarts, polynomial, "
-            "got 'cosin'; did you mean cosine?",
+            "piecewise_constant, got 'cosin'; did you mean cosine?",
         ),
         (["trainer.strategy=dpp"], "trainer.strategy must be one of auto, ddp, got 'dpp'; did you mean ddp?"),
         (

@@ -238,6 +238,8 @@ def test_a_kept_reference_gives_the_weights_of_a_live_one_and_is_read_by_later_r
         ("hardware.precision=bf16-mixed", False),
         ("hardware.compile=true", False),
         ("loss.min_snr_gamma=5", False),
+        ("loss.huber_c=0.1", False),
+        ("noising.offset=0.1", False),
         ("framing.flip=true", False),
         ("framing.resolution=96", False),
         ("data.caption_dropout=0.5", False),
@@ -252,7 +254,7 @@ def test_errors_are_kept_apart_by_whatever_decides_them(monkeypatch, tmp_path, c
     from dpo_sd import train
 
     monkeypatch.setattr(train, "say", lambda text: None)
-    model, data = make_model(), cast(Any, SimpleNamespace(train=SimpleNamespace(contents=np.arange(3))))
+    model, data = make_model(), cast(Any, SimpleNamespace(train=SimpleNamespace(contents=np.arange(3), vary=None)))
 
     def folder(*overrides: str) -> Path:
         with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
@@ -260,6 +262,7 @@ def test_errors_are_kept_apart_by_whatever_decides_them(monkeypatch, tmp_path, c
         unasked: dict[str, Any] = dict.fromkeys(train.Parts._fields)
         parts = {"hardware": instantiate(cfg.hardware), "loss": instantiate(cfg.loss)}
         parts |= {"cache": Cache(tmp_path, cfg.cache), "source": instantiate(cfg.data)}
+        parts |= {"noising": instantiate(cfg.noising), "framing": instantiate(cfg.framing)}
         kept = train.reference_cache(cfg, train.Parts(**(unasked | parts)), model, data, 0, False)
         assert kept is not None and kept.file is not None
         return kept.file.parent

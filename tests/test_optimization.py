@@ -17,7 +17,10 @@ def parameters(*networks: str) -> dict[str, dict[str, torch.nn.Parameter]]:
 
 def learning_rates(schedule: Schedule, warmup_steps: int, max_steps: int) -> list[float]:
     """The learning rate of every update."""
-    settings = AdamW(lr=1.0, schedule=schedule, warmup_steps=warmup_steps)
+    return learning_rates_of(AdamW(lr=1.0, schedule=schedule, warmup_steps=warmup_steps), max_steps)
+
+
+def learning_rates_of(settings: AdamW, max_steps: int) -> list[float]:
     optimizer, scheduler = settings.build(parameters("unet"), max_steps)
     rates = []
     for _ in range(max_steps):
@@ -79,9 +82,24 @@ def test_a_polynomial_falls_as_its_power_says():
     assert learning_rates("polynomial", 0, 4)[2] == pytest.approx(0.25, abs=1e-6)
 
 
+def test_a_piecewise_constant_schedule_has_the_factors_of_its_rules():
+    settings = AdamW(lr=2.0, schedule="piecewise_constant", step_rules="1:2,0.5:3,0.1")
+    assert learning_rates_of(settings, 5) == pytest.approx([2, 2, 1, 0.2, 0.2])
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"step_rules": "1:2,0"}, "step_rules are those of schedule=piecewise_constant: give both, or none of them"),
+        ({"schedule": "piecewise_constant"}, "step_rules are those of schedule=piecewise_constant"),
+        (
+            {"schedule": "piecewise_constant", "step_rules": "1:2,0.5:3"},
+            r"step_rules must be like '1:200,0\.1:400,0\.01', got '1:2,0\.5:3'",
+        ),
+        (
+            {"schedule": "piecewise_constant", "step_rules": "1:2,0", "warmup_steps": 2},
+            "step_rules say the rate of every update: leave out warmup_steps",
+        ),
         ({"cycles": 0}, "cycles must be at least 1, got 0"),
         ({"power": 0.0}, "power must be positive and finite, got 0.0"),
         ({"lr": 0.0}, "lr must be positive and at most 1000, got 0.0"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-Schedule = Literal["constant", "cosine", "linear", "cosine_with_restarts", "polynomial"]
+Schedule = Literal["constant", "cosine", "linear", "cosine_with_restarts", "polynomial", "piecewise_constant"]
+
+_NUMBER = r"\d+(\.\d*)?(e-?\d+)?"
 
 
 class AdamW:
@@ -29,7 +32,7 @@ class AdamW:
         betas: decay rates of the two running means, each in [0, 1).
         eps: added to the denominator, positive.
         weight_decay: decoupled from the gradient, at least 0.
-        schedule: course of lr after the warm-up, as in `diffusers.optimization`; all but "constant" end near 0.
+        schedule: course of lr after the warm-up, as in `diffusers.optimization`; all but the constant ones end near 0.
         warmup_steps: updates over which lr rises from 0, at least 0.
         text_encoder_lr: learning rate of text encoders where they are trained, positive; None takes lr.
         cycles: how often "cosine_with_restarts" begins anew, at least 1.
@@ -38,6 +41,8 @@ class AdamW:
             2024, arXiv:2402.12354), where lr is A's.
         lr_factors: factors on lr for parts of the networks by dotted parts of their names, such as {mid_block: 0.5};
             of several that fit, the last counts. 0 leaves a part as it is.
+        step_rules: factors on lr of "piecewise_constant" with the updates that they end at, and the factor of the rest:
+            "1:200,0.1:400,0.01".
 
     Raises:
         UserError: if a value is out of range.
@@ -59,6 +64,7 @@ class AdamW:
         power: float = 2.0,
         loraplus_ratio: float = 1.0,
         lr_factors: dict[str, float] | None = None,
+        step_rules: str | None = None,
     ) -> None:
         if not 0 < lr <= 1000:
             raise UserError(f"lr must be positive and at most 1000, got {lr}")
@@ -84,6 +90,13 @@ class AdamW:
         for part, factor in (lr_factors or {}).items():
             if not 0 <= factor < math.inf:
                 raise UserError(f"lr_factors.{part} must be at least 0 and finite, got {factor}")
+        if (schedule == "piecewise_constant") != (step_rules is not None):
+            raise UserError("step_rules are those of schedule=piecewise_constant: give both, or none of them")
+        if step_rules is not None and not re.fullmatch(rf"({_NUMBER}:\d+,)*{_NUMBER}", step_rules):
+            raise UserError(f"step_rules must be like '1:200,0.1:400,0.01', got {step_rules!r}")
+        if step_rules is not None and warmup_steps:
+            raise UserError("step_rules say the rate of every update: leave out warmup_steps")
+        self.step_rules = step_rules
         self.cycles, self.power = cycles, power
         self.loraplus_ratio, self.lr_factors = loraplus_ratio, dict(lr_factors or {})
         self.schedule: Schedule = schedule
@@ -140,8 +153,15 @@ class AdamW:
         optimizer = self._optimizer(list(self._groups(parameters)))
         # diffusers' "constant" overlooks the warm-up
         schedule = "constant_with_warmup" if self.schedule == "constant" else self.schedule
-        steps: dict[str, Any] = {"num_warmup_steps": self.warmup_steps, "num_training_steps": max_steps}
-        scheduler = get_scheduler(schedule, optimizer, **steps, num_cycles=self.cycles, power=self.power)
+        scheduler = get_scheduler(
+            schedule,
+            optimizer,
+            self.step_rules,
+            num_warmup_steps=self.warmup_steps,
+            num_training_steps=max_steps,
+            num_cycles=self.cycles,
+            power=self.power,
+        )
         return optimizer, scheduler
 
     def _groups(self, parameters: Mapping[str, Mapping[str, Parameter]]) -> Iterator[dict[str, Any]]:
@@ -178,8 +198,8 @@ class Adafactor(AdamW):
     B begin at 0.
 
     Args:
-        lr, weight_decay, schedule, warmup_steps, text_encoder_lr, cycles, power, loraplus_ratio, lr_factors: as in
-            `AdamW`.
+        lr, weight_decay, schedule, warmup_steps, text_encoder_lr, cycles, power, loraplus_ratio, lr_factors,
+            step_rules: as in `AdamW`.
 
     Raises:
         UserError: if a value is out of range.
@@ -196,8 +216,9 @@ class Adafactor(AdamW):
         power: float = 2.0,
         loraplus_ratio: float = 1.0,
         lr_factors: dict[str, float] | None = None,
+        step_rules: str | None = None,
     ) -> None:
-        course = (schedule, warmup_steps, text_encoder_lr, cycles, power, loraplus_ratio, lr_factors)
+        course = (schedule, warmup_steps, text_encoder_lr, cycles, power, loraplus_ratio, lr_factors, step_rules)
         super().__init__(lr, (0.9, 0.999), 1e-8, weight_decay, *course)
 
     def state_bytes(self, shape: Sequence[int]) -> int:
@@ -216,8 +237,8 @@ class Lion(AdamW):
 
     Args:
         lr: learning rate after the warm-up, positive.
-        betas, weight_decay, schedule, warmup_steps, text_encoder_lr, cycles, power, loraplus_ratio, lr_factors: as in
-            `AdamW`.
+        betas, weight_decay, schedule, warmup_steps, text_encoder_lr, cycles, power, loraplus_ratio, lr_factors,
+            step_rules: as in `AdamW`.
 
     Raises:
         UserError: if a value is out of range.
@@ -237,8 +258,9 @@ class Lion(AdamW):
         power: float = 2.0,
         loraplus_ratio: float = 1.0,
         lr_factors: dict[str, float] | None = None,
+        step_rules: str | None = None,
     ) -> None:
-        course = (schedule, warmup_steps, text_encoder_lr, cycles, power, loraplus_ratio, lr_factors)
+        course = (schedule, warmup_steps, text_encoder_lr, cycles, power, loraplus_ratio, lr_factors, step_rules)
         super().__init__(lr, betas, 1e-8, weight_decay, *course)
 
     def check(self, max_steps: int) -> None:
@@ -310,7 +332,7 @@ class AdamW8bit(AdamW):
 
     Args:
         lr, betas, eps, weight_decay, schedule, warmup_steps, text_encoder_lr, cycles, power, loraplus_ratio,
-            lr_factors: as in `AdamW`.
+            lr_factors, step_rules: as in `AdamW`.
 
     Raises:
         UserError: if a value is out of range.
