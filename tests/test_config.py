@@ -257,6 +257,10 @@ def test_wandb_is_offline_unless_logged_in(monkeypatch, tmp_path):
             "(loss=dpo has: beta, label_smoothing, min_snr_gamma, reference, draws_per_pair, beta_convention, huber_c, "
             "huber_schedule)",
         ),
+        (
+            ["lora.ranks.mid_block=3"],
+            "lora.ranks.mid_block: lora.ranks is given as a whole, lora.ranks={mid_block:...}",
+        ),
         (["max_steps=3"], "max_steps: no such setting; did you mean trainer.max_steps?"),
         (["losss=dpo"], "losss: no such setting; did you mean loss?"),
         (["experimnt=quickstart"], "experimnt: no such setting; did you mean experiment?"),

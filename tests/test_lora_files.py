@@ -718,3 +718,11 @@ def test_a_dora_that_lacks_some_of_its_magnitudes_is_refused(tmp_path: Path) -> 
     path = save(replace(lora, state={key: t for key, t in lora.state.items() if key != first}), "diffusers", tmp_path)
     with pytest.raises(UserError, match=r"is a DoRA without the magnitudes of 1 modules"):
         read_lora(path)
+
+
+@pytest.mark.parametrize("form", ["diffusers", "peft"])
+def test_the_library_of_a_form_draws_with_a_dora_as_its_training_did(tmp_path: Path, form: str) -> None:
+    model = trained(LoRA(rank=4, alpha=2.0, dora=True, target_modules=FULL, text_encoder=True))
+    drawn = output(drawing_by_the_library(save(weights_of(model), form, tmp_path), form))
+    torch.testing.assert_close(drawn, output(model))
+    assert (drawn - output(make_model())).abs().max() > 1e-3

@@ -63,6 +63,8 @@ def unknown_setting(full_key: str, siblings: Iterable[Any], root: Any) -> str:
     """
     parent, _, key = full_key.rpartition(".")
     siblings = [str(name) for name in siblings if not str(name).startswith("_") and name != "hydra"]
+    if parent and not siblings:
+        return f"{full_key}: {parent} is given as a whole, {parent}={{{key}:...}}"
     if not parent:
         siblings += [group for group in groups() if group not in siblings]
     hint = nearest(key, siblings, f"{parent}." if parent else "")
