@@ -126,9 +126,9 @@ def in_this_process(work: Any, *arguments: Any) -> Any:
     )
 
 
-def test_a_measurement_whose_process_is_killed_says_so_and_the_next_is_made():
+def test_a_measurement_whose_process_is_killed_says_so_and_one_that_fails_says_why():
     assert card._apart(os.abort) == "its process was killed"
-    assert card._apart(os.strerror, 12) == os.strerror(12)
+    assert card._told(int, "none") == "ValueError: invalid literal for int() with base 10: 'none'"
 
 
 def test_the_plans_constants_are_fitted_from_the_worst_that_was_seen():

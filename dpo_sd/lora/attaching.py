@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_sd.errors import UserError, check_range
 from dpo_sd.lora.adapters import adapter_tensors, copy_into, lora_layers, summary
 from dpo_sd.lora.finding import find_lora
-from dpo_sd.lora.names import adaptable, canonical, having
+from dpo_sd.lora.names import adaptable, canonical, check_parts, having
 from dpo_sd.lora.reading import read_lora
 from dpo_sd.lora.weights import ATTENTION, MAGNITUDE, LoRAFile, LoRAWeights
 from dpo_sd.models.families import family_of_lora
@@ -69,6 +69,7 @@ class LoRA:
         dora: bool = False,
     ) -> None:
         check_range("rank", rank, 1)
+        check_parts("ranks", ranks, int)
         for part, its_rank in (ranks or {}).items():
             check_range(f"ranks.{part}", its_rank, 1)
         if alpha is not None and not 0 < alpha < math.inf:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -201,6 +201,17 @@ def kohya_names(module: str, family: Family) -> list[str]:
         return [prefix + underscored(inside) for prefix in _PREFIXES[network]]
     sgm = [sgm_name(inside)] if family.sgm_names else []
     return [UNET + underscored(name) for name in [inside, *sgm]]
+
+
+def check_parts(setting: str, values: object, kind: type | tuple[type, ...]) -> None:
+    """Raises UserError unless the values are None, or numbers of that kind by dotted parts of names."""
+    if values is None:
+        return
+    fitting = isinstance(values, Mapping) and all(
+        isinstance(value, kind) and not isinstance(value, bool) for value in values.values()
+    )
+    if not fitting:
+        raise UserError(f"{setting} must be numbers by parts of names, such as {{mid_block: 2}}, got {values!r:.100}")
 
 
 def having(part: str, modules: Collection[str], setting: str) -> list[str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_sd.errors import UserError, check_range
-from dpo_sd.lora.names import having
+from dpo_sd.lora.names import check_parts, having
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -87,6 +87,7 @@ class AdamW:
             raise UserError(f"power must be positive and finite, got {power}")
         if not 0 < loraplus_ratio < math.inf:
             raise UserError(f"loraplus_ratio must be positive and finite, got {loraplus_ratio}")
+        check_parts("lr_factors", lr_factors, (int, float))
         for part, factor in (lr_factors or {}).items():
             if not 0 <= factor < math.inf:
                 raise UserError(f"lr_factors.{part} must be at least 0 and finite, got {factor}")
