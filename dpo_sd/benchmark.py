@@ -37,12 +37,12 @@ def main(cfg: DictConfig) -> None:
     }
     check(cfg)
     if cfg.card:
-        run_card(held_by_the_card(cfg), ["sd15", "sd21", "sdxl"], (5, 5))
+        run_card(held_by_the_card(), ["sd15", "sd21", "sdxl"], (5, 5))
     else:
         run(cfg, cases[instantiate(cfg.hardware).accelerator])
 
 
-def held_by_the_card(cfg: DictConfig) -> list[str]:
+def held_by_the_card() -> list[str]:
     """The presets that the card holds, the largest last.
 
     Raises:

@@ -180,10 +180,8 @@ class AdamW:
                         break
                 rate = rate * self.loraplus_ratio if half.startswith("B") else rate
                 groups.setdefault((rate, half == "magnitude_vector"), []).append(parameter)
-            for (
-                rate,
-                magnitudes,
-            ), group in groups.items():  # a magnitude is as large as the base's: 0 is no place for it
+            # a magnitude is as large as the base's: 0 is no place for it, so its weights do not decay
+            for (rate, magnitudes), group in groups.items():
                 yield {"params": group, "lr": rate} | ({"weight_decay": 0.0} if magnitudes else {})
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
