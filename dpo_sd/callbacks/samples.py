@@ -58,15 +58,14 @@ class Samples(Watcher):
         alike: dict[Line, list[int]] = {}
         for column, line in enumerate(lines):
             alike.setdefault(line._replace(prompt="", seed=None), []).append(column)
-        for settings, columns in alike.items():
-            here = [lines[column] for column in columns]
-            seeds = [image_seed(self.seed, line.prompt, 0, 0) if line.seed is None else line.seed for line in here]
-            prompts_here = [line.prompt for line in here]
-            with run.module.averaged():
-                found = draw_sides(sides, model, settings.drawn_by(sampler), prompts_here, seeds)
-            for side, images in found.items():
-                for column, image in zip(columns, images, strict=True):
-                    drawn[side][column] = image
+        with run.module.averaged():
+            for settings, columns in alike.items():
+                here = [lines[column] for column in columns]
+                seeds = [image_seed(self.seed, line.prompt, 0, 0) if line.seed is None else line.seed for line in here]
+                prompts = [line.prompt for line in here]
+                for side, images in draw_sides(sides, model, settings.drawn_by(sampler), prompts, seeds).items():
+                    for column, image in zip(columns, images, strict=True):
+                        drawn[side][column] = image
         rows = self._fixed | drawn
         self._fixed = {side: images for side, images in rows.items() if side != "policy"}
         file = run.folder / "samples" / f"step={run.step:06d}.png"
